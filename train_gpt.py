@@ -1,0 +1,2150 @@
+"""PROTEUS v1.6 for Parameter Golf: shards -> model -> artifact on disk -> honest bits per byte.
+
+    python train_gpt.py                                       CPU or one GPU; without data: the demo
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     the record run (all defaults)
+    python train_gpt.py --help                                every setting, set by environment
+
+Read it top to bottom, in the order in which data flows:
+    1 configuration      environment -> Config, every problem reported at once
+    2 runtime and log    ranks, device, collectives, attention backend, RunLog
+    3 data               shards -> batches that depend on (seed, step) only
+    4 byte accounting    ids -> source bytes, the only denominator of BPB
+    5 model              layer plan, lanes, recurrence; the table of all parameters
+    6 optimization       schedules, Newton-Schulz, Muon and AdamW, averages
+    7 quantization       weights -> integer codes -> artifact file -> weights
+    8 evaluation         one window plan, one scoring loop, Score
+    9 training           the clock, the phases, the loop
+   10 main
+
+Letters: B batch, T time, D model, H heads, G kv-heads, K head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import re
+import struct
+import subprocess
+import sys
+import time
+import uuid
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------------
+# 1 configuration: one line per setting; field `train_seq_len` <=> variable TRAIN_SEQ_LEN
+# ------------------------------------------------------------------------------------------
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says what is wrong and what to do."""
+
+
+class ConfigError(RunError):
+    """One or more settings are wrong; the message lists all of them with the remedy."""
+
+
+def require(holds: Any, message: str, error: type[RunError] = RunError) -> None:
+    """Raise `error` with `message` unless `holds`."""
+    if not holds:
+        raise error(message)
+
+
+def setting(default: Any, text: str, low: float | None = None, high: float | None = None,
+            choices: tuple[str, ...] = ()) -> Any:
+    """A Config field with its help text and its allowed range (inclusive) or choices."""
+    return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
+
+
+EVAL_MODES = ("roundtrip", "sliding")  # the last one that runs is the headline
+STORED_AS_CODES = ("attn", "mlp", "repeat", "embed")
+CODECS = ("lzma", "zlib", "zstd")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The defaults are the record run on 8xH100."""
+
+    # run, data, tokenizer
+    preset: str = setting("record", "base values under the explicit ones",
+                          choices=("record", "published", "demo"))
+    run_id: str = setting("", "name of logs/<RUN_ID>.txt and .jsonl; empty: time and a random tag")
+    seed: int = setting(1337, "initial weights and order of the data", 0, 2**31 - 1)
+    data_path: str = setting("./data/datasets/fineweb10B_scylla", "folder of the shards")
+    tokenizer_path: str = setting("", "vocabulary or SentencePiece .model; empty: in DATA_PATH")
+    tokenizer_meta_path: str = setting("", "byte table (.meta.npz); empty: beside the vocabulary")
+    vocab_size: int = setting(0, "ids of the model; 0: from the tokenizer", 0, 65536)
+    dry_run: bool = setting(False, "print configuration, sizes, memory and operations, then exit")
+    # model
+    num_layers: int = setting(11, "layers", 2, 64)
+    model_dim: int = setting(512, "width D of the residual stream", 8)
+    num_heads: int = setting(8, "query heads H", 1)
+    num_kv_heads: int = setting(4, "key and value heads G", 1)
+    mlp_mult: float = setting(3.0, "hidden width of the MLP over D", 0.25, 16)
+    tie_embeddings: bool = setting(True, "the embedding is the output head too")
+    rope_base: float = setting(10000.0, "base of the rotary frequencies", 1)
+    rope_dims: int = setting(16, "rotated dimensions of each head (even)", 2)
+    logit_softcap: float = setting(30.0, "logits are cap * tanh(z / cap)", 1e-3)
+    qk_gain_init: float = setting(1.5, "initial gain of the normalised queries", 0)
+    ln_scale: bool = setting(True, "scale normalised inputs of layer i by 1 / sqrt(i + 1)")
+    xsa_last_n: int = setting(4, "layers from the end with exclusive self-attention", 0)
+    smear_enabled: bool = setting(True, "SmearGate: blend in the previous token's embedding")
+    bigram_vocab_size: int = setting(2048, "rows of the bigram hash table; 0: no table", 0)
+    bigram_dim: int = setting(128, "width of the bigram table", 1)
+    ve_enabled: bool = setting(True, "value embeddings on VE_LAYERS")
+    ve_dim: int = setting(128, "width of the value embedding table", 1)
+    ve_layers: tuple[int, ...] = setting((9, 10), "layers whose values get a value embedding")
+    activation_neg_slope: float = setting(0.5, "negative slope of LeakyReLU^2", 0, 1)
+    parallel_start_layer: int = setting(7, "first layer with two lanes; NUM_LAYERS: none", 1)
+    recur_layers: tuple[int, ...] = setting((4, 5), "layers run twice, as one block; empty: none")
+    recur_start_step: float = setting(3000.0, "recurrence starts here; < 1: share of the run", 0)
+    recur_untie_mlp: bool = setting(True, "the second pass has MLPs of its own")
+    # batch and length of training
+    train_batch_tokens: int = setting(786432, "tokens per step over all ranks", 1)
+    micro_batch_tokens: int = setting(0, "tokens per forward pass and device; 0: by memory", 0)
+    train_seq_len: int = setting(2048, "tokens per training sequence", 2)
+    iterations: int = setting(20000, "steps at most", 1)
+    warmdown_iters: int = setting(3500, "steps of the final linear decay of the learning rate", 0)
+    warmup_steps: int = setting(20, "priming steps on random tokens before the clock", 0)
+    max_wallclock_seconds: float = setting(600.0, "training time at most; 0: no cap", 0)
+    # optimization
+    matrix_lr: float = setting(0.025, "Muon, for matrices", 0)
+    scalar_lr: float = setting(0.025, "AdamW, for vectors, scalars and small projections", 0)
+    tied_embed_lr: float = setting(0.035, "AdamW, for embedding tables", 0)
+    embed_lr: float = setting(0.6, "AdamW, for embedding tables when TIE_EMBEDDINGS=0", 0)
+    head_lr: float = setting(0.008, "AdamW, for the head when TIE_EMBEDDINGS=0", 0)
+    tied_embed_init_std: float = setting(0.005, "initial standard deviation of the embedding", 0)
+    min_lr: float = setting(0.0, "learning rate at the end, as a fraction of the peak", 0, 1)
+    muon_momentum: float = setting(0.99, "momentum of Muon", 0, 0.9999)
+    muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at step 0", 0, 0.9999)
+    muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", 0)
+    muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
+    muon_wd: float = setting(0.04, "decoupled weight decay of Muon", 0)
+    muon_row_norm: bool = setting(False, "MuonEq-R: normalise rows before Newton-Schulz")
+    adam_wd: float = setting(0.04, "weight decay of embeddings and projections", 0)
+    beta1: float = setting(0.9, "AdamW", 0, 0.9999)
+    beta2: float = setting(0.95, "AdamW", 0, 0.9999)
+    adam_eps: float = setting(1e-8, "AdamW", 0)
+    grad_clip_norm: float = setting(0.3, "bound on the global gradient norm; 0: none", 0)
+    ema_decay: float = setting(0.997, "decay of the average that is exported; 0: none", 0, 0.99999)
+    swa_enabled: bool = setting(False, "export the mean of snapshots instead of the EMA")
+    swa_every: int = setting(50, "steps between snapshots once the lr scale is under 0.2", 1)
+    late_qat_threshold: float = setting(0.15, "fake-quantize once the lr scale is lower", 0, 1)
+    # export
+    n_int6_layers: int = setting(4, "MLP layers at INT6, half of them first, half last (even)", 0)
+    class_bits: str = setting("", "bits by class against the table, such as 'mlp=4,attn=8' (2..8)")
+    compressor: str = setting("auto", "codec; auto: the smallest, stream by stream",
+                              choices=("auto", *CODECS))
+    size_limit: int = setting(16_000_000, "code and artifact at most, in bytes", 1)
+    artifact_path: str = setting("final_model.int6.ptz", "where the artifact is written")
+    load_artifact: str = setting("", "evaluate this artifact instead of training")
+    # evaluation and log
+    eval_seq_len: int = setting(2048, "tokens per evaluation window", 2)
+    eval_stride: int = setting(64, "step of the sliding window", 1)
+    eval_modes: tuple[str, ...] = setting(EVAL_MODES, f"scores to compute, of {EVAL_MODES}")
+    val_batch_size: int = setting(524288, "tokens per evaluation batch over all ranks", 1)
+    val_loss_every: int = setting(4000, "steps between validations; 0: only at the end", 0)
+    val_tokens_limit: int = setting(0, "validation tokens at most; 0: all", 0)
+    scores_path: str = setting("", "folder for one <mode>.npz of scores per token; empty: none")
+    train_log_every: int = setting(500, "steps between training log lines", 1)
+    torch_compile_disable: bool = setting(False, "run eagerly on CUDA too (a CPU always does)")
+
+    @property
+    def head_dim(self) -> int:
+        """K, dimensions of a head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        """G * K, width of keys and values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.mlp_mult * self.model_dim)
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str], cuda: bool = False) -> Config:
+        """Config from environment variables; raises ConfigError naming every problem.
+
+        `cuda` says whether a GPU is there: without one and without DATA_PATH, PRESET is demo.
+        """
+        problems = unknown_names(environ)
+        explicit = parse_settings(environ, problems)
+        if not cuda and not {"preset", "data_path"} & set(explicit):
+            explicit["preset"] = "demo"
+        config = cls(**(PRESETS[explicit.get("preset", "record")] | explicit))
+        problems += contradictions(config)
+        require(not problems, "\n  ".join(["the settings are wrong:", *problems]), ConfigError)
+        return config
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "record": {},
+    "published": {},  # plain rounding without fit: the yardstick; record moves on by measured gains
+    "demo": dict(
+        data_path="./data/demo", model_dim=64, num_heads=4, num_kv_heads=2, rope_dims=8,
+        bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=4096,
+        train_seq_len=256, iterations=700, warmdown_iters=300, warmup_steps=3,
+        max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
+        val_batch_size=16384, val_loss_every=0, train_log_every=50,
+    ),
+}  # fmt: skip
+
+DROPPED = {  # spellings of published scripts -> what to set here
+    "N_INT6_MLP_LAYERS": "set N_INT6_LAYERS",
+    "SLIDING_WINDOW_ENABLED": "list the modes in EVAL_MODES",
+    "EMA_ENABLED": "set EMA_DECAY (0 turns it off)",
+    "EMA_EVERY": "the average is updated every step; EMA_DECAY=0 turns it off",
+    "QAT_ENABLED": "set LATE_QAT_THRESHOLD (0 turns it off)",
+    "LATE_QAT": "set LATE_QAT_THRESHOLD (0 turns it off)",
+    "SMEAR_GATE": "set SMEAR_ENABLED",
+    "TRAIN_FILES": "set DATA_PATH",
+    "VAL_FILES": "set DATA_PATH",
+    "GRAD_ACCUM_STEPS": "set MICRO_BATCH_TOKENS",
+}
+ABSENT = ("TTT_", "NGRAM_", "SLOT_", "GPTQ_", "CHECKPOINT_", "QUANT", "RESUME")  # of the design
+
+
+def unknown_names(environ: Mapping[str, str]) -> list[str]:
+    """A line for each variable that looks like a setting but is none."""
+    names = {f.name.upper(): f.name.upper() for f in fields(Config)}
+    squashed = {name.replace("_", ""): name for name in names}
+    problems = []
+    for name in sorted(set(environ) - set(names)):
+        close = difflib.get_close_matches(name, names, 1, 0.88)
+        near = squashed.get(name.replace("_", "")) or (close[0] if close else None)
+        if name in DROPPED:
+            problems.append(f"{name}={environ[name]}: not a setting here; {DROPPED[name]}")
+        elif name.startswith(ABSENT):
+            problems.append(f"{name}={environ[name]}: not in this version; unset it")
+        elif near:
+            problems.append(f"{name}={environ[name]}: no such setting; did you mean {near}?")
+    return problems
+
+
+def parse_bool(text: str) -> bool:
+    """0/1, false/true, no/yes, off/on -> bool."""
+    return {"0": False, "false": False, "no": False, "off": False,
+            "1": True, "true": True, "yes": True, "on": True}[text.lower()]
+
+
+def parse_float(text: str) -> float:
+    """A finite number."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def split_list(text: str) -> list[str]:
+    """'4, 5' -> ['4', '5']; empty -> []."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "int": ("a whole number", int),
+    "float": ("a finite number", parse_float),
+    "bool": ("0 or 1", parse_bool),
+    "str": ("text", str),
+    "tuple[int, ...]": ("a comma list of whole numbers", lambda t: tuple(map(int, split_list(t)))),
+    "tuple[str, ...]": ("a comma list of names", lambda t: tuple(split_list(t))),
+}
+
+
+def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str, Any]:
+    """Values of the settings that `environ` names; what is not allowed goes to `problems`."""
+    values = {}
+    for f in fields(Config):
+        name, (expected, parse) = f.name.upper(), PARSERS[f.type]
+        if name not in environ:
+            continue
+        try:
+            value = parse(environ[name])
+        except (ValueError, KeyError):
+            problems.append(f"{name}={environ[name]}: expected {expected}")
+            continue
+        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+        if choices and value not in choices:
+            problems.append(f"{name}={value}: allowed are {', '.join(choices)}")
+        elif (low is not None and value < low) or (high is not None and value > high):
+            upper = "" if high is None else f" and at most {high}"
+            problems.append(f"{name}={value}: must be at least {low}{upper}")
+        else:
+            values[f.name] = value
+    return values
+
+
+def contradictions(c: Config) -> list[str]:
+    """A line for each way in which the settings contradict each other."""
+    recur, lanes, layers = c.recur_layers, c.parallel_start_layer, c.num_layers
+    block = tuple(range(recur[0], recur[0] + len(recur))) if recur else ()
+    modes = ",".join(c.eval_modes)
+    rules = [
+        (c.model_dim % c.num_heads == 0,
+         f"MODEL_DIM={c.model_dim}: not a multiple of NUM_HEADS={c.num_heads}"),
+        (c.num_heads % c.num_kv_heads == 0,
+         f"NUM_HEADS={c.num_heads}: not a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
+        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
+         f"ROPE_DIMS={c.rope_dims}: must be even and at most the head dimension {c.head_dim}"),
+        (c.train_batch_tokens % c.train_seq_len == 0, f"TRAIN_BATCH_TOKENS={c.train_batch_tokens}: "
+         f"not a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.micro_batch_tokens % c.train_seq_len == 0, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens}: "
+         f"not a multiple of TRAIN_SEQ_LEN={c.train_seq_len}"),
+        (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than "
+         f"EVAL_SEQ_LEN={c.eval_seq_len}, so tokens would be skipped"),
+        (layers // 2 <= lanes <= layers, f"PARALLEL_START_LAYER={lanes}: must be in the decoder "
+         f"half, {layers // 2}..{layers}, as skips are stored from one stream"),
+        (recur == block, f"RECUR_LAYERS={show(recur)}: must be consecutive and ascending, as they "
+         "run again as one block"),
+        (all(0 <= i < layers for i in recur),
+         f"RECUR_LAYERS={show(recur)}: layers are 0..{layers - 1}"),
+        (not recur or max(recur) < lanes or min(recur) >= lanes, f"RECUR_LAYERS={show(recur)}: "
+         f"crosses PARALLEL_START_LAYER={lanes}; two lanes cannot run a one-lane layer again"),
+        (c.recur_start_step < 1 or c.recur_start_step % 1 == 0,
+         f"RECUR_START_STEP={c.recur_start_step}: a whole step, or a fraction below 1"),
+        (all(0 <= i < layers for i in c.ve_layers) or not c.ve_enabled,
+         f"VE_LAYERS={show(c.ve_layers)}: layers are 0..{layers - 1}"),
+        (len(set(c.ve_layers)) == len(c.ve_layers) > 0 or not c.ve_enabled,
+         f"VE_LAYERS={show(c.ve_layers)}: name each layer once; VE_ENABLED=0 turns them off"),
+        (c.xsa_last_n <= layers, f"XSA_LAST_N={c.xsa_last_n}: there are {layers} layers"),
+        (c.n_int6_layers % 2 == 0 and c.n_int6_layers <= layers + 1,
+         f"N_INT6_LAYERS={c.n_int6_layers}: must be even and at most {layers + layers % 2}"),
+        (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 (off) or at least 2"),
+        (0 < len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES),
+         f"EVAL_MODES={modes}: name at least one of {', '.join(EVAL_MODES)}, each once"),
+        (parse_class_bits(c.class_bits) is not None, f"CLASS_BITS={c.class_bits}: a comma list of "
+         f"CLASS=2..8 with CLASS of {', '.join(STORED_AS_CODES)}"),
+    ]
+    return [text for holds, text in rules if not holds]
+
+
+def parse_class_bits(text: str) -> dict[str, int] | None:
+    """'mlp=4,attn=8' -> {'mlp': 4, 'attn': 8}; None if it does not read so."""
+    pairs = [part.partition("=") for part in split_list(text)]
+    good = all(name in STORED_AS_CODES and bits in list("2345678") for name, _, bits in pairs)
+    return {name: int(bits) for name, _, bits in pairs} if good else None
+
+
+def show(value: Any) -> str:
+    """A setting's value as one would type it."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_table() -> str:
+    """Every setting as a Markdown table: the README's table and the answer to --help."""
+    rows = ["| setting | record | demo | what it is |", "|--|--|--|--|"]
+    for f in fields(Config):
+        demo = show(PRESETS["demo"][f.name]) if f.name in PRESETS["demo"] else ""
+        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | "
+                    f"{f.metadata['help']}{choices} |")
+    return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------------------------
+# 2 runtime and log: ranks, device, collectives (no-ops on one rank), attention, RunLog
+# ------------------------------------------------------------------------------------------
+
+
+class RunLog:
+    """logs/<run_id>.txt for people and .jsonl for programs; silent on ranks above 0."""
+
+    def __init__(self, run_id: str, rank: int) -> None:
+        self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}"
+        self.text = self.events = None
+        if rank == 0:
+            Path("logs").mkdir(exist_ok=True)
+            self.text = open(f"logs/{self.run_id}.txt", "w", encoding="utf-8")
+            self.events = open(f"logs/{self.run_id}.jsonl", "w", encoding="utf-8")
+
+    def line(self, text: str, console: bool = True) -> None:
+        """Text to the log, and to the console."""
+        if self.text:
+            print(text, file=self.text, flush=True)
+            if console:
+                print(text, flush=True)
+
+    def event(self, kind: str, template: str = "", **values: Any) -> None:
+        """One JSON object of `kind` with `values`, and the line that `template` makes of them."""
+        if self.events:
+            print(json.dumps({"event": kind} | values), file=self.events, flush=True)
+        if template:
+            self.line(template.format(**values))
+
+    def close(self) -> None:
+        """Close both files."""
+        for stream in filter(None, (self.text, self.events)):
+            stream.close()
+        self.text = self.events = None
+
+
+class HostEvent:
+    """The interface of torch.cuda.Event on a machine without one: the monotonic clock."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        return None
+
+    def elapsed_time(self, later: HostEvent) -> float:
+        return 1e3 * (later.seconds - self.seconds)
+
+
+class Runtime:
+    """This process among its peers: rank, device, compute dtype, collectives, log."""
+
+    def __init__(self, config: Config) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cpu")
+        if self.cuda:
+            local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            require(local < gpus, f"LOCAL_RANK={local} but this machine has {gpus} GPUs; start "
+                    f"torchrun with --nproc_per_node={gpus}")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.compiles = self.cuda and not config.torch_compile_disable
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.cuda else "gloo")
+        self.attention, self.attention_name = select_attention(self.device, config)
+        self.log = RunLog(config.run_id, self.rank)
+
+    def close(self) -> None:
+        """Leave the process group and close the log."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.log.close()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum of `tensor` over ranks, on the device it came from."""
+        if self.world == 1:
+            return tensor
+        shared = tensor.to(self.device)
+        dist.all_reduce(shared)
+        return shared.to(tensor.device)
+
+    def on_first_rank(self, work: Callable[[], Any]) -> Any:
+        """Result of `work` on rank 0, given to every rank; its RunError stops every rank."""
+        outcome = [None, ""]
+        if self.rank == 0:
+            try:
+                outcome[0] = work()
+            except RunError as error:
+                outcome[1] = str(error)
+        if self.world > 1:
+            dist.broadcast_object_list(outcome)
+        require(not outcome[1], outcome[1])
+        return outcome[0]
+
+    def share_of(self, count: int) -> slice:
+        """This rank's contiguous share of `count` items; shares differ by one at most."""
+        return slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)
+
+    def event(self) -> Any:
+        """A timing event of the device, recorded now."""
+        event = torch.cuda.Event(enable_timing=True) if self.cuda else HostEvent()
+        event.record()
+        return event
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def compile(self, module: nn.Module) -> Callable:
+        """`module`, on CUDA as one graph for each shape and phase."""
+        return torch.compile(module, fullgraph=True, dynamic=False) if self.compiles else module
+
+    def peak_memory_mib(self) -> tuple[int, int]:
+        """MiB allocated and reserved at most: of the GPU, or resident of this process."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated() >> 20, torch.cuda.max_memory_reserved() >> 20
+        import resource  # Unix only
+
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal grouped-query attention; q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = q.size(1) != k.size(1)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by FlashAttention-3; raises ImportError where it is not installed."""
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
+    """The fastest attention that works at this model's head shape, and its name with the reason."""
+    if device.type != "cuda":
+        return sdpa, "sdpa (no CUDA)"
+    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp")
+                for name in ("cudnn", "flash", "mem_efficient", "math")}
+    reasons = []
+    for name in ("flash_attention_3", *switches):
+        attend = flash_attention_3 if name == "flash_attention_3" else sdpa
+        for other, enable in switches.items():
+            enable(other == name)
+        try:
+            q, k, v = (torch.ones(1, 256, n, c.head_dim, device=device, dtype=torch.bfloat16,
+                                  requires_grad=True)
+                       for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+            attend(q, k, v).sum().backward()
+            torch.cuda.synchronize()
+            return attend, f"{name} ({'; '.join(reasons) or 'installed'})"
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(f"{name}: {str(error).splitlines()[0][:80]}")
+    raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
+
+
+# ------------------------------------------------------------------------------------------
+# 3 data: memory-mapped shards; what step `s` reads depends on (seed, s) only
+# ------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256 * 4
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """The uint16 ids of a shard, memory-mapped; raises RunError naming the file."""
+    size, again = path.stat().st_size, "fetch or re-tokenize this shard again"
+    require(size >= SHARD_HEADER, f"{path}: {size} bytes, shorter than a shard's header; {again}")
+    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
+    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION),
+            f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version "
+            f"{SHARD_VERSION}; not a token shard, or {again}")
+    require(size == SHARD_HEADER + 2 * count,
+            f"{path}: {size} bytes, but its header promises {count} tokens, which take "
+            f"{SHARD_HEADER + 2 * count}; {again}")
+    require(count > 0, f"{path}: holds no tokens; remove it, or {again}")
+    return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,))
+
+
+def find_shards(config: Config, split: str) -> list[Path]:
+    """Sorted paths of a split's shards; none is an error."""
+    pattern = f"fineweb_{split}_*.bin"
+    paths = sorted(Path(config.data_path).glob(pattern))
+    require(paths, f"no shards match {Path(config.data_path) / pattern}; set DATA_PATH to a folder "
+            "that retokenize_scylla.py has written (PRESET=demo makes its own)")
+    return paths
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
+    """Raise RunError naming the file if an id is not of the vocabulary."""
+    require(int(ids.max()) < vocab_size,
+            f"{path}: id {int(ids.max())} is not under VOCAB_SIZE={vocab_size}; the shard belongs "
+            "to another tokenizer: set DATA_PATH and TOKENIZER_PATH to a matching pair")
+
+
+class Loader:
+    """Batches of training sequences, a pure function of (seed, step).
+
+    An epoch is a random permutation of all sequence blocks of all shards, each shard cut at a
+    random phase; no block comes twice in an epoch. Ranks take contiguous slices of one global
+    batch, so any number of ranks sees the same tokens. The next batch is read on a thread.
+    """
+
+    def __init__(self, paths: list[Path], c: Config, runtime: Runtime, vocab_size: int) -> None:
+        self.paths, self.shards = paths, [open_shard(path) for path in paths]
+        self.seq_len, self.seed, self.vocab_size = c.train_seq_len, c.seed, vocab_size
+        self.batch_seqs = c.train_batch_tokens // c.train_seq_len
+        require(self.batch_seqs % runtime.world == 0,
+                f"WORLD_SIZE={runtime.world} does not divide the {self.batch_seqs} sequences of a "
+                f"step; make TRAIN_BATCH_TOKENS a multiple of {runtime.world * self.seq_len}")
+        self.device, self.pin = runtime.device, runtime.cuda
+        self.slice = runtime.share_of(self.batch_seqs)
+        blocks = np.array([(len(shard) - 1) // self.seq_len for shard in self.shards])
+        self.blocks = np.where(blocks > 1, blocks - 1, blocks)  # leaves room for the phase
+        self.ends = np.cumsum(self.blocks)
+        require(self.ends[-1] > 0, f"{paths[0]} and its siblings hold no sequence of "
+                f"{self.seq_len + 1} tokens; lower TRAIN_SEQ_LEN or add shards")
+        self.epoch = functools.lru_cache(maxsize=2)(self.shuffle)
+        self.pool = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future] = (-1, Future())
+
+    def shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order of the blocks and phase of each shard in an epoch."""
+        random = np.random.default_rng((self.seed, epoch))
+        room = np.array([len(shard) - 1 for shard in self.shards]) - self.blocks * self.seq_len
+        return random.permutation(self.ends[-1]), random.integers(0, room + 1)
+
+    def sequence(self, index: int) -> np.ndarray:
+        """The `seq_len + 1` ids of the index-th sequence of the run."""
+        epoch, place = divmod(index, int(self.ends[-1]))
+        order, phases = self.epoch(epoch)
+        shard = int(np.searchsorted(self.ends, order[place], side="right"))
+        block = int(order[place] - self.ends[shard] + self.blocks[shard])
+        start = int(phases[shard]) + block * self.seq_len
+        ids = self.shards[shard][start : start + self.seq_len + 1]
+        check_ids(ids, self.vocab_size, self.paths[shard])
+        return ids
+
+    def read(self, step: int) -> Tensor:
+        """This rank's sequences of a step on the host, int64 (sequences, seq_len + 1)."""
+        first = step * self.batch_seqs
+        wanted = range(first + self.slice.start, first + self.slice.stop)
+        block = torch.from_numpy(np.stack([self.sequence(i) for i in wanted]).astype(np.int64))
+        return block.pin_memory() if self.pin else block
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step on the device, each (sequences, seq_len)."""
+        block = self.ahead[1].result() if self.ahead[0] == step else self.read(step)
+        self.ahead = (step + 1, self.pool.submit(self.read, step + 1))
+        block = block.to(self.device, non_blocking=True)
+        return block[:, :-1], block[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------
+# 4 byte accounting: the only denominator in the file
+# ------------------------------------------------------------------------------------------
+
+
+class ByteTable(NamedTuple):
+    """Source bytes of each id: base, and one for a leading space unless after a boundary."""
+
+    base_bytes: np.ndarray  # int64 (V,)
+    has_leading_space: np.ndarray  # bool (V,)
+    is_boundary: np.ndarray  # bool (V,): ids that begin a document or stand for no text
+    path: Path
+
+    def count(self, previous: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Bytes of each of `ids` after `previous`, int64, same shape."""
+        return self.base_bytes[ids] + (self.has_leading_space[ids] & ~self.is_boundary[previous])
+
+
+def table_from_meta(path: Path) -> ByteTable:
+    """Byte table from a `.meta.npz`; raises RunError for what is missing or inconsistent."""
+    names = ("base_bytes", "has_leading_space", "is_boundary_token", "vocab_size")
+    try:
+        with np.load(path, allow_pickle=False) as meta:
+            base, space, boundary, vocab_size = (meta[name] for name in names)
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: {error}; write it with retokenize_scylla.py") from error
+    require({len(base), len(space), len(boundary)} == {int(vocab_size)},
+            f"{path}: arrays of {len(base)} ids, but vocab_size is {int(vocab_size)}")
+    return ByteTable(base.astype(np.int64), space.astype(bool), boundary.astype(bool), path)
+
+
+def table_from_sentencepiece(path: Path) -> ByteTable:
+    """Byte table of a SentencePiece model: byte pieces 1, control pieces 0 and boundary."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise RunError(f"{path} needs sentencepiece: pip install sentencepiece") from error
+    model = SentencePieceProcessor(model_file=str(path))
+    require(model.piece_to_id("\u2581") != model.unk_id(),
+            f"{path}: has no piece for a lone U+2581 (space), so its bytes would be miscounted by "
+            "up to 20 %; train the model with byte_fallback and U+2581 in its alphabet")
+    size = model.vocab_size()
+    base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
+    for i in range(size):
+        if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            boundary[i] = True
+        elif model.is_byte(i):
+            base[i] = 1
+        else:
+            text = model.id_to_piece(i)
+            space[i] = text.startswith("\u2581")
+            base[i] = len(text.replace("\u2581", " ").encode("utf-8")) - space[i]
+    return ByteTable(base, space, boundary, path)
+
+
+def load_byte_table(config: Config) -> ByteTable:
+    """The run's byte table: of the tokenizer named by the settings, or the one in DATA_PATH."""
+    if config.tokenizer_meta_path:
+        found = [Path(config.tokenizer_meta_path)]
+    elif config.tokenizer_path:
+        path = Path(config.tokenizer_path)
+        given = path.name.endswith((".model", ".meta.npz"))
+        found = [path if given else path.with_suffix(".meta.npz")]
+    else:
+        folder = Path(config.data_path)
+        found = sorted([*folder.glob("*.meta.npz"), *folder.glob("*.model")])
+    require(len(found) == 1 and found[0].exists(),
+            f"no single tokenizer: {', '.join(map(str, found)) or 'none in ' + config.data_path}; "
+            "set TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
+    kind = table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta
+    table = kind(found[0])
+    require(config.vocab_size in (0, len(table.base_bytes)), f"VOCAB_SIZE={config.vocab_size} but "
+            f"{found[0]} has {len(table.base_bytes)} ids; leave VOCAB_SIZE unset")
+    return table
+
+
+class Validation(NamedTuple):
+    """The validation stream with the bytes of every scored token."""
+
+    ids: np.ndarray  # uint16 (N,)
+    bytes: np.ndarray  # int16 (N - 1,): source bytes of ids[1:]
+    audit: str  # exact, partial or unverified
+    vocab_sha256: str  # of the vocabulary (manifest), else of the tokenizer's file
+
+
+def load_validation(config: Config, table: ByteTable) -> Validation:
+    """All validation ids with their audited bytes; raises RunError if the bytes are wrong."""
+    paths = find_shards(config, "val")
+    parts = [np.asarray(open_shard(path)) for path in paths]
+    for part, path in zip(parts, paths, strict=True):
+        check_ids(part, len(table.base_bytes), path)
+    ids = np.concatenate(parts)
+    require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
+    pieces = [slice(i, i + (1 << 22)) for i in range(0, len(ids) - 1, 1 << 22)]  # bounds memory
+    scored = np.concatenate([table.count(ids[:-1][p], ids[1:][p]).astype(np.int16) for p in pieces])
+    manifest = read_manifest(config)
+    total = int(table.base_bytes[ids[0]]) + int(scored.sum(dtype=np.int64))
+    audit = audit_bytes(manifest, paths, total)
+    if 0 < config.val_tokens_limit < len(ids):
+        ids, scored = ids[: config.val_tokens_limit], scored[: config.val_tokens_limit - 1]
+        audit = "partial" if audit == "exact" else audit
+    sha256 = manifest.get("tokenizer", {}).get("sha256")
+    sha256 = sha256 or sha256_file(config.tokenizer_path or table.path)
+    return Validation(ids, scored, audit, sha256)
+
+
+def read_manifest(config: Config) -> dict[str, Any]:
+    """manifest.json beside the shards, or an empty dict."""
+    path = Path(config.data_path) / "manifest.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise RunError(f"{path}: not JSON ({error}); re-tokenize the data") from error
+
+
+def audit_bytes(manifest: dict[str, Any], paths: list[Path], counted: int) -> str:
+    """'exact' if the manifest proves the `counted` bytes, 'unverified' if it cannot.
+
+    Raises RunError if a byte-exact tokenizer's source bytes differ from the count.
+    """
+    entries = [manifest.get("shards", {}).get(path.name) for path in paths]
+    if not all(entries) or not manifest.get("tokenizer", {}).get("byte_exact"):
+        return "unverified"
+    source = sum(entry["source_bytes"] for entry in entries)
+    bad = sum(entry.get("bad_documents", 0) for entry in entries)
+    require(source == counted and not bad,
+            f"byte audit failed: the byte table counts {counted} bytes, manifest.json {source} "
+            f"with {bad} bad documents, and BPB would be {source / max(counted, 1) - 1:+.3%} off; "
+            "re-tokenize the data, or set TOKENIZER_PATH to the tokenizer it was made with")
+    return "exact"
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------
+# 5 model
+# ------------------------------------------------------------------------------------------
+
+RMS_EPS = torch.finfo(torch.float32).eps
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm without weights over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+
+
+def fake_quantize(weight: Tensor, bits: int) -> Tensor:
+    """`weight` on its export grid, with the gradient of the identity; bits 0: as it is."""
+    if not bits:
+        return weight
+    scales = row_scales(weight.detach(), bits)
+    return weight + (round_to_grid(weight.detach(), scales, bits) * scales - weight).detach()
+
+
+class Linear(nn.Linear):
+    """Linear without bias: fp32 master weight, computed in the input's dtype."""
+
+    qat_bits = 0  # set by GPT.set_phase
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, fake_quantize(self.weight, self.qat_bits).to(x.dtype))
+
+
+class Table(nn.Embedding):
+    """Embedding table: fp32 master weight, looked up in `dtype`."""
+
+    qat_bits = 0  # set by GPT.set_phase
+
+    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__(rows, width)
+        self.dtype = dtype
+
+    def values(self) -> Tensor:
+        """The weight that this phase computes with."""
+        return fake_quantize(self.weight, self.qat_bits).to(self.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.values())
+
+
+def vector(*shape: int, value: float = 1.0) -> nn.Parameter:
+    """A learned vector or scalar, filled with `value`."""
+    return nn.Parameter(torch.full(shape, value))
+
+
+class BigramHash(nn.Module):
+    """Embedding of the hashed pair (previous id, id); the last row where there is no pair."""
+
+    def __init__(self, c: Config, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table = Table(c.bigram_vocab_size, c.bigram_dim, dtype)
+        self.proj = Linear(c.bigram_dim, c.model_dim)
+        self.scale = vector(1, value=0.05)
+
+    def rows(self, ids: Tensor, starts: Tensor) -> Tensor:
+        """Row of each position; `starts` (B, T) marks positions without a previous id."""
+        rows, ids = self.table.num_embeddings, ids.to(torch.int32)
+        hashed = (36313 * ids) ^ (27191 * ids.roll(1, dims=1))
+        return torch.where(starts, rows - 1, hashed.remainder(rows - 1))
+
+    def forward(self, ids: Tensor, starts: Tensor) -> Tensor:
+        out = self.proj(self.table(self.rows(ids, starts)))
+        return self.scale.to(out.dtype) * out
+
+
+class SmearGate(nn.Module):
+    """x <- (1 - g) x + g x_prev per dimension, except where a document starts."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.gate = vector(c.model_dim, value=0.0)
+
+    def forward(self, x: Tensor, starts: Tensor) -> Tensor:
+        g = torch.sigmoid(self.gate).to(x.dtype) * (~starts).unsqueeze(-1)
+        return torch.lerp(x, x.roll(1, dims=1), g)
+
+
+class ValueEmbedding(nn.Module):
+    """One table of value embeddings shared by VE_LAYERS, with a scalar for each layer."""
+
+    def __init__(self, c: Config, vocab_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.table = Table(vocab_size, c.ve_dim, dtype)
+        self.proj = Linear(c.ve_dim, c.kv_dim)
+        self.scale = vector(1, value=0.1)
+        self.layer_scale = vector(len(c.ve_layers))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (layers, B, T, G * K)."""
+        out = self.proj(self.table(ids))
+        scales = (self.scale * self.layer_scale).to(out.dtype)
+        return scales.view(-1, 1, 1, 1) * out
+
+
+class Attention(nn.Module):
+    """Causal GQA: RMS-normalised q and k, partial RoPE, query gain, optional XSA."""
+
+    def __init__(self, c: Config, layer: int, attend: Callable) -> None:
+        super().__init__()
+        self.attend, self.head_dim = attend, c.head_dim
+        self.exclusive = layer >= c.num_layers - c.xsa_last_n
+        self.q = Linear(c.model_dim, c.model_dim)
+        self.k = Linear(c.model_dim, c.kv_dim)
+        self.v = Linear(c.model_dim, c.kv_dim)
+        self.out = Linear(c.model_dim, c.model_dim)
+        self.q_gain = vector(c.num_heads, value=c.qk_gain_init)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if value is not None:
+            v = v + value
+        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, K)
+        q = rotate(norm(q), rope) * self.q_gain.to(q.dtype).view(-1, 1)
+        k = rotate(norm(k), rope)
+        y = self.attend(q, k, v)
+        if self.exclusive:
+            y = exclude_own_value(y, v)
+        return self.out(y.reshape(B, T, -1))
+
+
+def rope_tables(length: int, c: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each (length, 1, ROPE_DIMS / 2), fp32."""
+    frequencies = c.rope_base ** (-torch.arange(0, c.rope_dims, 2) / c.rope_dims)
+    angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate-half RoPE on the first dimensions of each head; x (B, T, heads, K)."""
+    cos, sin = rope
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value."""
+    B, T, H, K = y.shape
+    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
+    y = y.view(B, T, v.size(2), -1, K)
+    y = y - (y * direction).sum(-1, keepdim=True) * direction
+    return y.view(B, T, H, K)
+
+
+class MLP(nn.Module):
+    """up -> LeakyReLU(slope)^2 -> down."""
+
+    def __init__(self, c: Config) -> None:
+        super().__init__()
+        self.slope = c.activation_neg_slope
+        self.up = Linear(c.model_dim, c.hidden_dim)
+        self.down = Linear(c.hidden_dim, c.model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP on one residual stream in turn, or on two lanes at once."""
+
+    def __init__(self, c: Config, layer: int, attend: Callable) -> None:
+        super().__init__()
+        self.attn = Attention(c, layer, attend)
+        self.mlp = MLP(c)
+        self.norm_scale = 1 / math.sqrt(layer + 1) if c.ln_scale else 1.0
+        self.attn_scale = vector(c.model_dim)
+        self.mlp_scale = vector(c.model_dim)
+        self.resid_mix = initial_mix(c)
+        if layer >= c.parallel_start_layer:
+            self.resid_mix_mlp = initial_mix(c)
+            self.route = vector(4)
+
+    def attention(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+        """Scaled attention of the normalised input."""
+        return self.attn_scale.to(x.dtype) * self.attn(norm(x) * self.norm_scale, rope, value)
+
+    def feed_forward(self, x: Tensor, mlp: MLP) -> Tensor:
+        """Scaled MLP of the normalised input; `mlp` is this layer's or a repeat's."""
+        return self.mlp_scale.to(x.dtype) * mlp(norm(x) * self.norm_scale)
+
+    def forward(self, lanes: tuple[Tensor, ...], x0: Tensor, mlp: MLP, *context: Any) -> tuple:
+        """One or two lanes (B, T, D) -> as many; `context` is attention's rope and value."""
+        if len(lanes) == 1:
+            x = mix(lanes[0], x0, self.resid_mix)
+            x = x + self.attention(x, *context)
+            return (x + self.feed_forward(x, mlp),)
+        lane_a, lane_m = lanes
+        a = self.attention(mix(lane_a, x0, self.resid_mix), *context)
+        m = self.feed_forward(mix(lane_m, x0, self.resid_mix_mlp), mlp)
+        r = self.route.to(a.dtype)
+        return lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m
+
+
+def initial_mix(c: Config) -> nn.Parameter:
+    """Weights (2, D) of x and x0 in a sublayer's input: ones and zeros."""
+    return nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
+
+
+def mix(x: Tensor, x0: Tensor, weights: Tensor) -> Tensor:
+    """weights[0] * x + weights[1] * x0."""
+    weights = weights.to(x.dtype)
+    return weights[0] * x + weights[1] * x0
+
+
+class Phase(NamedTuple):
+    """What the forward pass includes; each phase is one compiled graph."""
+
+    recur: bool = False
+    qat: bool = False
+
+
+class LayerPass(NamedTuple):
+    """One run of a layer: which one, with whose MLP, and what happens to lanes and skips."""
+
+    layer: int
+    repeat: int | None  # place among the recurrent layers on the second pass, else None
+    lanes: bool
+    store: bool  # keep the output for a skip
+    skip: int | None  # index of the skip weight that adds the last stored output
+
+
+def layer_plan(c: Config, recur: bool) -> list[LayerPass]:
+    """The layers in the order in which they run; second passes neither store nor add skips."""
+    half = c.num_layers // 2
+    plan = []
+    for i in range(c.num_layers):
+        lanes = i >= c.parallel_start_layer
+        skip = i - half if half <= i < 2 * half else None
+        plan.append(LayerPass(i, None, lanes, i < half, skip))
+        if recur and c.recur_layers and i == max(c.recur_layers):
+            plan += [LayerPass(j, n, lanes, False, None) for n, j in enumerate(c.recur_layers)]
+    return plan
+
+
+class GPT(nn.Module):
+    """The model of a run; `forward` gives nats for each target.
+
+    Initialisation:
+        embed.weight                      N(0, TIED_EMBED_INIT_STD)    head.weight      zero
+        bigram.table, bigram.proj         zero          bigram.scale   0.05
+        value.table  N(0, 0.01)           value.proj zero   value.scale 0.1   layer_scale 1
+        q, k, v, up                       orthogonal    out, down      zero
+        attn_scale, mlp_scale, route, skip_weights      1
+        resid_mix, resid_mix_mlp          (1, 0)        lane_merge     0.5
+        q_gain       QK_GAIN_INIT         smear.gate    0
+    """
+
+    def __init__(self, c: Config, is_boundary: np.ndarray, runtime: Runtime) -> None:
+        super().__init__()
+        self.config, self.vocab_size = c, len(is_boundary)
+        self.embed = Table(self.vocab_size, c.model_dim, runtime.dtype)
+        self.head = None if c.tie_embeddings else Linear(c.model_dim, self.vocab_size)
+        self.bigram = BigramHash(c, runtime.dtype) if c.bigram_vocab_size else None
+        self.smear = SmearGate(c) if c.smear_enabled else None
+        self.value = ValueEmbedding(c, self.vocab_size, runtime.dtype) if c.ve_enabled else None
+        self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
+        repeats = len(c.recur_layers) if c.recur_untie_mlp else 0
+        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in range(repeats))
+        self.skip_weights = vector(c.num_layers // 2, c.model_dim)
+        if c.parallel_start_layer < c.num_layers:
+            self.lane_merge = vector(1, value=0.5)
+        self.plans = {recur: layer_plan(c, recur) for recur in (False, True)}
+        self.recur = False
+        cos, sin = rope_tables(max(c.train_seq_len, c.eval_seq_len), c)
+        self.register_buffer("cos", cos.to(runtime.dtype), persistent=False)
+        self.register_buffer("sin", sin.to(runtime.dtype), persistent=False)
+        boundary = torch.from_numpy(np.ascontiguousarray(is_boundary))
+        self.register_buffer("is_boundary", boundary, persistent=False)
+        self.init_weights()
+        self.to(runtime.device)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill every matrix as the class docstring says; vectors are filled where they are made."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("q.weight", "k.weight", "v.weight", "up.weight")):
+                nn.init.orthogonal_(parameter)
+            elif name.endswith(".weight"):
+                parameter.zero_()
+        nn.init.normal_(self.embed.weight, std=self.config.tied_embed_init_std)
+        if self.value is not None:
+            nn.init.normal_(self.value.table.weight, std=0.01)
+
+    def set_phase(self, phase: Phase) -> None:
+        """Switch recurrence and fake quantization for the following calls."""
+        self.recur = phase.recur
+        for name, module in self.named_modules():
+            if isinstance(module, (Linear, Table)):
+                bits = param_spec(f"{name}.weight", self.config).bits
+                module.qat_bits = bits if phase.qat and bits <= 8 else 0
+
+    @torch.no_grad()
+    def repeats(self) -> list[tuple[Tensor, Tensor]]:
+        """(base weight, repeat's weight) for each weight of the repeats' MLPs."""
+        bases = (self.blocks[layer].mlp for layer in self.config.recur_layers)
+        return [
+            pair
+            for base, repeat in zip(bases, self.repeat_mlps, strict=False)
+            for pair in zip(base.parameters(), repeat.parameters(), strict=True)
+        ]
+
+    def embed_tokens(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D): embedding and bigram, normalised, smeared within documents."""
+        starts = self.is_boundary[ids].index_fill(1, ids.new_zeros(1), True)
+        x = self.embed(ids)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, starts)
+        x = norm(x)
+        return x if self.smear is None else self.smear(x, starts)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D): the normalised state that the head reads."""
+        T = ids.size(1)
+        rope = self.cos[:T], self.sin[:T]
+        x0 = self.embed_tokens(ids)
+        values = None if self.value is None else self.value(ids)
+        lanes, stored = (x0,), []
+        for run in self.plans[self.recur]:
+            block = self.blocks[run.layer]
+            own = run.repeat is not None and self.config.recur_untie_mlp
+            mlp = self.repeat_mlps[run.repeat] if own else block.mlp
+            if run.skip is not None:
+                skip = self.skip_weights[run.skip].to(x0.dtype) * stored.pop()
+                lanes = tuple(lane + skip for lane in lanes)
+            if run.lanes and len(lanes) == 1:
+                lanes = lanes * 2
+            value = None
+            if values is not None and run.layer in self.config.ve_layers:
+                value = values[self.config.ve_layers.index(run.layer)]
+            lanes = block(lanes, x0, mlp, rope, value)
+            if run.store:
+                stored.append(lanes[0])
+        if len(lanes) == 2:
+            lanes = (torch.lerp(lanes[1], lanes[0], self.lane_merge.to(x0.dtype)),)
+        return norm(lanes[0])
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V), fp32, softcapped."""
+        h = self.hidden(ids)
+        z = F.linear(h, self.embed.values()) if self.head is None else self.head(h)
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(z.float() / cap)
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Nats of each target given the ids up to its position; all (B, T), result fp32."""
+        logits = self.logits(ids).flatten(0, 1)
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+
+
+class ParamSpec(NamedTuple):
+    """How a parameter is trained and stored; bits <= 8: codes, 16: fp16, 32: fp32."""
+
+    kind: str
+    optimizer: str
+    decay: bool
+    bits: int
+
+
+# The one table of all parameters, first match wins: pattern, kind, optimizer, decay, bits.
+PARAM_TABLE = (
+    (r"(embed|bigram\.table|value\.table)\.weight", ParamSpec("embed", "embed", True, 8)),
+    (r"head\.weight", ParamSpec("embed", "head", True, 8)),
+    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", ParamSpec("attn", "muon", True, 6)),
+    (r"repeat_mlps\.\d+\.(up|down)\.weight", ParamSpec("repeat", "muon", True, 6)),
+    (r"blocks\.(?P<layer>\d+)\.mlp\.(up|down)\.weight", ParamSpec("mlp", "muon", True, 5)),
+    (r"(bigram|value)\.proj\.weight", ParamSpec("projection", "scalar", True, 16)),
+    (r".*(scale|mix|mix_mlp|gain|gate|route|merge|skip_weights)",
+     ParamSpec("vector", "scalar", False, 32)),
+)  # fmt: skip
+
+
+@functools.cache
+def param_spec(name: str, config: Config) -> ParamSpec:
+    """The table's row for a parameter, INT6 layers and CLASS_BITS applied."""
+    for pattern, spec in PARAM_TABLE:
+        match = re.fullmatch(pattern, name)
+        if not match:
+            continue
+        edge = config.n_int6_layers // 2
+        if spec.kind == "mlp" and not edge <= int(match["layer"]) < config.num_layers - edge:
+            spec = spec._replace(bits=6)
+        return spec._replace(bits=parse_class_bits(config.class_bits).get(spec.kind, spec.bits))
+    raise AssertionError(f"parameter {name} is in no row of PARAM_TABLE")
+
+
+# ------------------------------------------------------------------------------------------
+# 6 optimization: pure schedules, Newton-Schulz, Muon and AdamW, averages of the weights
+# ------------------------------------------------------------------------------------------
+
+
+def lr_scale(step: float, elapsed_ms: float, step_ms: float, c: Config) -> float:
+    """Learning rate over its peak: 1, then linear to MIN_LR over WARMDOWN_ITERS steps.
+
+    The steps left are what ITERATIONS leaves and what the clock leaves at `step_ms` a step.
+    """
+    left = c.iterations - step
+    if c.max_wallclock_seconds and step_ms > 0:
+        left = min(left, (1e3 * c.max_wallclock_seconds - CLOCK_RESERVE_MS - elapsed_ms) / step_ms)
+    share = min(1.0, max(0.0, left / c.warmdown_iters)) if c.warmdown_iters else 1.0
+    return c.min_lr + (1 - c.min_lr) * share
+
+
+def muon_momentum(step: int, c: Config) -> float:
+    """Momentum at a step: linear from MUON_MOMENTUM_WARMUP_START to MUON_MOMENTUM."""
+    share = min(1.0, step / c.muon_momentum_warmup_steps) if c.muon_momentum_warmup_steps else 1.0
+    return (1 - share) * c.muon_momentum_warmup_start + share * c.muon_momentum
+
+
+def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
+    """Whether recurrence runs at a step; RECUR_START_STEP < 1 is a share of steps or time."""
+    if not c.recur_layers:
+        return False
+    if c.recur_start_step >= 1:
+        return step >= c.recur_start_step
+    share = step / c.iterations
+    if c.max_wallclock_seconds:
+        share = max(share, elapsed_ms / (1e3 * c.max_wallclock_seconds))
+    return share >= c.recur_start_step
+
+
+def newton_schulz(g: Tensor, steps: int) -> Tensor:
+    """Nearly orthogonal matrices with the singular vectors of g (..., rows, cols); Muon."""
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+class Muon:
+    """Momentum, orthogonalised, for matrices; same shapes are stacked and treated at once.
+
+    A group without gradients (repeats before recurrence starts) is neither moved nor decayed.
+    """
+
+    def __init__(self, groups: list[list[nn.Parameter]], c: Config, dtype: torch.dtype) -> None:
+        self.config, self.dtype = c, dtype
+        self.stacks = []
+        self.momentum: dict[nn.Parameter, Tensor] = {}  # views into the stacks
+        for group in groups:
+            for shape in dict.fromkeys(p.shape for p in group):
+                same = [p for p in group if p.shape == shape]
+                buffer = torch.zeros(len(same), *shape, device=same[0].device)
+                self.stacks.append((same, buffer))
+                self.momentum |= zip(same, buffer, strict=True)
+
+    @torch.no_grad()
+    def step(self, scale: float, momentum: float) -> None:
+        """One update at `scale` times MATRIX_LR."""
+        lr = scale * self.config.matrix_lr
+        for params, buffer in self.stacks:
+            if params[0].grad is None:
+                continue
+            grads = torch.stack([p.grad for p in params])
+            buffer.mul_(momentum).add_(grads)
+            update = self.orthogonalize(grads.add_(buffer, alpha=momentum))
+            torch._foreach_mul_(params, 1 - lr * self.config.muon_wd)
+            torch._foreach_add_(params, list(update), alpha=-lr)
+
+    def orthogonalize(self, update: Tensor) -> Tensor:
+        """(n, rows, cols) -> the same, each with singular values near sqrt(max(1, rows / cols))."""
+        update = update.to(self.dtype)
+        if self.config.muon_row_norm:
+            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        update = newton_schulz(update, self.config.muon_backend_steps).float()
+        return update * math.sqrt(max(1.0, update.size(-2) / update.size(-1)))
+
+
+class Optimizer:
+    """Muon and AdamW over all parameters, dealt out by PARAM_TABLE, each to exactly one group."""
+
+    def __init__(self, model: GPT, c: Config, runtime: Runtime) -> None:
+        roles: dict[tuple[str, str, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            spec = param_spec(name, c)
+            kind = spec.kind if spec.optimizer == "muon" else ""
+            roles.setdefault((spec.optimizer, kind, spec.decay), []).append(parameter)
+        muon = [params for (role, _, _), params in roles.items() if role == "muon"]
+        self.muon = Muon(muon, c, runtime.dtype)
+        table_lr = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
+        rates = {"embed": table_lr, "head": c.head_lr, "scalar": c.scalar_lr}
+        groups = [dict(params=params, lr=rates[role], weight_decay=c.adam_wd if decay else 0.0)
+                  for (role, _, decay), params in roles.items() if role != "muon"]
+        self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps,
+                                      fused=runtime.cuda)
+        self.peaks = [group["lr"] for group in self.adam.param_groups]
+
+    def step(self, scale: float, momentum: float) -> None:
+        """One update of every parameter with a gradient, at `scale` times the peak rates."""
+        for group, peak in zip(self.adam.param_groups, self.peaks, strict=True):
+            group["lr"] = scale * peak
+        self.adam.step()
+        self.muon.step(scale, momentum)
+
+
+class Average:
+    """EMA of all weights with warmed-up decay, and the mean of snapshots (SWA)."""
+
+    def __init__(self, model: GPT, c: Config) -> None:
+        self.config = c
+        self.params = list(model.parameters())
+        self.ema = [p.detach().clone() for p in self.params] if c.ema_decay else []
+        self.swa = [torch.zeros_like(p) for p in self.params] if c.swa_enabled else []
+        self.snapshots = 0
+
+    @torch.no_grad()
+    def update(self, step: int, scale: float) -> None:
+        """Take in the weights after `step` (from 0), made at learning rate scale `scale`."""
+        c = self.config
+        if self.ema:
+            decay = min(c.ema_decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(self.ema, self.params, 1 - decay)
+        if self.swa and scale < 0.2 and (step + 1) % c.swa_every == 0:
+            self.snapshots += 1
+            torch._foreach_lerp_(self.swa, self.params, 1 / self.snapshots)
+
+    @torch.no_grad()
+    def store(self) -> str:
+        """Write the weights to export into the model; returns which: swa, ema or last."""
+        require(self.snapshots or not self.swa, "SWA_ENABLED=1 but no snapshot was taken at an lr "
+                f"scale under 0.2; lower SWA_EVERY={self.config.swa_every} or raise WARMDOWN_ITERS")
+        if self.swa or self.ema:
+            torch._foreach_copy_(self.params, self.swa or self.ema)
+        return "swa" if self.swa else "ema" if self.ema else "last"
+
+
+# ------------------------------------------------------------------------------------------
+# 7 quantization and artifact: weights -> integer codes -> one file -> weights
+# ------------------------------------------------------------------------------------------
+
+QUANTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of |row|, candidates for the largest code
+SMALLEST_SCALE = 2.0**-24  # of fp16; the scale of a row of zeros
+ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"PROTEUS\n", 1
+MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
+    "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
+    "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
+    "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
+).split()
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+
+
+class ArtifactError(RunError):
+    """An artifact file that cannot be trusted; the message says what does not fit."""
+
+
+def largest_code(bits: int) -> int:
+    """Codes are -n..n: 31 at INT6, 15 at INT5."""
+    return 2 ** (bits - 1) - 1
+
+
+def round_to_grid(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Integer codes, as floats, of a matrix (R, C) with row scales (R, 1)."""
+    return (weight / scales).round().clamp(-largest_code(bits), largest_code(bits))
+
+
+def row_quantiles(magnitudes: Tensor) -> Iterator[Tensor]:
+    """Each of QUANTILES of the rows (R, C), interpolated linearly -> (R, 1); no full sort."""
+    last = magnitudes.size(1) - 1
+    depth = min(last, int((1 - min(QUANTILES)) * last) + 1)
+    top = magnitudes.topk(depth + 1, dim=1).values
+    for q in QUANTILES:
+        place = (1 - q) * last
+        i = int(place)
+        yield torch.lerp(top[:, i], top[:, min(i + 1, depth)], place - i).unsqueeze(1)
+
+
+def row_scales(weight: Tensor, bits: int) -> Tensor:
+    """Row scales (R, 1), exact in fp16: of all QUANTILES the one with the least squared error."""
+    best, error = weight[:, :1], weight.new_full((weight.size(0), 1), math.inf)
+    for clip in row_quantiles(weight.abs()):
+        scales = (clip / largest_code(bits)).clamp_min(SMALLEST_SCALE).half().float()
+        squares = (round_to_grid(weight, scales, bits) * scales - weight).square().sum(1, True)
+        best = torch.where(squares < error, scales, best)
+        error = torch.minimum(squares, error)
+    return best
+
+
+class Stored(NamedTuple):
+    """A tensor as it is stored: integer codes with row scales, or plain values without."""
+
+    kind: str  # of PARAM_TABLE; tensors of one kind and bits share a stream
+    bits: int
+    values: np.ndarray  # int8 codes, float16 or float32, in the tensor's shape
+    scales: np.ndarray | None  # float16 (rows,)
+
+    def restore(self) -> Tensor:
+        """The weights that these values stand for, fp32."""
+        values = torch.from_numpy(self.values.astype(np.float32))
+        if self.scales is None:
+            return values
+        return values * torch.from_numpy(self.scales.astype(np.float32)).unsqueeze(1)
+
+
+def stream_parts(kind: str, bits: int, shape: list[int]) -> list[tuple[str, np.dtype, int]]:
+    """(stream, dtype, elements) of each array that a tensor is stored as."""
+    if bits > 8:
+        return [(f"{kind}.fp{bits}", np.dtype(f"<f{bits // 8}"), math.prod(shape))]
+    rows, columns = shape
+    codes = (f"{kind}.int{bits}", np.dtype("i1"), rows * columns)
+    return [codes, ("scales", np.dtype("<f2"), rows)]
+
+
+def quantize(state: Mapping[str, Tensor], config: Config) -> dict[str, Stored]:
+    """Every tensor of `state` as PARAM_TABLE stores it; raises RunError if one is not finite."""
+    stored = {}
+    for name, tensor in state.items():
+        require(torch.isfinite(tensor).all(), f"{name} is not finite; nothing was exported")
+        kind, bits = param_spec(name, config).kind, param_spec(name, config).bits
+        values, scales = tensor.float(), None
+        if bits <= 8:
+            rows = row_scales(values, bits)
+            values = round_to_grid(values, rows, bits).to(torch.int8)
+            scales = rows.squeeze(1).half().cpu().numpy()
+        elif bits == 16:
+            values = values.half()
+        stored[name] = Stored(kind, bits, values.cpu().numpy(), scales)
+    return stored
+
+
+def compress(raw: bytes, codec: str) -> bytes:
+    """`raw` under a codec; of zlib only the Huffman coder is used."""
+    if codec == "lzma":
+        return lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    if codec == "zlib":
+        huffman = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        return huffman.compress(raw) + huffman.flush()
+    zstd = zstandard_module()
+    require(zstd, "COMPRESSOR=zstd needs zstandard: pip install zstandard, or COMPRESSOR=auto")
+    return zstd.ZstdCompressor(level=22, write_content_size=False).compress(raw)
+
+
+def decompress(data: bytes, codec: str, size: int) -> bytes:
+    """Inverse of `compress`; raises ArtifactError unless exactly `size` bytes come out."""
+    raw = b""
+    try:
+        if codec == "lzma":
+            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, None, LZMA_FILTERS).decompress(data, size)
+        elif codec == "zlib":
+            raw = zlib.decompressobj(-15).decompress(data, size)
+        elif codec == "zstd":
+            zstd = zstandard_module()
+            require(zstd, "a stream is zstd: pip install zstandard to load it", ArtifactError)
+            raw = zstd.ZstdDecompressor().stream_reader(data).read(size)
+        else:
+            raise ArtifactError(f"unknown codec {codec!r}; known are {', '.join(CODECS)}")
+    except (lzma.LZMAError, zlib.error, getattr(zstandard_module(), "ZstdError", OSError)) as error:
+        raise ArtifactError(f"a {codec} stream is damaged: {error}") from error
+    require(len(raw) == size, f"a {codec} stream ends after {len(raw)} of {size} bytes",
+            ArtifactError)
+    return raw
+
+
+def zstandard_module() -> Any:
+    """The zstandard package, or None where it is not installed."""
+    try:
+        import zstandard
+    except ImportError:
+        return None
+    return zstandard
+
+
+def smallest(raw: bytes, compressor: str) -> tuple[str, bytes]:
+    """(codec, data) under COMPRESSOR; auto tries every codec that is installed."""
+    codecs = [codec for codec in CODECS if codec != "zstd" or zstandard_module()]
+    codecs = codecs if compressor == "auto" else [compressor]
+    return min(((codec, compress(raw, codec)) for codec in codecs), key=lambda pair: len(pair[1]))
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise RunError(f"cannot write {path}: {error.strerror}; make room or set another path, "
+                       "nothing was replaced") from error
+
+
+def entropy_bytes(values: np.ndarray) -> float:
+    """Order-0 entropy of an array's bytes, in bytes."""
+    counts = np.bincount(np.frombuffer(values.tobytes(), np.uint8))
+    counts = counts[counts > 0]
+    return float((counts * np.log2(counts.sum() / counts)).sum() / 8)
+
+
+class Stream(NamedTuple):
+    """One compressed stream of the artifact."""
+
+    name: str
+    codec: str
+    data: bytes
+    weights: int
+    raw_bytes: int
+    floor: float  # bytes: order-0 entropy of codes, tensor by tensor; raw size of the rest
+
+
+def pack_streams(stored: Mapping[str, Stored], compressor: str) -> list[Stream]:
+    """Values and scales of all tensors, stream by stream, in the tensors' order."""
+    members: dict[str, list[np.ndarray]] = {}
+    for tensor in stored.values():
+        parts = stream_parts(tensor.kind, tensor.bits, list(tensor.values.shape))
+        for (name, dtype, _), array in zip(parts, (tensor.values, tensor.scales), strict=False):
+            members.setdefault(name, []).append(array.astype(dtype).ravel())
+    streams = []
+    for name, arrays in members.items():
+        flat = np.concatenate(arrays)
+        # all first bytes, then all second bytes, ...: codecs see like with like
+        raw = flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
+        floor = sum(map(entropy_bytes, arrays)) if flat.itemsize == 1 else float(len(raw))
+        streams.append(Stream(name, *smallest(raw, compressor), flat.size, len(raw), floor))
+    return streams
+
+
+def write_artifact(path: Path, header: dict[str, Any], stored: Mapping[str, Stored],
+                   compressor: str) -> list[Stream]:
+    """Write the container; returns its streams.
+
+    Layout: magic, size and CRC-32 of the header (uint32), header (JSON under zlib), streams.
+    """
+    streams = pack_streams(stored, compressor)
+    header = header | {
+        "format": ARTIFACT_FORMAT,
+        "tensors": [[n, t.kind, t.bits, t.values.shape] for n, t in stored.items()],
+        "streams": [[s.name, s.codec, len(s.data), zlib.crc32(s.data)] for s in streams],
+    }
+    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    head = ARTIFACT_MAGIC + struct.pack("<II", len(packed), zlib.crc32(packed)) + packed
+    write_atomic(path, head + b"".join(s.data for s in streams))
+    return streams
+
+
+def read_artifact(path: str) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """(header, tensors) of an artifact; executes nothing; raises ArtifactError on any damage."""
+    try:
+        data = Path(path).read_bytes()
+        require(data.startswith(ARTIFACT_MAGIC), "not an artifact of this script", ArtifactError)
+        start = len(ARTIFACT_MAGIC) + 8
+        size, crc = struct.unpack("<II", data[start - 8 : start])
+        packed = data[start : start + size]
+        require(zlib.crc32(packed) == crc, "the header is damaged (CRC)", ArtifactError)
+        header = json.loads(zlib.decompressobj().decompress(packed, 1 << 24))
+        require(header["format"] == ARTIFACT_FORMAT, f"format {header['format']}, this script "
+                f"reads {ARTIFACT_FORMAT}", ArtifactError)
+        return header, unpack_tensors(header, data[start + size :])
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}; name an artifact that exists") from error
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error
+    except (struct.error, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ArtifactError(f"{path}: the header is not readable ({error!r})") from error
+
+
+def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, Stored]:
+    """Tensors from the streams; every size is checked against the header's shapes before use."""
+    layout: dict[str, tuple[np.dtype, int]] = {}
+    for name, kind, bits, shape in header["tensors"]:
+        good = bits in (*range(2, 9), 16, 32) and all(0 < n < 1 << 24 for n in shape)
+        require(good, f"{name}: {bits} bits, shape {shape}", ArtifactError)
+        for stream, dtype, count in stream_parts(kind, bits, shape):
+            layout[stream] = dtype, layout.get(stream, (dtype, 0))[1] + count
+    require([s[0] for s in header["streams"]] == list(layout)
+            and sum(s[2] for s in header["streams"]) == len(body),
+            f"{len(body)} bytes of streams are not what the header says; truncated?", ArtifactError)
+    pools, offset = {}, 0
+    for (stream, codec, size, crc), (dtype, count) in zip(
+            header["streams"], layout.values(), strict=True):
+        data, offset = body[offset : offset + size], offset + size
+        require(zlib.crc32(data) == crc, f"stream {stream} is damaged (CRC)", ArtifactError)
+        require(count < 1 << 30, f"stream {stream} claims {count} values", ArtifactError)
+        planes = np.frombuffer(decompress(data, codec, count * dtype.itemsize), np.uint8)
+        pools[stream] = np.frombuffer(planes.reshape(dtype.itemsize, -1).T.tobytes(), dtype)
+    stored = {}
+    for name, kind, bits, shape in header["tensors"]:
+        arrays = []
+        for stream, _, count in stream_parts(kind, bits, shape):
+            arrays.append(pools[stream][:count])
+            pools[stream] = pools[stream][count:]
+        scales = arrays[1] if len(arrays) == 2 else None
+        stored[name] = Stored(kind, bits, arrays[0].reshape(shape), scales)
+    return stored
+
+
+def export_model(model: GPT, val: Validation, runtime: Runtime, config: Config) -> int:
+    """Quantize and write ARTIFACT_PATH, log every size; returns code and artifact in bytes.
+
+    Raises RunError over SIZE_LIMIT; the weights then stay in fp32 beside the artifact.
+    """
+    log, path = runtime.log, Path(config.artifact_path)
+    shape = {name: getattr(config, name) for name in MODEL_FIELDS}
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    if not model.recur:  # a run that ended before recurrence started is a model without it
+        shape["recur_layers"] = ()
+        state = {name: p for name, p in state.items() if not name.startswith("repeat_mlps")}
+    header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
+    streams = write_artifact(path, header, quantize(state, config), config.compressor)
+    for s in streams:
+        log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
+                  "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}", name=s.name, codec=s.codec,
+                  weights=s.weights, bytes=len(s.data), bits=8 * len(s.data) / s.weights,
+                  floor=s.floor)
+    code, artifact = os.path.getsize(__file__), path.stat().st_size
+    total, floor = code + artifact, sum(s.floor for s in streams)
+    codec = max(streams, key=lambda s: len(s.data)).codec
+    log.line(f"artifact_floor_bytes:{floor:.0f} above_floor:{artifact / floor - 1:+.2%}")
+    log.line(f"Code size: {code} bytes")
+    log.line(f"Serialized model mixed_quant+{codec}: {artifact} bytes")
+    log.event("size", "Total submission size: {total} bytes", code=code, artifact=artifact,
+              total=total, floor=floor)
+    if total > config.size_limit:
+        kept = path.with_name(path.name + ".fp32")
+        plain = {n: Stored("kept", 32, p.float().cpu().numpy(), None) for n, p in state.items()}
+        write_artifact(kept, header, plain, "zlib")
+        raise RunError(f"Total submission size {total} is {total - config.size_limit} bytes over "
+                       f"SIZE_LIMIT={config.size_limit}; lower N_INT6_LAYERS or CLASS_BITS. "
+                       f"LOAD_ARTIFACT={kept} evaluates the weights, kept there in fp32")
+    return total
+
+
+def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c: Config) -> GPT:
+    """The model of an artifact on disk; raises ArtifactError if it does not fit the data."""
+    header, stored = read_artifact(path)
+    try:
+        shape = {n: tuple(v) if isinstance(v, list) else v for n, v in header["model"].items()}
+        config = replace(c, **shape)
+        problems = contradictions(config) + sorted(set(MODEL_FIELDS) ^ set(shape))
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ArtifactError(f"{path}: no readable model configuration ({error!r})") from error
+    require(not problems, f"{path}: impossible model configuration: {problems}", ArtifactError)
+    made_for = (header.get("vocab_size"), header.get("vocab_sha256"))
+    require(made_for == (len(table.base_bytes), val.vocab_sha256),
+            f"{path}: made for a vocabulary of {made_for[0]} ids, sha256 {made_for[1]}, but the "
+            f"data's has {len(table.base_bytes)}, sha256 {val.vocab_sha256}; set DATA_PATH and "
+            "TOKENIZER_PATH to what the model was trained on", ArtifactError)
+    model = GPT(config, table.is_boundary, runtime)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    require(expected == {name: t.values.shape for name, t in stored.items()},
+            f"{path}: its tensors are not those of its model configuration", ArtifactError)
+    model.load_state_dict({name: t.restore() for name, t in stored.items()})
+    model.set_phase(Phase(recur=bool(config.recur_layers)))
+    return model
+
+
+# ------------------------------------------------------------------------------------------
+# 8 evaluation: one window plan, one scoring loop, one Score for every mode
+# ------------------------------------------------------------------------------------------
+
+
+def plan_windows(targets: int, seq_len: int, stride: int) -> np.ndarray:
+    """Windows over a stream of `targets` targets, int64 (windows, 2): start, first scored.
+
+    Every window spans min(seq_len, targets) targets and scores those from `first` to its end.
+    The first scores all; each later one ends `stride` further, the last one at the end of the
+    stream, so that every target is scored exactly once.
+    """
+    length = min(seq_len, targets)
+    ends = np.append(np.arange(length, targets, stride), targets)
+    return np.stack((ends - length, length - np.diff(ends, prepend=0)), axis=1)
+
+
+class Score(NamedTuple):
+    """What a mode scored; the sums are made in float64 and divided once."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per source byte."""
+        return self.nats / math.log(2) / self.bytes
+
+
+class Evaluator:
+    """Scores the validation stream with a model; modes differ in their stride only."""
+
+    def __init__(self, runtime: Runtime, config: Config, val: Validation) -> None:
+        self.runtime, self.config, self.val = runtime, config, val
+        self.targets = len(val.ids) - 1
+        self.length = min(config.eval_seq_len, self.targets)
+        self.batch_windows = max(1, config.val_batch_size // (self.length * runtime.world))
+
+    def score(self, forward: Callable, stride: int, label: str = "") -> tuple[Score, np.ndarray]:
+        """(Score, nats of every target); `label` names a mode whose progress is logged."""
+        windows = plan_windows(self.targets, self.length, stride)
+        windows = windows[self.runtime.share_of(len(windows))]
+        nats, start, reported = torch.zeros(self.targets), time.perf_counter(), 0
+        for i in range(0, len(windows), self.batch_windows):
+            batch = windows[i : i + self.batch_windows]
+            scored = self.score_batch(forward, batch[:, 0])
+            for (begin, first), row in zip(batch.tolist(), scored, strict=False):
+                nats[begin + first : begin + self.length] = row[first:]
+            seconds = time.perf_counter() - start
+            if label and seconds // 20 > reported:
+                reported = seconds // 20
+                self.report(label, i + len(batch), len(windows), seconds)
+        nats = self.runtime.all_reduce(nats).numpy()  # each target was scored on one rank
+        total_bytes = int(self.val.bytes.sum(dtype=np.int64))
+        return Score(float(nats.sum(dtype=np.float64)), self.targets, total_bytes), nats
+
+    @torch.inference_mode()
+    def score_batch(self, forward: Callable, starts: np.ndarray) -> Tensor:
+        """Nats (batch_windows, length) on the host; missing windows repeat those that are there."""
+        starts = np.resize(starts, self.batch_windows)  # one shape, so one compiled graph
+        ids = np.stack([self.val.ids[s : s + self.length + 1] for s in starts]).astype(np.int64)
+        ids = torch.from_numpy(ids).to(self.runtime.device)
+        return forward(ids[:, :-1], ids[:, 1:]).cpu()
+
+    def report(self, label: str, done: int, total: int, seconds: float) -> None:
+        """A line of progress with an ETA, and a warning if the mode will pass 600 s."""
+        expected = seconds * total / done
+        warning = " warning: this will pass 600 s" if expected > 600 else ""
+        self.runtime.log.line(
+            f"eval {label} windows:{done}/{total} eta:{expected - seconds:.0f}s{warning}")
+
+    def save_scores(self, mode: str, nats: np.ndarray) -> None:
+        """SCORES_PATH/<mode>.npz: ids, nats and bytes of every scored token in stream order."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, ids=self.val.ids[1:], nats=nats, bytes=self.val.bytes)
+        write_atomic(Path(self.config.scores_path) / f"{mode}.npz", buffer.getvalue())
+
+
+FINAL_LINES = {"roundtrip": "final_int6_roundtrip", "sliding": "final_int6_sliding_window"}
+
+
+def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict[str, Score]:
+    """Every mode of EVAL_MODES on the model reloaded from disk; logs the `final_*` lines."""
+    runtime, config = evaluator.runtime, evaluator.config
+    forward = runtime.compile(load_model(path, evaluator.val, table, runtime, config))
+    strides = {"roundtrip": config.eval_seq_len, "sliding": config.eval_stride}
+    scores = {}
+    if runtime.compiles:  # compile before any clock runs
+        evaluator.score_batch(forward, np.zeros(1, np.int64))
+    for mode in config.eval_modes:
+        start = time.perf_counter()
+        score, nats = evaluator.score(forward, strides[mode], mode)
+        if config.scores_path:
+            runtime.on_first_rank(functools.partial(evaluator.save_scores, mode, nats))
+        name = FINAL_LINES[mode]
+        template = "{line} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
+        template += " stride:{stride}" if mode == "sliding" else ""
+        runtime.log.event("final", template + " eval_time:{eval_ms:.0f}ms", line=name, mode=mode,
+                          val_loss=score.loss, val_bpb=score.bpb, stride=strides[mode],
+                          eval_ms=1e3 * (time.perf_counter() - start), **score._asdict())
+        runtime.log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+        scores[mode] = score
+    assert set(scores) == set(config.eval_modes), "a mode that is enabled did not run"
+    return scores
+
+
+# ------------------------------------------------------------------------------------------
+# 9 training
+# ------------------------------------------------------------------------------------------
+
+CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
+
+
+class TrainClock:
+    """Training milliseconds from asynchronous events; stands still between pause and resume."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.paused_ms = self.running_ms = 0.0  # before the last pause, since the last resume
+        self.marks: deque[Any] = deque()
+        self.steps = 0  # that the device has finished
+        self.recent: deque[float] = deque(maxlen=20)  # their last durations
+
+    def resume(self) -> None:
+        """Start, or go on."""
+        self.origin = self.runtime.event()
+
+    def mark(self) -> None:
+        """The step that was just launched ends here; never waits."""
+        self.marks.append(self.runtime.event())
+        self.poll()
+
+    def poll(self) -> None:
+        """Take in the steps that the device has finished."""
+        while self.marks and self.marks[0].query():
+            now = self.origin.elapsed_time(self.marks.popleft())
+            self.recent.append(now - self.running_ms)
+            self.running_ms = now
+            self.steps += 1
+
+    def pause(self) -> None:
+        """Wait for the device and stand still."""
+        self.runtime.synchronize()
+        self.poll()
+        self.paused_ms, self.running_ms = self.elapsed_ms, 0.0
+
+    @property
+    def elapsed_ms(self) -> float:
+        """Milliseconds of the finished steps."""
+        return self.paused_ms + self.running_ms
+
+    @property
+    def step_ms(self) -> float:
+        """Mean of the recent steps; 0 before the first."""
+        return sum(self.recent) / len(self.recent) if self.recent else 0.0
+
+    def expected_ms(self, step: int) -> float:
+        """When `step` would end if every step from now took as long as the slowest recent one."""
+        return self.elapsed_ms + (step + 1 - self.steps) * max(self.recent, default=0.0)
+
+
+class Facts(NamedTuple):
+    """What every rank knows of a step: global values that travelled with its gradients."""
+
+    loss: float = 0.0
+    stop: float = 0.0  # ranks whose clock says that the run must end
+    elapsed_ms: float = 0.0  # rank 0's clock when the step was launched
+    step_ms: float = 0.0  # rank 0's mean step time
+    grad_norm: float = 0.0
+
+
+class Trainer:
+    """The training loop: phases, schedules, averages, clock and log.
+
+    The host runs `lag` steps ahead of what it reads back, so it never waits for the device; the
+    decisions of step s use the facts of step s - lag, which are the same on every rank.
+    """
+
+    def __init__(self, model: GPT, loader: Loader, evaluator: Evaluator) -> None:
+        self.model, self.loader, self.evaluator = model, loader, evaluator
+        self.runtime, self.config = evaluator.runtime, evaluator.config
+        self.log = self.runtime.log
+        self.forward = self.runtime.compile(model)
+        self.params = list(model.parameters())
+        self.average = Average(model, self.config)
+        self.phase = Phase()
+        self.clock = TrainClock(self.runtime)
+        self.lag = 2 if self.runtime.cuda else 1
+        self.unread: deque[tuple[int, float, Tensor, Any]] = deque()
+        self.facts = Facts()
+        rank_seqs = loader.batch_seqs // self.runtime.world
+        self.micro_seqs = micro_batch_seqs(rank_seqs, self.config, self.runtime)
+        self.accumulation = rank_seqs // self.micro_seqs
+        self.steps = 0
+
+    def run(self) -> None:
+        """Train until ITERATIONS or the clock; the model is left with its last weights."""
+        c = self.config
+        self.warm_up()
+        self.optimizer = Optimizer(self.model, c, self.runtime)
+        self.clock.resume()
+        while self.steps < c.iterations and not self.facts.stop:
+            self.train_step(self.steps)
+            self.steps += 1
+            self.read_facts(self.steps - self.lag)
+            if c.val_loss_every and self.steps % c.val_loss_every == 0 < c.iterations - self.steps:
+                self.validate()
+        self.clock.pause()
+        self.read_facts(self.steps)
+        if self.steps < c.iterations:
+            self.log.event("stop", "stopping_early: {reason} train_time:{train_ms:.0f}ms "
+                           "step:{step}/{total}", reason="wallclock_cap", step=self.steps,
+                           total=c.iterations, train_ms=self.clock.elapsed_ms)
+        self.validate()
+        self.clock.pause()
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step, launched without waiting for the device."""
+        c, clock, cap_ms = self.config, self.clock, 1e3 * self.config.max_wallclock_seconds
+        now = self.facts.elapsed_ms + self.lag * self.facts.step_ms
+        scale = lr_scale(step, now, self.facts.step_ms, c)
+        self.enter(Phase(self.phase.recur or recurrence_due(step, now, c),
+                         self.phase.qat or scale < c.late_qat_threshold), step)
+        late = cap_ms and clock.expected_ms(step + self.lag) > cap_ms - CLOCK_RESERVE_MS
+        loss = self.backward(*self.loader.batch(step)) / self.runtime.world
+        rank_0 = self.runtime.rank == 0
+        facts = torch.tensor([bool(late), clock.elapsed_ms * rank_0, clock.step_ms * rank_0])
+        facts = torch.cat((loss.view(1), facts.to(self.runtime.device, non_blocking=True)))
+        gradients = [p.grad for p in self.params if p.grad is not None]
+        self.reduce_over_ranks(gradients, facts)
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if c.grad_clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.params, c.grad_clip_norm, grad_norm)
+        self.optimizer.step(scale, muon_momentum(step, c))
+        self.average.update(step, scale)
+        host = torch.empty(5, pin_memory=self.runtime.cuda)
+        host.copy_(torch.cat((facts, grad_norm.view(1))), non_blocking=True)
+        self.unread.append((step, scale, host, self.runtime.event()))
+        clock.mark()
+
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
+        for parameter in self.params:
+            parameter.grad = None
+        total = torch.zeros((), device=self.runtime.device)
+        for x, y in zip(inputs.split(self.micro_seqs), targets.split(self.micro_seqs), strict=True):
+            loss = self.forward(x, y).mean() / self.accumulation
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def reduce_over_ranks(self, gradients: list[Tensor], facts: Tensor) -> None:
+        """Mean of the gradients and sum of `facts`, in place, in one packed all-reduce."""
+        world = self.runtime.world
+        if world > 1:
+            tensors = [*gradients, facts]
+            packed = torch.cat([g.flatten() / world for g in gradients] + [facts])
+            parts = self.runtime.all_reduce(packed).split([t.numel() for t in tensors])
+            for tensor, part in zip(tensors, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def read_facts(self, last: int) -> None:
+        """Take in the facts of all steps up to `last`; raises RunError if one is not finite."""
+        while self.unread and self.unread[0][0] <= last:
+            step, scale, host, event = self.unread.popleft()
+            event.synchronize()
+            self.facts = Facts(*host.tolist())
+            loss, grad_norm = self.facts.loss, self.facts.grad_norm
+            require(math.isfinite(loss + grad_norm), f"loss {loss}, gradient norm {grad_norm} at "
+                    f"step {step + 1}: the run diverged; lower MATRIX_LR, SCALAR_LR or "
+                    "TIED_EMBED_LR, or look at the data of this step")
+            self.clock.poll()
+            if step < 10 or (step + 1) % self.config.train_log_every == 0:
+                train_ms, done = self.clock.elapsed_ms, max(self.clock.steps, 1)
+                self.log.event("train", "step:{step}/{total} train_loss:{loss:.4f} train_time:"
+                               "{train_ms:.0f}ms step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} "
+                               "grad_norm:{grad_norm:.4f}", step=step + 1, loss=loss,
+                               total=self.config.iterations, train_ms=train_ms, lr_scale=scale,
+                               step_avg=train_ms / done, step_ms=self.clock.step_ms,
+                               grad_norm=grad_norm)
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Switch to a phase; when recurrence starts, the repeats begin as copies of their bases."""
+        if phase == self.phase:
+            return
+        if phase.recur and not self.phase.recur:
+            self.copy_to_repeats()
+        for name in phase._fields:
+            if getattr(phase, name) != getattr(self.phase, name):
+                self.log.event("phase", "phase {name}:on step:{step}", name=name, step=step)
+        self.phase = phase
+        self.model.set_phase(phase)
+
+    @torch.no_grad()
+    def copy_to_repeats(self) -> None:
+        """Weights, momentum and averages of the base MLPs, bit for bit, to their repeats."""
+        momentum, place = self.optimizer.muon.momentum, {p: i for i, p in enumerate(self.params)}
+        for base, repeat in self.model.repeats():
+            repeat.copy_(base)
+            momentum[repeat].copy_(momentum[base])
+            for average in filter(None, (self.average.ema, self.average.swa)):
+                average[place[repeat]].copy_(average[place[base]])
+
+    def warm_up(self) -> None:
+        """Compile and prime every graph of the run on random tokens, then restore all state."""
+        c = self.config
+        saved = [p.detach().clone() for p in self.params]
+        random = torch.Generator().manual_seed(c.seed)
+        shape = (self.micro_seqs * self.accumulation, c.train_seq_len + 1)
+        optimizer = Optimizer(self.model, c, self.runtime)
+        phases = [Phase(recur, qat) for qat in (False, True)[: 1 + bool(c.late_qat_threshold)]
+                  for recur in (False, True)[: 1 + bool(c.recur_layers)]]
+        for phase in phases:
+            self.model.set_phase(phase)
+            for _ in range(math.ceil(c.warmup_steps / len(phases))):
+                ids = torch.randint(self.model.vocab_size, shape, generator=random)
+                ids = ids.to(self.runtime.device)
+                self.backward(ids[:, :-1], ids[:, 1:])
+                optimizer.step(1.0, c.muon_momentum)
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, saved)
+        self.model.set_phase(self.phase)
+        self.runtime.synchronize()
+
+    def validate(self) -> None:
+        """Plain validation of the current weights; the clock stands still."""
+        self.clock.pause()
+        score, _ = self.evaluator.score(self.forward, self.config.eval_seq_len)
+        self.log.event("val", "step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
+                       "train_time:{train_ms:.0f}ms step_avg:{step_avg:.2f}ms", step=self.steps,
+                       total=self.config.iterations, val_loss=score.loss, val_bpb=score.bpb,
+                       train_ms=self.clock.elapsed_ms,
+                       step_avg=self.clock.elapsed_ms / max(self.steps, 1))
+        self.clock.resume()
+
+
+def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
+    """Sequences per forward pass: MICRO_BATCH_TOKENS, or the most that memory should hold."""
+    if c.micro_batch_tokens:
+        most = c.micro_batch_tokens // c.train_seq_len
+        require(rank_seqs % most == 0, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} does not divide "
+                f"the {rank_seqs * c.train_seq_len} tokens of a rank's step")
+        return most
+    tokens = 16384
+    if runtime.cuda:  # measured for the record model on 80 GB, scaled to others
+        memory = torch.cuda.get_device_properties(runtime.device).total_memory
+        tokens = int(98304 * min(1.0, memory / 75e9) * 512 / c.model_dim)
+    most = min(rank_seqs, max(1, tokens // c.train_seq_len))
+    return max(n for n in range(1, most + 1) if rank_seqs % n == 0)
+
+
+# ------------------------------------------------------------------------------------------
+# 10 main
+# ------------------------------------------------------------------------------------------
+
+
+def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
+    """Forward and backward operations: 6 per weight of a matmul, 6 T D per causal attention."""
+    layers = len(layer_plan(c, recur))
+    layer = 2 * c.model_dim * (c.model_dim + c.kv_dim + c.hidden_dim)
+    weights = layers * layer + vocab_size * c.model_dim + c.ve_dim * c.kv_dim * c.ve_enabled
+    weights += c.bigram_dim * c.model_dim if c.bigram_vocab_size else 0
+    return 6.0 * weights + 6.0 * layers * c.train_seq_len * c.model_dim
+
+
+def predicted_bytes(model: GPT, c: Config) -> dict[str, float]:
+    """Artifact bytes by kind: n weights of b bits take n (2.05 + b - 1 - log2 k) / 8 as codes.
+
+    k is the largest code in row standard deviations; 4 stands for rows of Gaussian weights.
+    """
+    expected: dict[str, float] = {}
+    for name, p in model.named_parameters():
+        spec = param_spec(name, c)
+        bits = 2.05 + spec.bits - 1 - math.log2(4) if spec.bits <= 8 else spec.bits
+        scales = 2 * p.size(0) if spec.bits <= 8 else 0
+        expected[spec.kind] = expected.get(spec.kind, 0) + p.numel() * bits / 8 + scales
+    return expected
+
+
+def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
+    """Print configuration, parameters, predicted bytes, memory and operations per step."""
+    line = runtime.log.line
+    for name, value in asdict(c).items():
+        line(f"{name.upper()}={show(value)}")
+    count, code = sum(p.numel() for p in model.parameters()), os.path.getsize(__file__)
+    expected = predicted_bytes(model, c)
+    for kind, size in expected.items():
+        line(f"predicted_bytes {kind}:{size:.0f}")
+    line(f"predicted_bytes code:{code} total:{sum(expected.values()) + code:.0f}")
+    tokens = c.train_batch_tokens // runtime.world
+    micro = micro_batch_seqs(tokens // c.train_seq_len, c, runtime) * c.train_seq_len
+    kept = len(layer_plan(c, True)) * (14 * c.model_dim + 2 * c.hidden_dim)  # for backward
+    activations = micro * (kept * runtime.dtype.itemsize + 8 * model.vocab_size)
+    state = 4 * count * (4 + c.swa_enabled)  # weights, gradients, momentum, averages
+    line(f"model_params:{count} predicted_mib state:{state >> 20} activations:{activations >> 20}")
+    for recur in (False, True):
+        work = tokens * operations_per_token(c, model.vocab_size, recur) / 1e12
+        line(f"tflop_per_step_and_rank recurrence:{int(recur)} tflop:{work:.3f}")
+
+
+@contextlib.contextmanager
+def stage(name: str, summary: dict[str, Any]) -> Iterator[None]:
+    """Enter the seconds of the body into the summary."""
+    start = time.perf_counter()
+    yield
+    summary[f"seconds_{name}"] = round(time.perf_counter() - start, 1)
+
+
+def log_start(runtime: Runtime, config: Config, model: GPT, val: Validation) -> None:
+    """Code, environment and configuration to the log; what matters to the console."""
+    log, total = runtime.log, int(val.bytes.sum(dtype=np.int64))
+    log.line(Path(__file__).read_text(encoding="utf-8"), console=False)
+    log.line(f"python {sys.version} torch {torch.__version__} on {platform.platform()}", False)
+    if runtime.cuda:
+        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
+        log.line(smi.stdout, console=False)
+    log.event("config", **asdict(config))
+    for name, value in asdict(config).items():
+        log.line(f"{name.upper()}={show(value)}", console=False)
+    device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
+    log.line(f"run_id:{log.run_id} preset:{config.preset} device:{device} dtype:{runtime.dtype}")
+    log.line(f"attention:{runtime.attention_name} compile:{int(runtime.compiles)}")
+    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log.line(f"seed:{config.seed}")
+    inside = not model.is_boundary[int(val.ids[0])]
+    note = " (the first id is context only: its bytes are not counted)" if inside else ""
+    log.event("bytes", "byte_audit:{audit} bytes:{bytes}" + note, audit=val.audit, bytes=total)
+
+
+def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
+    """Train, average, diagnose and export."""
+    runtime, config, log = evaluator.runtime, evaluator.config, evaluator.runtime.log
+    loader = Loader(find_shards(config, "train"), config, runtime, model.vocab_size)
+    trainer = Trainer(model, loader, evaluator)
+    log.line(f"world_size:{runtime.world} grad_accum_steps:{trainer.accumulation}")
+    with stage("train", summary):
+        trainer.run()
+    allocated, reserved = runtime.peak_memory_mib()
+    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    with stage("post_ema", summary):
+        weights = trainer.average.store()
+        model.set_phase(Phase(recur=trainer.phase.recur))
+        score, _ = evaluator.score(trainer.forward, config.eval_seq_len)
+    log.event("post_ema", "DIAGNOSTIC post_ema val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
+              "eval_time:{eval_ms:.0f}ms", val_loss=score.loss, val_bpb=score.bpb,
+              eval_ms=1e3 * summary["seconds_post_ema"])
+    with stage("export", summary):
+        total = runtime.on_first_rank(lambda: export_model(model, evaluator.val, runtime, config))
+    summary |= dict(steps=trainer.steps, train_ms=round(trainer.clock.elapsed_ms), weights=weights,
+                    peak_memory_mib=allocated, bytes_total=total,
+                    post_ema_bpb=round(score.bpb, 6))
+
+
+def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score]) -> None:
+    """The `key: value` block, then the headline score under its historical name, last."""
+    headline = max(scores, key=EVAL_MODES.index)
+    summary |= {f"{mode}_bpb": round(score.bpb, 6) for mode, score in scores.items()}
+    summary |= dict(headline_mode=headline, val_bpb=round(scores[headline].bpb, 6))
+    runtime.log.line("---")
+    for key, value in summary.items():
+        runtime.log.line(f"{key}: {value}")
+    runtime.log.event("summary", **summary)
+    score = scores[headline]
+    runtime.log.line("final_int8_zlib_roundtrip_exact "
+                     f"val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+
+
+def run(config: Config) -> None:
+    """From shards to a scored artifact; raises RunError for whatever stops the run."""
+    runtime, summary = Runtime(config), {}
+    try:
+        torch.manual_seed(config.seed)
+        if config.preset == "demo" and config.data_path == PRESETS["demo"]["data_path"]:
+            import retokenize_scylla  # the one import from this repository, in the demo only
+
+            with stage("data", summary):
+                summary |= runtime.on_first_rank(lambda: retokenize_scylla.build_demo(
+                    Path(config.data_path), runtime.log.line))
+        table = load_byte_table(config)
+        val = load_validation(config, table)
+        evaluator, path = Evaluator(runtime, config, val), config.load_artifact
+        if not path:
+            model = GPT(config, table.is_boundary, runtime)
+            if config.dry_run:
+                return dry_run(model, runtime, config)
+            log_start(runtime, config, model, val)
+            train(model, evaluator, summary)
+            path = config.artifact_path
+        with stage("eval", summary):
+            scores = evaluate_artifact(path, evaluator, table)
+        summarize(runtime, summary | {"byte_audit": val.audit}, scores)
+    finally:
+        runtime.close()
+
+
+def main(arguments: list[str]) -> int:
+    """Run as the environment says; 0, or 1 after a message on stderr."""
+    if arguments:
+        print(f"{__doc__}\n{settings_table()}")
+        return 0 if arguments in (["--help"], ["-h"]) else 1
+    try:
+        run(Config.from_env(os.environ, torch.cuda.is_available()))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
