@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -36,7 +37,6 @@ import time
 import traceback
 import unicodedata
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,8 +281,8 @@ WHITE_SPACE = frozenset(
     + "".join(map(chr, range(0x2000, 0x200B)))
 )
 ENDS_LETTER, STARTS_LETTER, STARTS_SPACE, ONE_WORD, HOMOGENEOUS = 1, 2, 4, 32, 128
-# Columns of the per-token table that the choosing kernel reads (one 32-byte row per id).
-LENGTH, ALT1, ALT2, SCORE, FLAGS, ROW = 0, 1, 2, 3, 4, 8
+# Columns of the per-token table that the choosing kernel reads (one 16-byte row per id).
+LENGTH, SCORE, FLAGS, ROW = 3, 4, 5, 8  # after the three candidates: itself, alternatives
 LETTER_CLASS, OTHER_CLASS, SPACE_CLASS = 1, 2, 3  # the classes 1, 10 and 12 of the specification
 
 
@@ -413,24 +413,25 @@ def byte_classes(keys: dict[bytes, int]) -> np.ndarray:
 
 
 def _token_table(vocabulary: Vocabulary, keys: dict[bytes, int]) -> np.ndarray:
-    """int32 [V, ROW]: length, alternatives (id, -1 for none), own score and flags of each id."""
-    table = np.zeros((vocabulary.vocab_size, ROW), dtype=np.int32)
+    """uint16 [V, ROW]: candidates (itself where one is missing), length, own score and flags."""
+    table = np.zeros((vocabulary.vocab_size, ROW), dtype=np.uint16)
     for token, identity in keys.items():
         flags, words, shortest = token_fields(token)
         shorter = [keys[prefix] for prefix in alternatives(token, keys, shortest)]
         score = len(token) + bool(flags & HOMOGENEOUS) + max(0, words - 1) + 100 * words
-        table[identity, :5] = (len(token), *(shorter + [-1, -1])[:2], score, flags)
+        choices = [identity, *shorter, identity, identity][:3]
+        table[identity, :FLAGS + 1] = (*choices, len(token), score, flags)
     return table
 
 
 def _follow_scores(table: np.ndarray) -> np.ndarray:
-    """int32 [V, 4]: what a token adds as second of a pair, by the class of the byte after it."""
+    """int16 [V, 4]: what a token adds as second of a pair, by the class of the byte after it."""
     flags = table[:, FLAGS]
-    scores = np.stack([table[:, SCORE] + ((flags & STARTS_SPACE) > 0)] * 4, axis=1)
+    scores = np.stack([table[:, SCORE].astype(np.int16) + ((flags & STARTS_SPACE) > 0)] * 4, axis=1)
     scores[:, LETTER_CLASS] -= 3 * ((flags & ENDS_LETTER) > 0)
     scores[:, OTHER_CLASS] += 100
     scores[:, SPACE_CLASS] += 101
-    return np.ascontiguousarray(scores, dtype=np.int32)
+    return scores
 
 
 def _suffix_automaton(keys: dict[bytes, int]) -> SimpleNamespace:
@@ -438,9 +439,12 @@ def _suffix_automaton(keys: dict[bytes, int]) -> SimpleNamespace:
 
     After reading text[i:] backwards its state is the longest piece at i that ends some token, so
     `longest[state]` is the longest token at i. Bytes that occur only as single tokens share column
-    0 and lead back to state 0, whose token is the byte's own. Rows have 2**shift columns.
+    0 and lead back to state 0, whose token is the byte's own. Rows have 2**shift columns, common
+    bytes first, so that the part of a row that is in use stays in the cache.
     """
-    used = sorted({value for token in keys if len(token) > 1 for value in token})
+    counts = np.bincount(np.frombuffer(b"".join(token for token in keys if len(token) > 1),
+                                       dtype=np.uint8), minlength=256)
+    used = [value for value in np.argsort(-counts, kind="stable") if counts[value]]
     column = np.zeros(256, dtype=np.uint8 if len(used) < 256 else np.uint16)
     column[used] = np.arange(1, len(used) + 1)
     shift = int(len(used)).bit_length()
@@ -493,24 +497,18 @@ def _choose_kernel(text, starts, longest, table, follow, classes, out):
             size = np.int64(table[whole, LENGTH])
             choice = whole
             after = i + size
-            if (table[whole, ALT1] >= 0 and after < end
-                    and not (table[whole, FLAGS] & ONE_WORD and classes[text[after]] == SPACE_CLASS)):
+            word = table[whole, FLAGS] & ONE_WORD
+            if table[whole, 1] != whole and after < end and not (word and classes[text[after]] == SPACE_CLASS):
                 best = np.int64(-1000000)
-                candidate = whole
-                for slot in range(3):
-                    if slot > 0:
-                        candidate = np.int64(table[whole, LENGTH + slot])
-                        if candidate < 0:
-                            break
+                for slot in range(3):  # the token itself stands in for a missing alternative
+                    candidate = np.int64(table[whole, slot])
                     length = np.int64(table[candidate, LENGTH])
                     second = np.int64(longest[i + length])
                     pair = length + np.int64(table[second, LENGTH])
-                    kind = classes[text[i + pair]] if i + pair < end else 0
-                    value = np.int64(table[candidate, SCORE]) + follow[second, kind]
-                    if (table[candidate, FLAGS] & ENDS_LETTER
-                            and table[second, FLAGS] & STARTS_LETTER):
-                        value -= 103
-                    if slot > 0 and pair <= size:
+                    kind = np.int64(classes[text[i + pair]]) if i + pair < end else 0
+                    value = np.int64(table[candidate, SCORE]) + np.int64(follow[second, kind])
+                    value -= 103 * (table[candidate, FLAGS] & (table[second, FLAGS] >> 1) & 1)
+                    if pair <= size:
                         value -= 100 if pair < size else 10000
                     if value > best:
                         best = value
@@ -593,25 +591,23 @@ def _utf8_machine() -> np.ndarray:
 
 
 def _join_kernel(ids, starts, table, out, ends, odd):
-    """Concatenate the pieces of each document into out; return the position of a bad id, or -1.
+    """Concatenate the pieces of each document into out.
 
     `ends[k]` becomes the end of document k; `odd[k]` tells that its byte pieces are not UTF-8.
     """
-    pieces, offsets, kinds, utf8, strip = table
+    pieces, places, utf8, strip = table
     at = 0
     for document in range(starts.size - 1):
         begin, state, strippable = at, 0, strip
         for position in range(starts[document], starts[document + 1]):
-            identity = ids[position]
-            if identity >= kinds.size:
-                return position
-            first, last, kind = offsets[identity], offsets[identity + 1], kinds[identity]
+            place = places[ids[position]]
+            first, size, kind = place >> 16, (place >> 2) & 0x3FFF, place & 3
             if kind == BYTE_PIECE:
                 state = np.int64(utf8[state, pieces[first]])
             elif state != 0:
                 odd[document] = True
             if kind == SPACED_PIECE and strippable != STRIP_NONE and at == begin:
-                first += 1
+                first, size = first + 1, size - 1
                 if strippable == STRIP_ONE:
                     strippable = STRIP_NONE
             b0, b1, b2, b3 = pieces[first], pieces[first + 1], pieces[first + 2], pieces[first + 3]
@@ -619,12 +615,11 @@ def _join_kernel(ids, starts, table, out, ends, odd):
                               pieces[first + 7])
             out[at], out[at + 1], out[at + 2], out[at + 3] = b0, b1, b2, b3
             out[at + 4], out[at + 5], out[at + 6], out[at + 7] = b4, b5, b6, b7
-            for i in range(WIDE, last - first):
+            for i in range(WIDE, size):
                 out[at + i] = pieces[first + i]
-            at += last - first
+            at += size
         odd[document] |= state != 0
         ends[document] = at
-    return -1
 
 
 class PieceTable:
@@ -636,22 +631,23 @@ class PieceTable:
         self.widest = int(self.lengths.max(initial=1))
         kinds = np.zeros(len(pieces), dtype=np.uint8) if kinds is None else kinds
         flat = np.frombuffer(b"".join(pieces) + bytes(WIDE + 1), dtype=np.uint8)
-        offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.table = (flat, offsets, kinds, _utf8_machine(), strip)
+        places = (np.cumsum(self.lengths) - self.lengths) << 16 | self.lengths << 2 | kinds
+        self.table = (flat, places, _utf8_machine(), strip)
 
     def join(self, ids: np.ndarray, starts: np.ndarray
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(text uint8, starts int64 [documents+1], odd bool [documents]) of uint16 ids.
 
-        InputError names the position of an id outside the vocabulary.
+        InputError names an id outside the vocabulary.
         """
+        highest = int(ids.max(initial=0))
+        if highest >= self.lengths.size:
+            raise InputError(f"id {highest} is out of range: the model has {self.lengths.size} "
+                             "ids; use the model that made the shards")
         out = np.empty(ids.size * self.widest + WIDE, dtype=np.uint8)
         ends = np.zeros(starts.size, dtype=np.int64)
         odd = np.zeros(starts.size - 1, dtype=np.bool_)
-        bad = compiled(_join_kernel)(ids, starts, self.table, out, ends[1:], odd)
-        if bad >= 0:
-            raise InputError(f"id {ids[bad]} is out of range: the model has "
-                             f"{self.lengths.size} ids; use the model that made the shards")
+        compiled(_join_kernel)(ids, starts, self.table, out, ends[1:], odd)
         return out[:ends[-1]], ends, odd
 
 
@@ -879,6 +875,8 @@ def _continuation(paths: list[Path], index: int, bos: int) -> list[np.ndarray]:
 # --- output folder and ledger ---------------------------------------------------------------
 
 LEDGER_FOLDER = ".ledger"
+META_NAME = "scylla.meta.npz"
+DEFAULT_SHARD_TOKENS = 100_000_000
 COUNTS = ("tokens", "documents", "source_bytes", "decoded_bytes", "bad_documents")
 
 
@@ -1084,7 +1082,7 @@ def compare(ids: np.ndarray, source: tuple[np.ndarray, np.ndarray],
 
 
 class ScyllaEngine:
-    """Byte-exact TokenMonster vocabulary: our own segmenter, every document decoded and compared."""
+    """Byte-exact TokenMonster vocabulary: our own segmenter; every document is compared."""
 
     status, kind = "exact", "tokenmonster"
 
@@ -1105,8 +1103,8 @@ class ScyllaEngine:
         again, ends, _ = self.pieces.join(ids, id_starts)
         block = compare(ids, (text, starts), (again, ends), id_starts)
         if block.bad.any():
-            raise InputError(f"document {int(block.bad.argmax())} of a block does not decode to its "
-                             f"source with {self.name}; nothing is published: report this as a bug")
+            raise InputError(f"document {int(block.bad.argmax())} of a block does not decode to "
+                             f"its source with {self.name}; nothing is published: report this")
         return block
 
     def encode_documents(self, documents: list[bytes]) -> Encoded:
@@ -1115,7 +1113,7 @@ class ScyllaEngine:
 
 
 class LossyEngine(ScyllaEngine):
-    """Any other TokenMonster vocabulary, through the tokenmonster package; bad documents counted."""
+    """Any other TokenMonster vocabulary, by the tokenmonster package; bad documents are counted."""
 
     status = "lossy"
 
@@ -1194,7 +1192,7 @@ def make_engine(vocabulary: Vocabulary, allow_lossy: bool) -> ScyllaEngine:
     if not allow_lossy:
         raise InputError(
             f"{vocabulary.name}: refused: not byte-exact: {vocabulary.lossy}. No per-token byte "
-            "count can be right for it, so no BPB either. Use a byte-exact vocabulary (scylla.yaml, "
+            "count can be right for it, so no BPB either. Use a byte-exact vocabulary (scylla.yaml "
             "or --build-vocab), or pass --allow-lossy to go on and see how many documents are wrong"
         )
     return LossyEngine(vocabulary)
@@ -1272,7 +1270,8 @@ class ShardJob:
         try:
             return self._make(index)
         except InputError as error:
-            raise InputError(str(error) if path.name in str(error) else f"{path}: {error}") from None
+            where = "" if path.name in str(error) else f"{path}: "
+            raise InputError(f"{where}{error}") from None
 
     def _identity(self, source_sha256: str) -> dict:
         """What a shard is made from: equal identities give equal bytes."""
@@ -1366,10 +1365,22 @@ class DocumentReader:
         if path.suffix == ".xz":
             return lzma.open(self.raw)
         if path.suffix == ".zst":
-            reader = self._zstandard().ZstdDecompressor().stream_reader(
-                self.raw, read_across_frames=True)
-            return io.BufferedReader(reader, 1 << 20)
+            return self._zstandard_lines()
         return self.raw
+
+    def _zstandard_lines(self) -> Iterator[bytes]:
+        """Lines of a .zst file; EOFError when its last frame is cut off."""
+        frames = self._zstandard().ZstdDecompressor()
+        frame, rest = frames.decompressobj(), b""
+        while chunk := self.raw.read(1 << 17):
+            while chunk:
+                frame = frames.decompressobj() if frame.eof else frame
+                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+                yield from lines
+                chunk = frame.unused_data
+        if not frame.eof:
+            raise EOFError("the last frame is cut off")
+        yield rest
 
     def documents(self, skip: int = 0) -> Iterator[bytes]:
         """UTF-8 of the "text" of every line after the first `skip`."""
@@ -1594,19 +1605,16 @@ def _dispatch(pool: list[Worker], tasks: Iterable, tick: Callable) -> Iterator:
     numbered = enumerate(tasks)
     sent = due = 0
     while True:
-        while idle and numbered is not None and sent - due < 2 * len(pool):
-            number, task = next(numbered, (None, None))
-            if number is None:
-                numbered = None
-                break
-            worker = idle.pop()
-            worker.connection.send(task)
-            busy[worker.connection] = worker, number
-            sent += 1
         while due in ready:
             yield ready.pop(due)
             due += 1
-        if not busy and numbered is None:
+        for worker, (number, task) in zip(idle[:2 * len(pool) - (sent - due)], numbered,
+                                          strict=False):
+            worker.connection.send(task)
+            busy[worker.connection] = worker, number
+            sent += 1
+        idle = [worker for worker in idle if worker.connection not in busy]
+        if not busy:
             return
         for connection in multiprocessing.connection.wait(list(busy), timeout=1):
             worker, number = busy.pop(connection)
@@ -1631,3 +1639,502 @@ def default_workers() -> int:
 
 
 # --- vocabulary builder ---------------------------------------------------------------------
+
+BYTES = tuple(bytes([value]) for value in range(256))
+PEAK = 3.0  # how many times its final size the vocabulary reaches before it is pruned
+GROWTH, DECAY = 0.25, 0.15  # share of the tokens taken in, or thrown out, per step on that way
+FIRST_SWAP, LAST_SWAP = 0.3, 0.02  # share of the tokens exchanged in the first and the last round
+
+
+def build_vocab(documents: Iterable[bytes], size: int, rounds: int = 12,
+                log: Callable[[str], None] | None = None) -> bytes:
+    """TokenMonster YAML of `size` ids (BOS the last) that segments `documents` into few tokens.
+
+    From the 256 bytes up, the most frequent pairs of adjacent tokens are taken in, and above
+    `size` the tokens that the text misses least are thrown out; `rounds` ever smaller exchanges
+    follow. The exact segmenter counts the tokens of each round, and the best round is kept.
+    """
+    if not 257 <= size < MAX_IDS:
+        raise InputError(f"--build-vocab {size}: the size must be 257 (the bytes and BOS) to "
+                         f"{MAX_IDS - 1}")
+    draft, wanted = _Draft(documents), size - 1
+    draft.grow(min(int(PEAK * wanted), MAX_IDS - 2), GROWTH)
+    if len(draft.tokens) < wanted:
+        raise InputError(f"--build-vocab {size}: the {draft.text.size} bytes of --docs repeat too "
+                         f"little for more than {len(draft.tokens) + 1} ids; give more text")
+    draft.prune(wanted, DECAY)
+    best, fewest = draft.tokens, draft.ids.size
+    for number, share in enumerate(np.geomspace(FIRST_SWAP, LAST_SWAP, rounds), 1):
+        draft.grow(int(wanted * (1 + share)), share)
+        draft.prune(wanted, share / 2)
+        if draft.ids.size < fewest:
+            best, fewest = draft.tokens, draft.ids.size
+        if log:
+            log(f"vocabulary round {number}/{rounds}: {draft.text.size} bytes, "
+                f"{draft.text.size / (fewest - draft.starts.size + 1):.4f} bytes per token")
+    return vocabulary_yaml([*BYTES, *sorted(set(best).difference(BYTES))])
+
+
+class _Draft:
+    """A growing and shrinking vocabulary, and the text segmented with it.
+
+    Document k is text[starts[k]:starts[k + 1]]; `ids` are those of the exact segmenter.
+    """
+
+    def __init__(self, documents: Iterable[bytes]):
+        """Start with the 256 bytes."""
+        kept = [document for document in documents if document]
+        if not kept:
+            raise InputError("--build-vocab: --docs holds no text; give documents to build from")
+        self.text = np.frombuffer(b"".join(kept), dtype=np.uint8)
+        self.starts = np.cumsum([0, *map(len, kept)], dtype=np.int64)
+        self.take(BYTES)
+
+    def take(self, tokens: tuple[bytes, ...]) -> None:
+        """Make `tokens` the vocabulary (the bytes come first) and segment the text with it."""
+        self.tokens = tokens
+        self.segmenter = Segmenter(Vocabulary("draft", b"", (*tokens, b"")))
+        self.ids = self.segmenter.segment(self.text, self.starts)
+
+    def grow(self, size: int, share: float) -> None:
+        """Take in frequent pairs, at most `share` of the tokens at a time, up to `size` tokens."""
+        while len(self.tokens) < size:
+            pairs = self.pairs(min(size, int(len(self.tokens) * (1 + share)) + 1))
+            if not pairs:
+                return
+            self.take((*self.tokens, *pairs))
+
+    def pairs(self, size: int) -> list[bytes]:
+        """The most frequent pairs of adjacent tokens, as many as make `size` tokens."""
+        base = len(self.tokens) + 1
+        keys = self.ids[:-1].astype(np.uint32) * np.uint32(base) + self.ids[1:]
+        keys, counts = np.unique(keys, return_counts=True)
+        left, right = np.divmod(keys.astype(np.int64), base)
+        counts[left == right] //= 2  # of three equal tokens in a row only two can join
+        counts[(left == len(self.tokens)) | (right == len(self.tokens))] = 0  # BOS
+        known, found = set(self.tokens), []
+        for at in np.argsort(-counts, kind="stable"):
+            if len(known) >= size or counts[at] < 2:
+                break
+            pair = self.tokens[left[at]] + self.tokens[right[at]]
+            if len(pair) <= MAX_TOKEN_BYTES and pair not in known:
+                known.add(pair)
+                found.append(pair)
+        return found
+
+    def prune(self, size: int, share: float) -> None:
+        """Throw out the least missed tokens, at most `share` at a time, down to `size` tokens."""
+        while len(self.tokens) > size:
+            loss = self.losses()
+            loss[:256] = np.iinfo(np.int64).max
+            left = max(size, int(len(self.tokens) * (1 - share)))
+            kept = np.sort(np.argsort(-loss, kind="stable")[:left])
+            self.take(tuple(self.tokens[at] for at in kept))
+
+    def losses(self) -> np.ndarray:
+        """int64 [tokens]: how many tokens more the text would take without each of them."""
+        keys = {token: identity for identity, token in enumerate(self.tokens)}
+        shorter = [next((keys[token[:cut]] for cut in range(len(token) - 1, 0, -1)
+                         if token[:cut] in keys), -1) for token in self.tokens]
+        loss = np.zeros(len(self.tokens), dtype=np.int64)
+        compiled(_loss_kernel)(
+            self.starts, self.segmenter.longest(self.text, self.starts), self.ids,
+            np.array([len(token) for token in self.tokens]), np.array(shorter), loss)
+        return loss
+
+
+def _loss_kernel(starts, longest, ids, length, shorter, loss):
+    """loss[t] += the tokens it costs, with the fewest pieces, not to use t where `ids` has it.
+
+    shorter[t] is the longest token that t begins with, -1 for none; fewest[i] is the least number
+    of tokens from byte i of a document to its end.
+    """
+    fewest = np.zeros(np.max(np.diff(starts)) + 1, dtype=np.int32)
+    at = 0
+    for document in range(starts.size - 1):
+        begin, size = starts[document], starts[document + 1] - starts[document]
+        fewest[size] = 0
+        for i in range(size - 1, -1, -1):
+            token = np.int64(longest[begin + i])
+            least = size
+            while token >= 0:
+                least = min(least, np.int64(fewest[i + length[token]]))
+                token = shorter[token]
+            fewest[i] = least + 1
+        at += 1  # BOS
+        i = 0
+        while i < size:
+            chosen = np.int64(ids[at])
+            token = np.int64(longest[begin + i])
+            least = size
+            while token >= 0:
+                if token != chosen:
+                    least = min(least, np.int64(fewest[i + length[token]]))
+                token = shorter[token]
+            i += length[chosen]
+            loss[chosen] += least - fewest[i]
+            at += 1
+
+
+# --- demo data ------------------------------------------------------------------------------
+
+DEMO = {
+    "version": 1, "pieces": 1024, "vocabulary_ids": 1024, "sample_bytes": 1_500_000,
+    "val_bytes": 170_000, "largest_val_document": 20_000, "smallest_text": 40,
+    "packages": ["numpy", "networkx", "torch/nn", "torch/optim", "torch/distributions",
+                 "torch/_tensor_docs.py", "torch/_torch_docs.py", "torch/functional.py"],
+}
+DEMO_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+
+
+def demo_sources() -> list[tuple[str, Path]]:
+    """(document name, Python file) of the standard library and of installed packages, sorted."""
+    roots = [("", Path(sysconfig.get_paths()["stdlib"]))]
+    for package in DEMO["packages"]:
+        spec = importlib.util.find_spec(package.split("/")[0])
+        if spec is not None and spec.origin:
+            roots.append((package, Path(spec.origin).parent.parent / package))
+    found = {}
+    for prefix, root in roots:
+        for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
+            inside = path.relative_to(root).parts
+            if path.is_file() and not DEMO_SKIPPED & set(inside):
+                found["/".join((*prefix.split("/"), *inside)).strip("/")] = path
+    return sorted(found.items())
+
+
+def module_texts(path: Path) -> list[str]:
+    """Docstrings and other texts of several lines in a Python file, parsed but never imported."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return []
+    values = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    texts = [inspect.cleandoc(value) for value in values if isinstance(value, str)
+             and "\n" in value and len(value) >= DEMO["smallest_text"]]
+    return [text for text in texts if text.translate({10: 32, 9: 32}).isprintable()]
+
+
+def demo_documents(sources: list[tuple[str, Path]], workers: int) -> dict[str, list[bytes]]:
+    """Documents of the train and val splits, one for each module; no text occurs twice.
+
+    Validation documents are chosen by a hash of their name, and lose no text to training.
+    """
+    with contextlib.closing(pool_map(module_texts, [path for _, path in sources], workers,
+                                     lambda: None)) as results:
+        texts = dict(zip((name for name, _ in sources), results, strict=True))
+    order = sorted(texts, key=lambda name: sha256_bytes(name.encode()))
+    seen: set[str] = set()
+    splits: dict[str, list[bytes]] = {"val": [], "train": []}
+    held = 0
+    for name in order:
+        size = sum(map(len, texts[name]))
+        wanted = held < DEMO["val_bytes"] and size <= DEMO["largest_val_document"]
+        fresh = [text for text in dict.fromkeys(texts[name]) if text not in seen]
+        seen.update(fresh)
+        if fresh:
+            document = "\n\n".join(fresh).encode()
+            splits["val" if wanted else "train"].append(document)
+            held += len(document) * wanted
+    return splits
+
+
+def first_bytes(documents: Iterable[bytes], limit: int) -> list[bytes]:
+    """The first documents that together have at most `limit` bytes, longer ones left out."""
+    chosen, size = [], 0
+    for document in documents:
+        if size + len(document) <= limit:
+            chosen.append(document)
+            size += len(document)
+    return chosen
+
+
+def train_sentencepiece(documents: list[bytes], pieces: int) -> bytes:
+    """A SentencePiece BPE model with byte fallback and the ids of the published SP1024."""
+    import sentencepiece
+
+    lines = (line.strip() for document in documents for line in document.decode().split("\n"))
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for line in lines if line), model_writer=model, model_type="bpe",
+        vocab_size=pieces, byte_fallback=True, character_coverage=0.999, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+def write_documents(path: Path, documents: Iterable[bytes]) -> None:
+    """Write documents as JSON lines."""
+    with open(path, "w", encoding="ascii") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document.decode()}) + "\n")
+
+
+def shard_documents(paths: list[Path], model: SentencePieceModel) -> Iterator[bytes]:
+    """Source text (`sp.decode`) of every document of SentencePiece shards."""
+    for index in range(len(paths)):
+        for ids in whole_documents(paths, index, model.bos_id):
+            text, starts = model.decode(ids, document_starts(ids, model.bos_id))
+            for k in range(starts.size - 1):
+                yield text[starts[k]:starts[k + 1]].tobytes()
+
+
+def build_demo(folder: Path, log: Callable[[str], None] = print) -> dict[str, Path]:
+    """Demo data made from documentation that is installed; returns the paths the trainer needs.
+
+    Idempotent (a stamp holds the settings and the sources) and atomic.
+    """
+    sources = demo_sources()
+    stamp = sha256_bytes(repr((sorted(DEMO.items()), sys.version, file_sha256(Path(__file__)), [
+        (name, path.stat().st_size) for name, path in sources])).encode())
+    folder = Path(folder)
+    if not ((folder / "stamp").is_file() and (folder / "stamp").read_text() == stamp):
+        begin = time.monotonic()
+        building = folder.with_name(folder.name + ".building")
+        with file_errors(f"write the demo data {folder}"):
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            _build_demo(building, sources, log)
+            (building / "stamp").write_text(stamp)
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
+        log(f"demo: built {folder} in {time.monotonic() - begin:.1f} s")
+    return _demo_paths(folder)
+
+
+def _demo_paths(folder: Path) -> dict[str, Path]:
+    """Where the parts of the demo data are."""
+    return {"data_path": folder / "scylla", "tokenizer_path": folder / "scylla" / "demo.yaml",
+            "meta_path": folder / "scylla" / META_NAME, "train_text": folder / "train.jsonl",
+            "val_text": folder / "val.jsonl", "sp_data_path": folder / "sp",
+            "sp_model": folder / "sp" / "demo.model"}
+
+
+def _build_demo(folder: Path, sources: list[tuple[str, Path]], log: Callable[[str], None]) -> None:
+    """Text -> SentencePiece shards -> vocabulary -> exact Scylla shards, as the tool does it."""
+    paths, workers = _demo_paths(folder), min(2, default_workers())
+    splits = demo_documents(sources, workers)
+    log("demo: " + ", ".join(f"{sum(map(len, documents)) / 1e6:.2f} MB of {split} text"
+                             for split, documents in splits.items()))
+    shards = OutputFolder(paths["sp_data_path"])
+    sample = first_bytes(splits["train"], DEMO["sample_bytes"])
+    shards.put(paths["sp_model"], train_sentencepiece(sample, DEMO["pieces"]))
+    model = SentencePieceModel(paths["sp_model"])
+    for split, documents in splits.items():
+        path = paths[f"{split}_text"]
+        write_documents(path, documents)
+        DocumentJob(shards, DocumentReader([path]), SentencePieceEngine(model), split,
+                    DEFAULT_SHARD_TOKENS).run(workers)
+        made = [shards.path / f"fineweb_{split}_000000.bin"]
+        write_documents(path, shard_documents(made, model))
+    texts = DocumentReader([paths["train_text"]]).documents()
+    vocabulary = build_vocab(first_bytes(texts, DEMO["sample_bytes"]), DEMO["vocabulary_ids"])
+    engine = ScyllaEngine(load_vocabulary(vocabulary, "demo.yaml"))
+    output = OutputFolder(paths["data_path"])
+    inputs = find_shards(str(shards.path / "fineweb_*.bin"))
+    job = ShardJob(output, inputs, model, engine, Progress(len(inputs), 0, float("inf")))
+    retokenize_shards(job, list(range(len(inputs))), workers)
+    finish(output, engine)
+    log(f"demo: {sum(1 for token in engine.vocabulary.tokens if token)} tokens, byte-exact")
+
+
+# --- bench ----------------------------------------------------------------------------------
+
+BENCH_BYTES = 20_000_000
+
+
+def sp_decode_rate(job: ShardJob) -> float:
+    """MB/s of `sp.decode` over the first documents, the best of three: the yardstick."""
+    documents, size = [], 0
+    for ids in whole_documents(job.paths, 0, job.model.bos_id):
+        starts = document_starts(ids, job.model.bos_id)
+        documents += [ids[starts[k]:starts[k + 1]].tolist() for k in range(starts.size - 1)]
+        size += 2 * ids.size
+        if size > BENCH_BYTES:
+            break
+    best = 0.0
+    for _ in range(3):
+        begin = time.perf_counter()
+        count = sum(len(job.model.processor.decode(ids).encode()) for ids in documents)
+        best = max(best, count / 1e6 / (time.perf_counter() - begin))
+    return best
+
+
+def bench(job: ShardJob, workers: int) -> None:
+    """Print the speed of re-tokenizing end to end next to `sp.decode`, for 1 and more workers."""
+    yardstick = sp_decode_rate(job)
+    print(f"sp.decode: {yardstick:.1f} MB/s on one core")
+    job.engine.encode_documents([b"compiles the kernels"])
+    rates = {}
+    for count in sorted({1, workers}):
+        with tempfile.TemporaryDirectory(dir=job.folder.path) as scratch:
+            indices = list(range(len(job.paths)))
+            run = dataclasses.replace(job, folder=OutputFolder(Path(scratch)),
+                                      progress=Progress(len(indices), 0, float("inf")))
+            begin = time.perf_counter()
+            retokenize_shards(run, indices, count)
+            seconds = time.perf_counter() - begin
+        size = sum(run.progress.counters[0::3])
+        rates[count] = size / 1e6 / seconds
+        print(f"end to end, {count} worker(s): {size / 1e6:.1f} MB in {seconds:.2f} s, "
+              f"{rates[count]:.1f} MB/s, {rates[count] / yardstick:.2f} x sp.decode, "
+              f"{rates[count] / rates[1]:.2f} x one worker")
+    peak = max(resource.getrusage(who).ru_maxrss
+               for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(f"peak memory of a process: {peak / 1024:.0f} MiB")
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; contradictions are reported with the usage."""
+    parser = argparse.ArgumentParser(
+        description="Re-tokenize SentencePiece shards or documents, byte for byte exact. With "
+        "torchrun's RANK and WORLD_SIZE the shards are spread over machines.")
+    add = parser.add_argument
+    add("--sp-shards", metavar="GLOB", help="input shards; one output shard each, same name")
+    add("--docs", metavar="FILE", nargs="+", type=Path,
+        help="JSON lines with \"text\" instead of shards (.jsonl, .gz, .xz, .zst)")
+    add("--split", choices=("train", "val"), default="train", help="what --docs are (train)")
+    add("--shard-tokens", type=positive, default=DEFAULT_SHARD_TOKENS,
+        help="tokens per shard with --docs (100000000)")
+    add("--sp-model", metavar="MODEL", help="SentencePiece model of the shards; with --docs and no "
+        "--vocab, the model to make SentencePiece shards with")
+    add("--vocab", metavar="FILE", help="TokenMonster vocabulary, YAML")
+    add("--output-dir", metavar="DIR", type=Path, help="where shards, manifest.json, meta.npz go")
+    add("--workers", type=positive, help="processes (all cores)")
+    add("--allow-lossy", action="store_true",
+        help="go on with a vocabulary that is not byte-exact, and count what is wrong")
+    add("--bench", action="store_true", help="time --sp-shards into a scratch folder")
+    add("--build-vocab", metavar="N", type=positive,
+        help="build a byte-exact vocabulary of N ids from --docs")
+    add("--build-bytes", metavar="B", type=positive, default=50_000_000,
+        help="bytes of text that --build-vocab reads, whole documents (50000000)")
+    add("--build-rounds", metavar="R", type=positive, default=12,
+        help="rounds of exchanging tokens, for --build-vocab (12)")
+    add("--output", metavar="FILE", type=Path, default=Path("vocab.yaml"),
+        help="where --build-vocab writes (vocab.yaml)")
+    options = parser.parse_args(arguments)
+    if bool(options.sp_shards) == bool(options.docs):
+        parser.error("give either --sp-shards or --docs")
+    if options.sp_shards and not (options.sp_model and options.vocab):
+        parser.error("--sp-shards needs --sp-model and --vocab")
+    if options.docs and not (options.vocab or options.sp_model or options.build_vocab):
+        parser.error("--docs needs --vocab, --sp-model or --build-vocab")
+    if not options.output_dir and not options.build_vocab:
+        parser.error("--output-dir is missing")
+    if options.build_vocab and not options.docs or options.bench and not options.sp_shards:
+        parser.error("--build-vocab needs --docs, --bench needs --sp-shards")
+    return options
+
+
+def finish(folder: OutputFolder, engine: Engine) -> dict:
+    """Write tokenizer, byte table and manifest, clear partial files; returns the totals."""
+    put_tokenizer(folder, engine)
+    manifest = folder.publish(tokenizer_record(engine))
+    folder.clean()
+    return manifest["totals"]["all"]
+
+
+def refuse_foreign(folder: OutputFolder, engine: Engine, mine: Callable[[str], bool]) -> None:
+    """InputError when the folder holds shards of another vocabulary that this run will not redo."""
+    for name, entry in folder.entries().items():
+        if entry["identity"]["tokenizer_sha256"] != engine.sha256 and not mine(name):
+            raise InputError(f"{folder.path / name}: was made with another vocabulary than "
+                             f"{engine.name}; choose another --output-dir or remove the shard")
+
+
+def run_shards(options: argparse.Namespace) -> None:
+    """--sp-shards: re-tokenize, or time it with --bench."""
+    rank, world = rank_and_world()
+    paths = find_shards(options.sp_shards)
+    engine = make_engine(load_vocabulary(options.vocab), options.allow_lossy)
+    model = SentencePieceModel(options.sp_model)
+    for path in paths:
+        if path.parent.resolve() == options.output_dir.resolve():
+            raise InputError(f"{path}: --output-dir is the folder of the input, whose shards it "
+                             "would replace; choose another")
+    folder = OutputFolder(options.output_dir)
+    indices = list(range(len(paths)))[rank::world]
+    total = sum(open_shard(paths[index]).size for index in indices)
+    job = ShardJob(folder, paths, model, engine, Progress(len(paths), total))
+    workers = 1 if engine.status == "lossy" else options.workers or default_workers()
+    if options.bench:
+        bench(job, workers)
+        return
+    names = {path.name for path in paths}
+    refuse_foreign(folder, engine, names.__contains__)
+    results = retokenize_shards(job, indices, min(workers, len(indices)))
+    job.progress.report(last=True)
+    report(finish(folder, engine), results, folder)
+
+
+def run_documents(options: argparse.Namespace) -> None:
+    """--docs: tokenize documents with a vocabulary, or with a SentencePiece model."""
+    if rank_and_world()[0]:
+        print("documents are one stream: rank 0 makes the shards", file=sys.stderr)
+        return
+    model = SentencePieceModel(options.sp_model) if options.sp_model else None
+    engine = (make_engine(load_vocabulary(options.vocab), options.allow_lossy) if options.vocab
+              else SentencePieceEngine(model))
+    reader = DocumentReader(options.docs)
+    folder = OutputFolder(options.output_dir)
+    refuse_foreign(folder, engine, lambda name: name.startswith(f"fineweb_{options.split}_"))
+    job = DocumentJob(folder, reader, engine, options.split, options.shard_tokens)
+    workers = 1 if isinstance(engine, LossyEngine) else options.workers or default_workers()
+    results = job.run(workers)
+    report(finish(folder, engine), results, folder)
+
+
+def run_build(options: argparse.Namespace) -> None:
+    """--build-vocab: write a vocabulary built from documents."""
+    texts = first_bytes(DocumentReader(options.docs).documents(), options.build_bytes)
+    data = build_vocab(texts, options.build_vocab, options.build_rounds,
+                       lambda line: print(line, file=sys.stderr, flush=True))
+    with file_errors(f"write {options.output}"):
+        temporary = options.output.with_name(options.output.name + ".part")
+        temporary.write_bytes(data)
+        temporary.replace(options.output)
+    print(f"{options.output}: {load_vocabulary(options.output).vocab_size} ids")
+
+
+def report(totals: dict, results: list[str], folder: OutputFolder) -> None:
+    """The closing lines on stdout."""
+    state = "exact" if totals["source_bytes"] == totals["decoded_bytes"] and not (
+        totals["bad_documents"]) else "NOT EXACT"
+    print(f"{folder.path}: {results.count('made')} made, {results.count('skipped')} skipped; "
+          + " ".join(f"{key}:{totals[key]}" for key in COUNTS)
+          + f" drift:{totals['decoded_bytes'] - totals['source_bytes']} {state}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; returns the exit code: 0, 1 after an error, 128 + signal when stopped."""
+    options = parse_arguments(arguments)
+    stop_on_signals()
+    try:
+        with file_errors("go on"):
+            if options.build_vocab:
+                run_build(options)
+            elif options.docs:
+                run_documents(options)
+            else:
+                run_shards(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Stopped as stop:
+        print("stopped: finished shards are kept; run again to go on", file=sys.stderr)
+        return 128 + int(stop.args[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
