@@ -204,8 +204,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {},  # plain rounding without fit: the yardstick; record moves on by measured gains
     "demo": dict(
         data_path="./data/demo/scylla", model_dim=64, num_heads=2, num_kv_heads=1, rope_dims=16,
-        bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=4096,
-        train_seq_len=256, iterations=700, warmdown_iters=300, warmup_steps=3,
+        bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=2048,
+        train_seq_len=256, iterations=900, warmdown_iters=360, warmup_steps=4,
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
         val_batch_size=16384, val_loss_every=0, train_log_every=50,

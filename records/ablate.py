@@ -3,9 +3,10 @@
     python records/ablate.py records/plans/demo_features.json --jobs 2
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
-"variants": {name: {settings against the base}}}; the first variant is the baseline. Each run is a
-`python train_gpt.py` in a folder of its own, with an equal share of the processor cores, pinned
-where the system can. A run whose log holds a summary is not repeated.
+"variants": {name: {settings against the base}}}; the first variant is the baseline, and the
+optional "seeds_of": {name: n} gives a variant only the first n seeds. "{root}" in a value is this
+repository. Each run is a `python train_gpt.py` in a folder of its own, with an equal share of the
+processor cores, pinned where the system can. A run whose log holds a summary is not repeated.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
         settings = plan["base"] | plan["variants"][variant] | {"SEED": seed}
         mine = free.get()
         try:
-            texts = {name: str(value) for name, value in settings.items()}
+            texts = {name: str(value).format(root=ROOT) for name, value in settings.items()}
             return run_one(out / f"{variant}_seed{seed}", texts, mine)
         finally:
             free.put(mine)
