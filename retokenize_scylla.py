@@ -498,7 +498,8 @@ def _choose_kernel(text, starts, longest, table, follow, classes, out):
             choice = whole
             after = i + size
             word = table[whole, FLAGS] & ONE_WORD
-            if table[whole, 1] != whole and after < end and not (word and classes[text[after]] == SPACE_CLASS):
+            if (table[whole, 1] != whole and after < end
+                    and not (word and classes[text[after]] == SPACE_CLASS)):
                 best = np.int64(-1000000)
                 for slot in range(3):  # the token itself stands in for a missing alternative
                     candidate = np.int64(table[whole, slot])
@@ -1430,7 +1431,6 @@ class DocumentJob:
     engine: Engine
     split: str
     shard_tokens: int
-    model_sha256: str | None = None
 
     def name(self, number: int) -> str:
         """File name of a shard."""
@@ -1468,9 +1468,9 @@ class DocumentJob:
 
     def _identity(self, digest: str, first: int) -> dict:
         """What a shard is made from: equal identities give equal bytes."""
-        return {"kind": "docs", "model_sha256": self.model_sha256,
-                "tokenizer_sha256": self.engine.sha256, "source_sha256": digest,
-                "first_document": first, "shard_tokens": self.shard_tokens}
+        model = self.engine.sha256 if self.engine.kind == "sentencepiece" else None
+        return {"kind": "docs", "model_sha256": model, "tokenizer_sha256": self.engine.sha256,
+                "source_sha256": digest, "first_document": first, "shard_tokens": self.shard_tokens}
 
     def _finished(self, digest: str) -> tuple[int, int]:
         """(number of leading shards that are finished, documents in them)."""
@@ -1937,6 +1937,26 @@ def _build_demo(folder: Path, sources: list[tuple[str, Path]], log: Callable[[st
     log(f"demo: {sum(1 for token in engine.vocabulary.tokens if token)} tokens, byte-exact")
 
 
+def byte_model_bpb(train_text: Path, val_text: Path) -> float:
+    """Bits per byte of an order-2 byte model of one text on the other: the demo's yardstick.
+
+    Witten-Bell interpolation of orders 2, 1 and 0 with the uniform distribution. Both files are
+    JSON lines; a document begins after two zero bytes, which are not scored.
+    """
+    seen, text = (np.frombuffer(b"".join(b"\0\0" + document for document in
+                                         DocumentReader([path]).documents()), np.uint8)
+                  for path in (train_text, val_text))
+    probability = np.full(text.size - 2, 1 / 256)
+    for order in range(3):
+        grams, wanted = (sum(t[2 - i:t.size - i].astype(np.int64) << 8 * i
+                             for i in range(order + 1)) for t in (seen, text))
+        counts = np.bincount(grams, minlength=256 ** (order + 1)).reshape(-1, 256)
+        total, kinds = counts.sum(1)[wanted >> 8], (counts > 0).sum(1)[wanted >> 8]
+        mixed = (counts.ravel()[wanted] + kinds * probability) / np.maximum(total + kinds, 1)
+        probability = np.where(total > 0, mixed, probability)
+    return float(-np.log2(probability[text[2:] > 0]).mean())
+
+
 # --- bench ----------------------------------------------------------------------------------
 
 BENCH_BYTES = 20_000_000
@@ -2027,8 +2047,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("give either --sp-shards or --docs")
     if options.sp_shards and not (options.sp_model and options.vocab):
         parser.error("--sp-shards needs --sp-model and --vocab")
-    if options.docs and not (options.vocab or options.sp_model or options.build_vocab):
-        parser.error("--docs needs --vocab, --sp-model or --build-vocab")
+    if options.docs and sum(map(bool, (options.vocab, options.sp_model, options.build_vocab))) != 1:
+        parser.error("--docs needs one of --vocab, --sp-model and --build-vocab")
     if not options.output_dir and not options.build_vocab:
         parser.error("--output-dir is missing")
     if options.build_vocab and not options.docs or options.bench and not options.sp_shards:
@@ -2082,9 +2102,8 @@ def run_documents(options: argparse.Namespace) -> None:
     if rank_and_world()[0]:
         print("documents are one stream: rank 0 makes the shards", file=sys.stderr)
         return
-    model = SentencePieceModel(options.sp_model) if options.sp_model else None
     engine = (make_engine(load_vocabulary(options.vocab), options.allow_lossy) if options.vocab
-              else SentencePieceEngine(model))
+              else SentencePieceEngine(SentencePieceModel(options.sp_model)))
     reader = DocumentReader(options.docs)
     folder = OutputFolder(options.output_dir)
     refuse_foreign(folder, engine, lambda name: name.startswith(f"fineweb_{options.split}_"))

@@ -245,9 +245,8 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
 
 
 def parse_bool(text: str) -> bool:
-    """0/1, false/true, no/yes, off/on -> bool."""
-    return {"0": False, "false": False, "no": False, "off": False,
-            "1": True, "true": True, "yes": True, "on": True}[text.lower()]
+    """0, 1, false, true -> bool."""
+    return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
 
 
 def parse_float(text: str) -> float:
@@ -547,8 +546,7 @@ def open_shard(path: Path) -> np.ndarray:
             f"{version}, expected {SHARD_MAGIC} version {SHARD_VERSION}; {again}")
     require(size == SHARD_HEADER + 2 * count, f"{path}: {size} bytes, but the {count} tokens of "
             f"its header take {SHARD_HEADER + 2 * count}; {again}")
-    require(count > 0, f"{path}: holds no tokens; remove it, or {again}")
-    return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,))
+    return np.memmap(path, "<u2", "r", SHARD_HEADER, (count,)) if count else np.empty(0, "<u2")
 
 
 def find_shards(c: Config, split: str) -> list[Path]:
@@ -562,8 +560,8 @@ def find_shards(c: Config, split: str) -> list[Path]:
 
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
     """Raise RunError naming the file if an id is not of the vocabulary."""
-    require(int(ids.max()) < vocab_size,
-            f"{path}: id {int(ids.max())} is not under VOCAB_SIZE={vocab_size}; set DATA_PATH and "
+    require(ids.max(initial=0) < vocab_size,
+            f"{path}: id {ids.max(initial=0)} is not under VOCAB_SIZE={vocab_size}; set DATA_PATH and "
             "TOKENIZER_PATH to a matching pair")
 
 
@@ -576,8 +574,11 @@ class Loader:
     """
 
     def __init__(self, paths: list[Path], c: Config, runtime: Runtime, vocab_size: int) -> None:
-        self.paths, self.shards = paths, [open_shard(path) for path in paths]
         self.seq_len, self.seed, self.vocab_size = c.train_seq_len, c.seed, vocab_size
+        self.paths = [path for path in paths if len(open_shard(path)) > self.seq_len]
+        require(self.paths, f"{paths[0]} and its siblings hold no sequence of {self.seq_len + 1} "
+                "tokens; lower TRAIN_SEQ_LEN or add shards")
+        self.shards = [open_shard(path) for path in self.paths]
         self.batch_seqs = c.train_batch_tokens // c.train_seq_len
         require(self.batch_seqs % runtime.world == 0,
                 f"WORLD_SIZE={runtime.world} does not divide the {self.batch_seqs} sequences of a "
@@ -587,8 +588,6 @@ class Loader:
         blocks = np.array([(len(shard) - 1) // self.seq_len for shard in self.shards])
         self.blocks = np.where(blocks > 1, blocks - 1, blocks)  # leaves room for the phase
         self.ends = np.cumsum(self.blocks)
-        require(self.ends[-1] > 0, f"{paths[0]} and its siblings hold no sequence of "
-                f"{self.seq_len + 1} tokens; lower TRAIN_SEQ_LEN or add shards")
         self.epoch = functools.lru_cache(maxsize=2)(self.shuffle)
         self.pool = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future] = (-1, Future())
@@ -936,9 +935,9 @@ class Block(nn.Module):
         self.norm_scale = 1 / math.sqrt(layer + 1) if c.ln_scale else 1.0
         self.attn_scale = vector(c.model_dim)
         self.mlp_scale = vector(c.model_dim)
-        self.resid_mix = initial_mix(c)
+        self.resid_mix = vector(2, c.model_dim)
         if layer >= c.parallel_start_layer:
-            self.resid_mix_mlp = initial_mix(c)
+            self.resid_mix_mlp = vector(2, c.model_dim)
             self.route = vector(4)
 
     def attention(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
@@ -962,13 +961,8 @@ class Block(nn.Module):
         return lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m
 
 
-def initial_mix(c: Config) -> nn.Parameter:
-    """Weights (2, D) of x and x0 in a sublayer's input: ones and zeros."""
-    return nn.Parameter(torch.stack((torch.ones(c.model_dim), torch.zeros(c.model_dim))))
-
-
 def mix(x: Tensor, x0: Tensor, weights: Tensor) -> Tensor:
-    """weights[0] * x + weights[1] * x0."""
+    """The input of a sublayer: weights[0] * x + weights[1] * x0; weights (2, D)."""
     weights = weights.to(x.dtype)
     return weights[0] * x + weights[1] * x0
 
@@ -1039,12 +1033,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill every matrix as the class docstring says; vectors are filled where they are made."""
+        """Fill all matrices and mixes as the class docstring says."""
         for name, parameter in self.named_parameters():
             if name.endswith(("q.weight", "k.weight", "v.weight", "up.weight")):
                 nn.init.orthogonal_(parameter)
             elif name.endswith(".weight"):
                 parameter.zero_()
+            elif "resid_mix" in name:
+                parameter[1] = 0
         nn.init.normal_(self.embed.weight, std=self.config.tied_embed_init_std)
         if self.value is not None:
             nn.init.normal_(self.value.table.weight, std=0.01)
@@ -1126,25 +1122,23 @@ class ParamSpec(NamedTuple):
 
 # The one table of all parameters, first match wins: pattern, kind, optimizer, decay, bits.
 PARAM_TABLE = (
-    (r"(embed|bigram\.table|value\.table)\.weight", ParamSpec("embed", "embed", True, 8)),
-    (r"head\.weight", ParamSpec("embed", "head", True, 8)),
-    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", ParamSpec("attn", "muon", True, 6)),
-    (r"repeat_mlps\.\d+\.(up|down)\.weight", ParamSpec("repeat", "muon", True, 6)),
-    (r"blocks\.(?P<layer>\d+)\.mlp\.(up|down)\.weight", ParamSpec("mlp", "muon", True, 5)),
-    (r"(bigram|value)\.proj\.weight", ParamSpec("projection", "scalar", True, 16)),
-    (r".*(scale|mix|mix_mlp|gain|gate|route|merge|skip_weights)",
-     ParamSpec("vector", "scalar", False, 32)),
+    (r"(embed|bigram\.table|value\.table)\.weight", "embed", "embed", True, 8),
+    (r"head\.weight", "embed", "head", True, 8),
+    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", "attn", "muon", True, 6),
+    (r"repeat_mlps\.\d+\.(up|down)\.weight", "repeat", "muon", True, 6),
+    (r"blocks\.(?P<layer>\d+)\.mlp\.(up|down)\.weight", "mlp", "muon", True, 5),
+    (r"(bigram|value)\.proj\.weight", "projection", "scalar", True, 16),
+    (r".*(scale|mix|mix_mlp|gain|gate|route|merge|skip_weights)", "vector", "scalar", False, 32),
 )
 
 
 @functools.cache
 def param_spec(name: str, c: Config) -> ParamSpec:
     """The table's row for a parameter, INT6 layers and CLASS_BITS applied."""
-    for pattern, spec in PARAM_TABLE:
-        match = re.fullmatch(pattern, name)
+    for pattern, *row in PARAM_TABLE:
+        match, spec, edge = re.fullmatch(pattern, name), ParamSpec(*row), c.n_int6_layers // 2
         if not match:
             continue
-        edge = c.n_int6_layers // 2
         if spec.kind == "mlp" and not edge <= int(match["layer"]) < c.num_layers - edge:
             spec = spec._replace(bits=6)
         return spec._replace(bits=parse_class_bits(c.class_bits).get(spec.kind, spec.bits))
@@ -1318,26 +1312,23 @@ def round_to_grid(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (weight / scales).round().clamp(-largest_code(bits), largest_code(bits))
 
 
-def row_quantiles(magnitudes: Tensor) -> Iterator[Tensor]:
-    """Each of QUANTILES of the rows (R, C), interpolated linearly -> (R, 1); no full sort."""
+def row_quantiles(magnitudes: Tensor) -> Tensor:
+    """QUANTILES of each row (R, C), interpolated linearly -> (R, quantiles); no full sort."""
     last = magnitudes.size(1) - 1
     depth = min(last, int((1 - min(QUANTILES)) * last) + 1)
     top = magnitudes.topk(depth + 1, dim=1).values
-    for q in QUANTILES:
-        place = (1 - q) * last
-        i = int(place)
-        yield torch.lerp(top[:, i], top[:, min(i + 1, depth)], place - i).unsqueeze(1)
+    places = [((1 - q) * last, int((1 - q) * last)) for q in QUANTILES]
+    return torch.stack([torch.lerp(top[:, i], top[:, min(i + 1, depth)], place - i)
+                        for place, i in places], dim=1)
 
 
 def row_scales(weight: Tensor, bits: int) -> Tensor:
     """Row scales (R, 1), exact in fp16: of all QUANTILES the one with the least squared error."""
-    best, error = weight[:, :1], weight.new_full((weight.size(0), 1), math.inf)
-    for clip in row_quantiles(weight.abs()):
-        scales = (clip / largest_code(bits)).clamp_min(SMALLEST_SCALE).half().float()
-        squares = (round_to_grid(weight, scales, bits) * scales - weight).square().sum(1, True)
-        best = torch.where(squares < error, scales, best)
-        error = torch.minimum(squares, error)
-    return best
+    clips = row_quantiles(weight.abs()) / largest_code(bits)
+    scales = clips.clamp_min(SMALLEST_SCALE).half().float().unsqueeze(2)  # (R, quantiles, 1)
+    grids = round_to_grid(weight.unsqueeze(1), scales, bits) * scales
+    errors = (grids - weight.unsqueeze(1)).square().sum(2)
+    return scales.squeeze(2).gather(1, errors.argmin(1, keepdim=True))
 
 
 class Stored(NamedTuple):
@@ -1566,10 +1557,10 @@ def export_model(model: GPT, val: Validation, runtime: Runtime, c: Config) -> in
     header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
     streams = write_artifact(path, header, quantize(state, c), c.compressor)
     for s in streams:
+        size = len(s.data)
         log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
                   "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}", name=s.name, codec=s.codec,
-                  weights=s.weights, bytes=len(s.data), bits=8 * len(s.data) / s.weights,
-                  floor=s.floor)
+                  weights=s.weights, bytes=size, bits=8 * size / s.weights, floor=s.floor)
     code, artifact = os.path.getsize(__file__), path.stat().st_size
     total, floor = code + artifact, sum(s.floor for s in streams)
     codec = max(streams, key=lambda s: len(s.data)).codec

@@ -118,8 +118,12 @@ class Piece:
         return self.options.out / f"{self.name}.{suffix}"
 
     def save(self) -> None:
-        """Write the summary as it is now."""
-        write_json(self.path("json"), self.summary)
+        """Write the summary as it is now, without the machine's folder names."""
+        text = json.dumps(self.summary)
+        names = {self.work: "WORK", self.options.out: "OUT", self.options.data: "DATA", ROOT: "."}
+        for folder in filter(None, names):
+            text = text.replace(str(folder), names[folder])
+        write_json(self.path("json"), json.loads(text))
 
     def start(self, label: str, command: list[str], settings: dict[str, str]) -> Child:
         """Start a child process in the work folder; its output goes to the piece's log."""
@@ -201,7 +205,7 @@ def record_settings(piece: Piece, **settings: Any) -> dict[str, str]:
     """The record model at one eighth of the batch; then the piece's settings, then the user's."""
     base = REHEARSAL if piece.rehearse else dict(
         PRESET="record", TRAIN_BATCH_TOKENS=str(BATCH_TOKENS))
-    if piece.options.micro_batch[0]:
+    if piece.options.micro_batch[0] and piece.name != "speed":
         base = base | {"MICRO_BATCH_TOKENS": str(piece.options.micro_batch[0])}
     own = {name: str(value) for name, value in settings.items()}
     return base | own | dict(pair.split("=", 1) for pair in piece.options.set)
@@ -307,13 +311,13 @@ def stand_in_data(piece: Piece) -> Path:
 def text_data(piece: Piece) -> Path:
     """The folder of --data, or stand-in shards."""
     piece.summary["data"] = "--data" if piece.options.data else "standard library source"
-    return piece.options.data.resolve() if piece.options.data else stand_in_data(piece)
+    return piece.options.data or stand_in_data(piece)
 
 
 def proxy_folder(options: argparse.Namespace) -> Path:
     """Where `data` writes and `proxy` reads."""
-    name = f"proxy_{options.tokenizer}" + "_rehearsal" * options.rehearse
-    return (options.data or ROOT / "data" / name).resolve()
+    parent = options.out if options.rehearse else ROOT / "data"
+    return options.data or parent / f"proxy_{options.tokenizer}"
 
 
 def rehearsal_documents(piece: Piece) -> tuple[Path, Path, list[Any]]:
@@ -718,8 +722,7 @@ def run_proxy(piece: Piece) -> None:
     base = train_gpt.Config(data_path=str(folder))
     tokens = sum(shard_tokens(base, "train"))
     batch = int(record_settings(piece)["TRAIN_BATCH_TOKENS"])
-    cap = most_steps(tokens, batch)
-    cap = min(cap, 20000) if not piece.rehearse else min(cap, 400)
+    cap = min(most_steps(tokens, batch), piece.pick(20000, 400))
     artifact = piece.work / "model.ptz"
     pace = piece.pick({}, dict(RECUR_START_STEP=0.4, WARMDOWN_ITERS=100, LATE_QAT_THRESHOLD=0.5))
     settings = record_settings(
@@ -976,7 +979,7 @@ def traced_on_cpu() -> Iterator[None]:
 def inner(arguments: list[str]) -> int:
     """A child process: `train` or `speed` REHEARSE ATTENTION FILE [all|steps]."""
     task, rehearse, attention, path = arguments[0], arguments[1] == "1", *arguments[2:4]
-    if attention != "auto" and not rehearse:
+    if attention != "auto":
         force_attention(attention)
     with traced_on_cpu() if rehearse else contextlib.nullcontext():
         if task == "speed":
@@ -1018,6 +1021,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if needs_gpu and not options.rehearse and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU here; --rehearse runs the same code on the CPU")
     options.out = options.out.resolve()
+    options.data = options.data.resolve() if options.data else None
     return options
 
 
@@ -1034,10 +1038,14 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended too
     good = True
     for name in options.pieces:
-        if name == "report":
-            run_report(options)
-        else:
+        if name != "report":
             good = run_piece(name, options, deadline) and good
+            continue
+        try:
+            run_report(options)
+        except train_gpt.RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            good = False
     return 0 if good else 1
 
 
