@@ -561,8 +561,8 @@ def find_shards(c: Config, split: str) -> list[Path]:
 def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
     """Raise RunError naming the file if an id is not of the vocabulary."""
     require(ids.max(initial=0) < vocab_size,
-            f"{path}: id {ids.max(initial=0)} is not under VOCAB_SIZE={vocab_size}; set DATA_PATH and "
-            "TOKENIZER_PATH to a matching pair")
+            f"{path}: id {ids.max(initial=0)} is not under VOCAB_SIZE={vocab_size}; set DATA_PATH "
+            "and TOKENIZER_PATH to a matching pair")
 
 
 class Loader:
@@ -1002,7 +1002,8 @@ class GPT(nn.Module):
 
     Initialisation:
         embed N(0, TIED_EMBED_INIT_STD)    value.table N(0, 0.01)    q, k, v, up orthogonal
-        head, bigram.table, bigram.proj, value.proj, out, down, smear.gate 0    lane_merge 0.5
+        bigram.proj orthogonal (zero, like its table, it would never get a gradient)
+        head, bigram.table, value.proj, out, down, smear.gate 0    lane_merge 0.5
         attn_scale, mlp_scale, route, skip_weights, value.layer_scale 1    q_gain QK_GAIN_INIT
         resid_mix, resid_mix_mlp (1, 0)    bigram.scale 0.05    value.scale 0.1
     """
@@ -1035,7 +1036,7 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """Fill all matrices and mixes as the class docstring says."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("q.weight", "k.weight", "v.weight", "up.weight")):
+            if name.endswith(("q.weight", "k.weight", "v.weight", "up.weight", "bigram.proj.weight")):
                 nn.init.orthogonal_(parameter)
             elif name.endswith(".weight"):
                 parameter.zero_()
