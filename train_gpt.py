@@ -232,15 +232,15 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
     names = {f.name.upper(): f.name.upper() for f in fields(Config)}
     squashed = {name.replace("_", ""): name for name in names}
     problems = []
-    for name in sorted(set(environ) - set(names)):
+    for name in sorted(set(environ) - set(names) - {"SEEDS"}):  # SEEDS is run_8xh100.sh's
         close = difflib.get_close_matches(name, names, 1, 0.88)
         near = squashed.get(name.replace("_", "")) or (close[0] if close else None)
+        reason = f"no such setting; did you mean {near}?" if near else ""
         if name in DROPPED:
-            problems.append(f"{name}={environ[name]}: not a setting here; set {DROPPED[name]}")
+            reason = f"not a setting here; set {DROPPED[name]}"
         elif name.startswith(ABSENT):
-            problems.append(f"{name}={environ[name]}: not in this version; unset it")
-        elif near:
-            problems.append(f"{name}={environ[name]}: no such setting; did you mean {near}?")
+            reason = "not in this version; unset it"
+        problems += [f"{name}={environ[name]}: {reason}"] if reason else []
     return problems
 
 
@@ -286,7 +286,7 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
             continue
         low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
         if choices and value not in choices:
-            problems.append(f"{name}={value}: allowed are {', '.join(choices)}")
+            problems.append(f"{name}={value}: allowed are {show(choices)}")
         elif (low is not None and value < low) or (high is not None and value > high):
             upper = "" if high is None else f" and at most {high}"
             problems.append(f"{name}={value}: must be at least {low}{upper}")
@@ -307,32 +307,37 @@ def contradictions(c: Config) -> list[str]:
     block = tuple(range(recur[0], recur[0] + len(recur))) if recur else ()
     valued = c.ve_layers if c.ve_enabled else (0,)
     rules = [
-        *((getattr(c, many) % getattr(c, one) == 0, f"{many.upper()}={getattr(c, many)}: not a "
-           f"multiple of {one.upper()}={getattr(c, one)}") for many, one in MULTIPLES),
-        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim,
-         f"ROPE_DIMS={c.rope_dims}: must be even and at most the head dimension {c.head_dim}"),
-        (c.eval_stride <= c.eval_seq_len, f"EVAL_STRIDE={c.eval_stride}: larger than "
-         f"EVAL_SEQ_LEN={c.eval_seq_len}, so tokens would be skipped"),
-        (layers // 2 <= lanes <= layers, f"PARALLEL_START_LAYER={lanes}: must be in the decoder "
-         f"half, {layers // 2}..{layers}, as skips are stored from one stream"),
-        (recur == block and set(recur) <= set(range(layers)), f"RECUR_LAYERS={show(recur)}: must "
-         f"be consecutive layers of 0..{layers - 1}, as they run again as one block"),
-        (not recur or max(recur) < lanes or min(recur) >= lanes, f"RECUR_LAYERS={show(recur)}: "
-         f"crosses PARALLEL_START_LAYER={lanes}; two lanes cannot run a one-lane layer again"),
-        (c.recur_start_step < 1 or c.recur_start_step % 1 == 0,
-         f"RECUR_START_STEP={c.recur_start_step}: a whole step, or a fraction below 1"),
-        (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)),
-         f"VE_LAYERS={show(valued)}: name layers of 0..{layers - 1}, each once; VE_ENABLED=0: off"),
-        (c.xsa_last_n <= layers, f"XSA_LAST_N={c.xsa_last_n}: there are {layers} layers"),
-        (c.n_int6_layers % 2 == 0 and c.n_int6_layers <= layers + 1,
-         f"N_INT6_LAYERS={c.n_int6_layers}: must be even and at most {layers + layers % 2}"),
-        (c.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE=1: 0 (off) or at least 2"),
+        *((getattr(c, many) % getattr(c, one) == 0, many,
+           f"not a multiple of {one.upper()}={getattr(c, one)}") for many, one in MULTIPLES),
+        (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
+         f"must be even and at most the head dimension {c.head_dim}"),
+        (c.eval_stride <= c.eval_seq_len, "eval_stride",
+         f"larger than EVAL_SEQ_LEN={c.eval_seq_len}, so tokens would be skipped"),
+        (layers // 2 <= lanes <= layers, "parallel_start_layer", "must be in the decoder half, "
+         f"{layers // 2}..{layers}, as skips are stored from one stream"),
+        (recur == block and set(recur) <= set(range(layers)), "recur_layers",
+         f"must be consecutive layers of 0..{layers - 1}, as they run again as one block"),
+        (not recur or max(recur) < lanes or min(recur) >= lanes, "recur_layers", "crosses "
+         f"PARALLEL_START_LAYER={lanes}; two lanes cannot run a one-lane layer again"),
+        (c.recur_start_step < 1 or c.recur_start_step % 1 == 0, "recur_start_step",
+         "must be a whole step, or a fraction below 1"),
+        (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)), "ve_layers",
+         f"name layers of 0..{layers - 1}, each once; VE_ENABLED=0 turns them off"),
+        (c.xsa_last_n <= layers, "xsa_last_n", f"there are {layers} layers"),
+        (c.n_int6_layers % 2 == 0 and c.n_int6_layers <= layers + 1, "n_int6_layers",
+         f"must be even and at most {layers + layers % 2}"),
+        (c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
+        (c.val_tokens_limit != 1, "val_tokens_limit", "must be 0 (all) or at least 2"),
+        (not set("/\\") & set(c.run_id), "run_id", "must be a file name"),
+        (c.artifact_path, "artifact_path", "must name a file"),
+        (not (c.dry_run and c.load_artifact), "dry_run", "cannot go with LOAD_ARTIFACT"),
         (0 < len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES),
-         f"EVAL_MODES={show(c.eval_modes)}: name at least one of {show(EVAL_MODES)}, each once"),
-        (parse_class_bits(c.class_bits) is not None,
-         f"CLASS_BITS={c.class_bits}: a list of CLASS=2..8 with CLASS of {show(STORED_AS_CODES)}"),
+         "eval_modes", f"name at least one of {show(EVAL_MODES)}, each once"),
+        (parse_class_bits(c.class_bits) is not None, "class_bits",
+         f"must be a list of CLASS=2..8 with CLASS of {show(STORED_AS_CODES)}"),
     ]
-    return [text for holds, text in rules if not holds]
+    return [f"{name.upper()}={show(getattr(c, name))}: {reason}"
+            for holds, name, reason in rules if not holds]
 
 
 def parse_class_bits(text: str) -> dict[str, int] | None:
@@ -348,7 +353,14 @@ def show(value: Any) -> str:
         return ",".join(map(str, value))
     if isinstance(value, bool):
         return str(int(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value)
+
+
+def settings_listing(c: Config) -> str:
+    """NAME=value of every setting, a line each."""
+    return "\n".join(f"{name.upper()}={show(value)}" for name, value in asdict(c).items())
 
 
 def settings_table() -> str:
@@ -657,9 +669,12 @@ def table_from_sentencepiece(path: Path) -> ByteTable:
     """Byte table of a SentencePiece model: byte pieces 1, control pieces 0 and boundary."""
     try:
         from sentencepiece import SentencePieceProcessor
+
+        model = SentencePieceProcessor(model_file=str(path))
     except ImportError as error:
         raise RunError(f"{path} needs sentencepiece: pip install sentencepiece") from error
-    model = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"{path}: not a SentencePiece model ({error}); fetch it again") from error
     require(model.piece_to_id("\u2581") != model.unk_id(),
             f"{path}: has no piece for a lone U+2581 (space), so its bytes would be miscounted by "
             "up to 20 %; train the model with byte_fallback and U+2581 in its alphabet")
@@ -688,9 +703,10 @@ def load_byte_table(c: Config) -> ByteTable:
     else:
         folder = Path(c.data_path)
         found = sorted([*folder.glob("*.meta.npz"), *folder.glob("*.model")])
-    require(len(found) == 1 and found[0].exists(),
-            f"no single tokenizer: {', '.join(map(str, found)) or 'none in ' + c.data_path}; "
-            "set TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
+    named = [Path(c.tokenizer_path)] if c.tokenizer_path else []
+    require(len(found) == 1 and all(path.is_file() for path in found + named),
+            f"no single tokenizer: {show((*named, *found)) or 'none in ' + c.data_path}; set "
+            "TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
     kind = table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta
     table = kind(found[0])
     require(c.vocab_size in (0, len(table.base_bytes)), f"VOCAB_SIZE={c.vocab_size} but "
@@ -717,24 +733,20 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
     pieces = [slice(i, i + (1 << 22)) for i in range(0, len(ids) - 1, 1 << 22)]  # bounds memory
     scored = np.concatenate([table.count(ids[:-1][p], ids[1:][p]).astype(np.int16) for p in pieces])
-    manifest = read_manifest(c)
     total = int(table.base_bytes[ids[0]]) + int(scored.sum(dtype=np.int64))
-    audit = audit_bytes(manifest, paths, total)
+    path = Path(c.data_path) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes()) if path.exists() else {}
+        audit = audit_bytes(manifest, paths, total)
+        sha256 = manifest.get("tokenizer", {}).get("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: no manifest of retokenize_scylla.py ({error!r}); re-tokenize the "
+                       "data, or remove it and go without a byte audit") from error
     if 0 < c.val_tokens_limit < len(ids):
         ids, scored = ids[: c.val_tokens_limit], scored[: c.val_tokens_limit - 1]
         audit = "partial" if audit == "exact" else audit
-    sha256 = manifest.get("tokenizer", {}).get("sha256")
     sha256 = sha256 or sha256_file(c.tokenizer_path or table.path)
     return Validation(ids, scored, audit, sha256)
-
-
-def read_manifest(c: Config) -> dict[str, Any]:
-    """manifest.json beside the shards, or an empty dict."""
-    path = Path(c.data_path) / "manifest.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON ({error}); re-tokenize the data") from error
 
 
 def audit_bytes(manifest: dict[str, Any], paths: list[Path], counted: int) -> str:
@@ -1008,7 +1020,8 @@ class GPT(nn.Module):
         resid_mix, resid_mix_mlp (1, 0)    bigram.scale 0.05    value.scale 0.1
     """
 
-    def __init__(self, c: Config, is_boundary: np.ndarray, runtime: Runtime) -> None:
+    def __init__(self, c: Config, is_boundary: np.ndarray, runtime: Runtime,
+                 initialize: bool = True) -> None:
         super().__init__()
         self.config, self.vocab_size = c, len(is_boundary)
         self.embed = Table(self.vocab_size, c.model_dim, runtime.dtype)
@@ -1029,14 +1042,15 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin.to(runtime.dtype), persistent=False)
         boundary = torch.from_numpy(np.ascontiguousarray(is_boundary))
         self.register_buffer("is_boundary", boundary, persistent=False)
-        self.init_weights()
-        self.to(runtime.device)
+        if initialize:
+            self.init_weights()
+            self.to(runtime.device)
 
     @torch.no_grad()
     def init_weights(self) -> None:
         """Fill all matrices and mixes as the class docstring says."""
         for name, parameter in self.named_parameters():
-            if name.endswith(("q.weight", "k.weight", "v.weight", "up.weight", "bigram.proj.weight")):
+            if re.fullmatch(r"(.*\.(q|k|v|up)|bigram\.proj)\.weight", name):
                 nn.init.orthogonal_(parameter)
             elif name.endswith(".weight"):
                 parameter.zero_()
@@ -1510,7 +1524,7 @@ def read_artifact(path: str) -> tuple[dict[str, Any], dict[str, Stored]]:
         raise ArtifactError(f"{path}: {error.strerror}; name an artifact that exists") from error
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-    except (struct.error, zlib.error, ValueError, KeyError, TypeError, IndexError) as error:
+    except (struct.error, zlib.error, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path}: the header is not readable ({error!r})") from error
 
 
@@ -1550,10 +1564,10 @@ def export_model(model: GPT, val: Validation, runtime: Runtime, c: Config) -> in
     Raises RunError over SIZE_LIMIT; the weights then stay in fp32 beside the artifact.
     """
     log, path = runtime.log, Path(c.artifact_path)
-    shape = {name: getattr(c, name) for name in MODEL_FIELDS}
+    shape = {name.upper(): show(getattr(c, name)) for name in MODEL_FIELDS}
     state = {name: p.detach() for name, p in model.named_parameters()}
     if not model.recur:  # a run that ended before recurrence started is a model without it
-        shape["recur_layers"] = ()
+        shape["RECUR_LAYERS"] = ""
         state = {name: p for name, p in state.items() if not name.startswith("repeat_mlps")}
     header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
     streams = write_artifact(path, header, quantize(state, c), c.compressor)
@@ -1583,25 +1597,28 @@ def export_model(model: GPT, val: Validation, runtime: Runtime, c: Config) -> in
 def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c: Config) -> GPT:
     """The model of an artifact on disk; raises ArtifactError if it does not fit the data."""
     header, stored = read_artifact(path)
-    try:
-        shape = {n: tuple(v) if isinstance(v, list) else v for n, v in header["model"].items()}
-        config = replace(c, **shape)
-        problems = contradictions(config) + sorted(set(MODEL_FIELDS) ^ set(shape))
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{path}: no readable model configuration ({error!r})") from error
+    texts, problems = header.get("model"), []
+    require(isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values())
+            and set(texts) == {name.upper() for name in MODEL_FIELDS},
+            f"{path}: no readable model configuration: {texts}", ArtifactError)
+    config = replace(c, n_int6_layers=0, **parse_settings(texts, problems))
+    problems += contradictions(config)
     require(not problems, f"{path}: impossible model configuration: {problems}", ArtifactError)
     made_for = (header.get("vocab_size"), header.get("vocab_sha256"))
     require(made_for == (len(table.base_bytes), val.vocab_sha256),
             f"{path}: made for a vocabulary of {made_for[0]} ids, sha256 {made_for[1]}, the data's "
             f"has {len(table.base_bytes)}, {val.vocab_sha256}; set DATA_PATH and TOKENIZER_PATH to "
             "what it was trained on", ArtifactError)
-    model = GPT(config, table.is_boundary, runtime)
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    expected = {}
+    with contextlib.suppress(RuntimeError, TypeError, OverflowError), torch.device("meta"):
+        plan = GPT(config, table.is_boundary, runtime, initialize=False)  # takes no memory
+        expected = {name: tuple(p.shape) for name, p in plan.named_parameters()}
     require(expected == {name: t.values.shape for name, t in stored.items()},
             f"{path}: its tensors are not those of its model configuration", ArtifactError)
+    model = GPT(config, table.is_boundary, runtime, initialize=False)
     model.load_state_dict({name: t.restore() for name, t in stored.items()})
     model.set_phase(Phase(recur=bool(config.recur_layers)))
-    return model
+    return model.to(runtime.device)
 
 
 # --- 8 evaluation: one window plan, one scoring loop, one Score for every mode ------------
@@ -1643,7 +1660,8 @@ class Evaluator:
         self.runtime, self.config, self.val = runtime, c, val
         self.targets = len(val.ids) - 1
         self.length = min(c.eval_seq_len, self.targets)
-        self.batch_windows = max(1, c.val_batch_size // (self.length * runtime.world))
+        wanted, most = c.val_batch_size // self.length, self.targets // c.eval_stride
+        self.batch_windows = max(1, min(wanted, most) // runtime.world)
 
     def score(self, forward: Callable, stride: int, label: str = "") -> tuple[Score, np.ndarray]:
         """(Score, nats of every target); `label` names a mode whose progress is logged."""
@@ -1984,8 +2002,7 @@ def predicted_bytes(model: GPT, c: Config) -> dict[str, float]:
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     """Print configuration, parameters, predicted bytes, memory and operations per step."""
     line = runtime.log.line
-    for name, value in asdict(c).items():
-        line(f"{name.upper()}={show(value)}")
+    line(settings_listing(c))
     count, code = sum(p.numel() for p in model.parameters()), os.path.getsize(__file__)
     expected = predicted_bytes(model, c)
     for kind, size in expected.items():
@@ -2010,7 +2027,7 @@ def stage(name: str, summary: dict[str, Any]) -> Iterator[None]:
     summary[f"seconds_{name}"] = round(time.perf_counter() - start, 1)
 
 
-def log_start(runtime: Runtime, c: Config, model: GPT, val: Validation) -> None:
+def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) -> None:
     """Code, environment and configuration to the log; what matters to the console."""
     log, total = runtime.log, int(val.bytes.sum(dtype=np.int64))
     log.line(Path(__file__).read_text(encoding="utf-8"), console=False)
@@ -2019,14 +2036,12 @@ def log_start(runtime: Runtime, c: Config, model: GPT, val: Validation) -> None:
         smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
         log.line(smi.stdout, console=False)
     log.event("config", **asdict(c))
-    for name, value in asdict(c).items():
-        log.line(f"{name.upper()}={show(value)}", console=False)
+    log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
     log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}")
     log.line(f"attention:{runtime.attention_name} compile:{int(runtime.compiles)}")
-    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.line(f"seed:{c.seed}")
-    inside = not model.is_boundary[int(val.ids[0])]
+    inside = not table.is_boundary[val.ids[0]]
     note = " (the first id is context only: its bytes are not counted)" if inside else ""
     log.event("bytes", "byte_audit:{audit} bytes:{bytes}" + note, audit=val.audit, bytes=total)
 
@@ -2036,6 +2051,7 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
     runtime, config, log = evaluator.runtime, evaluator.config, evaluator.runtime.log
     loader = Loader(find_shards(config, "train"), config, runtime, model.vocab_size)
     trainer = Trainer(model, loader, evaluator)
+    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.line(f"world_size:{runtime.world} grad_accum_steps:{trainer.accumulation}")
     with stage("train", summary):
         trainer.run()
@@ -2088,16 +2104,14 @@ def run(c: Config) -> None:
                 summary |= runtime.on_first_rank(lambda: demo_data(c, runtime))
         table = load_byte_table(c)
         val = load_validation(c, table)
-        evaluator, path = Evaluator(runtime, c, val), c.load_artifact
-        if not path:
-            model = GPT(c, table.is_boundary, runtime)
-            if c.dry_run:
-                return dry_run(model, runtime, c)
-            log_start(runtime, c, model, val)
-            train(model, evaluator, summary)
-            path = c.artifact_path
+        if c.dry_run:
+            return dry_run(GPT(c, table.is_boundary, runtime), runtime, c)
+        log_start(runtime, c, val, table)
+        evaluator = Evaluator(runtime, c, val)
+        if not c.load_artifact:
+            train(GPT(c, table.is_boundary, runtime), evaluator, summary)
         with stage("eval", summary):
-            scores = evaluate_artifact(path, evaluator, table)
+            scores = evaluate_artifact(c.load_artifact or c.artifact_path, evaluator, table)
         summarize(runtime, summary | {"byte_audit": val.audit}, scores)
     finally:
         runtime.close()

@@ -1,0 +1,4922 @@
+"""The pre-flight: everything that can be proven without a GPU.
+
+    python -m pytest test_cpu.py             the default tier, a few minutes on two cores
+    python -m pytest -m slow test_cpu.py     full width, several ranks, kills, compilers
+
+Tests that compare with reference data skip, with the reason, where ../shared is absent.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import functools
+import gzip
+import hashlib
+import importlib.util
+import io
+import json
+import lzma
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import types
+import unicodedata
+import urllib.error
+import zlib
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import retokenize_scylla as R
+import train_gpt as t
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ROOT.parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no reference data in {SHARED}")
+
+torch.set_num_threads(1)  # tiny tensors: threads only cost, and much where cores are shared
+
+# ==========================================================================================
+# settings, data, bytes, artifact, evaluation, whole runs
+# ==========================================================================================
+
+# helpers: a tiny model, a tiny dataset, runs inside this process
+
+A_VOCAB, A_BOS = 300, 299
+A_TINY = dict(
+    num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, rope_dims=8, xsa_last_n=2,
+    bigram_vocab_size=64, bigram_dim=8, ve_dim=8, ve_layers=(2, 3), parallel_start_layer=3,
+    recur_layers=(1, 2), recur_start_step=3.0, train_batch_tokens=256, train_seq_len=32,
+    iterations=8, warmdown_iters=20, warmup_steps=2, max_wallclock_seconds=0.0,
+    muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=4,
+    ema_decay=0.9, swa_every=1, late_qat_threshold=0.25, n_int6_layers=2, eval_seq_len=32,
+    eval_stride=8, val_batch_size=512, val_loss_every=0, train_log_every=1,
+)  # fmt: skip
+A_MODEL_BITS = {"embed": 8, "attn": 6, "mlp": 5, "repeat": 6, "projection": 16, "vector": 32}
+
+
+def a_config(**overrides):
+    """A tiny Config that contradicts nothing."""
+    config = t.Config(**(A_TINY | overrides))
+    assert t.contradictions(config) == []
+    return config
+
+
+def a_environ(**overrides):
+    """The same as environment variables."""
+    return {k.upper(): t.show(v) for k, v in (A_TINY | overrides).items()}
+
+
+def a_problems(environ, cuda=True):
+    """Text of the ConfigError that an environment raises."""
+    with pytest.raises(t.ConfigError) as caught:
+        t.Config.from_env(environ, cuda)
+    return str(caught.value)
+
+
+def a_runtime(rank=0, world=1):
+    """A CPU Runtime without log, process group or files; its collectives do nothing."""
+    runtime = object.__new__(t.Runtime)
+    runtime.rank, runtime.world, runtime.cuda, runtime.compiles = rank, world, False, False
+    runtime.device, runtime.dtype = torch.device("cpu"), torch.float32
+    runtime.attention, runtime.attention_name = t.sdpa, "sdpa"
+    runtime.log = types.SimpleNamespace(line=lambda *_, **__: None, event=lambda *_, **__: None)
+    runtime.all_reduce = lambda tensor: tensor
+    return runtime
+
+
+def a_table(vocab=A_VOCAB, path=Path("none")):
+    """A byte table: 1 to 3 bytes, every third id with a leading space, the last id a boundary."""
+    ids = np.arange(vocab)
+    boundary = ids == vocab - 1
+    return t.ByteTable(np.where(boundary, 0, 1 + ids % 3), (ids % 3 == 0) & ~boundary, boundary,
+                       path)
+
+
+def a_write_meta(path, table, **changes):
+    """Write a byte table as the retokenizer does."""
+    arrays = dict(base_bytes=table.base_bytes.astype(np.int16), vocab_size=len(table.base_bytes),
+                  has_leading_space=table.has_leading_space, is_boundary_token=table.is_boundary)
+    arrays = {k: v for k, v in (arrays | changes).items() if v is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def a_write_shard(path, ids, magic=20240520, version=1, count=None):
+    """Write a shard; wrong headers on request."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header.tobytes() + np.asarray(ids).astype("<u2").tobytes())
+    return path
+
+
+def a_stream(count, seed, vocab=A_VOCAB):
+    """Ids with structure to learn: documents of 5 to 60 ids, each after the boundary id."""
+    random, ids = np.random.default_rng(seed), []
+    while len(ids) < count:
+        length = int(random.integers(5, 60))
+        ids += [vocab - 1, *((random.zipf(1.5, length) * 7 + np.arange(length)) % (vocab - 1))]
+    return np.array(ids[:count])
+
+
+def a_source_bytes(ids, table):
+    """Bytes of a shard, counted one id at a time."""
+    total, previous = 0, None
+    for i in ids:
+        total += int(table.base_bytes[i])
+        after_text = previous is not None and not table.is_boundary[previous]
+        total += bool(table.has_leading_space[i]) and after_text
+        previous = i
+    return total
+
+
+def a_dataset(folder, vocab=A_VOCAB, val=(400, 300), byte_exact=True):
+    """Shards, byte table and manifest; returns the folder."""
+    table = a_table(vocab)
+    folder.mkdir(parents=True, exist_ok=True)
+    a_write_meta(folder / "tiny.meta.npz", table)
+    entries = {}
+    for split, sizes in (("train", (3000, 2000)), ("val", val)):
+        for n, size in enumerate(sizes):
+            ids = a_stream(size, seed=17 * n + (split == "val"), vocab=vocab)
+            path = a_write_shard(folder / f"fineweb_{split}_{n:06d}.bin", ids)
+            entries[path.name] = dict(source_bytes=a_source_bytes(ids, table), bad_documents=0)
+    manifest = dict(tokenizer=dict(byte_exact=byte_exact, sha256="5" * 64), shards=entries)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@contextlib.contextmanager
+def a_inside(folder):
+    """Work in a folder, as a CPU without ranks, with stdout captured; gives the capture."""
+    old, captured = os.getcwd(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(captured):
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            patch.delenv(name, raising=False)
+        os.chdir(folder)
+        try:
+            yield captured
+        finally:
+            os.chdir(old)
+
+
+@pytest.fixture(scope="module")
+def a_made(tmp_path_factory):
+    """A dataset and an artifact trained on it: (folder, data folder, artifact, console)."""
+    folder = tmp_path_factory.mktemp("made")
+    data = a_dataset(folder / "data")
+    with a_inside(folder) as console:
+        t.run(a_config(data_path=str(data), artifact_path="made.ptz", run_id="made"))
+    return folder, data, folder / "made.ptz", console.getvalue()
+
+
+def a_random_model(config, seed=0, table=None, recur=True):
+    """A model in which every tensor is random (by name), so that no path is dead."""
+    torch.manual_seed(seed)
+    model = t.GPT(config, (table or a_table()).is_boundary, a_runtime())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            random = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=random))
+    model.set_phase(t.Phase(recur=recur and bool(config.recur_layers)))
+    return model
+
+
+def a_digest(tensors):
+    """Names, shapes and bits of tensors as one comparable value."""
+    return [(n, tuple(p.shape), hashlib.sha256(p.detach().numpy().tobytes()).hexdigest())
+            for n, p in tensors]
+
+
+def a_python(code_or_file, folder, environ=(), timeout=120):
+    """Run python in a folder without CUDA and without settings from outside."""
+    names = {f.name.upper() for f in fields(t.Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    clean = {k: v for k, v in os.environ.items() if k not in names}
+    env = clean | dict(CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1") | dict(environ)
+    return subprocess.run([sys.executable, *code_or_file], cwd=folder, env=env, timeout=timeout,
+                          capture_output=True, text=True)
+
+
+# 1 configuration
+
+A_RECORD = dict(  # SPEC section 1
+    data_path="./data/datasets/fineweb10B_scylla", tokenizer_path="", tokenizer_meta_path="",
+    run_id="", seed=1337, vocab_size=0, num_layers=11, model_dim=512, num_heads=8,
+    num_kv_heads=4, mlp_mult=3.0, tie_embeddings=True, rope_base=10000.0, rope_dims=16,
+    logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True, xsa_last_n=4, bigram_vocab_size=2048,
+    bigram_dim=128, ve_enabled=True, ve_dim=128, ve_layers=(9, 10), activation_neg_slope=0.5,
+    parallel_start_layer=7, recur_layers=(4, 5), recur_start_step=3000.0, recur_untie_mlp=True,
+    train_batch_tokens=786432, train_seq_len=2048, eval_seq_len=2048, iterations=20000,
+    warmdown_iters=3500, warmup_steps=20, max_wallclock_seconds=600.0, matrix_lr=0.025,
+    scalar_lr=0.025, tied_embed_lr=0.035, embed_lr=0.6, head_lr=0.008, tied_embed_init_std=0.005,
+    muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
+    muon_backend_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
+    grad_clip_norm=0.3, ema_decay=0.997, swa_enabled=False, swa_every=50, late_qat_threshold=0.15,
+    n_int6_layers=4, eval_stride=64, torch_compile_disable=False, preset="record",
+    micro_batch_tokens=0, compressor="auto", size_limit=16_000_000, min_lr=0.0,
+    muon_row_norm=False, load_artifact="", artifact_path="final_model.int6.ptz", scores_path="",
+    eval_modes=("roundtrip", "sliding"), val_tokens_limit=0, dry_run=False, smear_enabled=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("environ", [{}, {"PRESET": "record"}, {"PRESET": "published"}])
+def test_defaults_are_the_record_run(environ):
+    """SPEC section 1, value by value, and the same types; published starts equal to it."""
+    values = asdict(t.Config.from_env(environ, cuda=True)) | {"preset": "record"}
+    free = {"val_batch_size", "val_loss_every", "train_log_every", "class_bits"}  # not in SPEC 1
+    assert set(values) - set(A_RECORD) == free
+    assert {k: (v, type(v)) for k, v in values.items() if k not in free} == {
+        k: (v, type(v)) for k, v in A_RECORD.items()}
+
+
+def test_every_setting_is_read_from_its_variable():
+    """Each field takes a typed value from the variable of its name, lists and booleans too."""
+    for f in fields(t.Config):
+        text = {"int": "12", "float": "0.5", "bool": "1", "str": "text", "tuple[int, ...]": "4, 5",
+                "tuple[str, ...]": "a,b"}[f.type]
+        text = f.metadata["choices"][0] if f.metadata["choices"] else text
+        problems = []
+        low = f.metadata["low"]
+        text = str(low) if low is not None and float(text) < low else text
+        values = t.parse_settings({f.name.upper(): text}, problems)
+        assert problems == [] and list(values) == [f.name]
+        assert type(values[f.name]) is type(f.default)
+    assert t.parse_settings({"RECUR_LAYERS": " 4, 5 "}, [])["recur_layers"] == (4, 5)
+    assert t.parse_settings({"RECUR_LAYERS": ""}, [])["recur_layers"] == ()
+    for text, value in {"1": True, "0": False, "true": True, "False": False}.items():
+        assert t.parse_settings({"SWA_ENABLED": text}, [])["swa_enabled"] is value
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("ITERATIONS", "many", "expected a whole number"),
+    ("ITERATIONS", "1.5", "expected a whole number"),
+    ("ITERATIONS", "", "expected a whole number"),
+    ("MATRIX_LR", "nan", "expected a finite number"),
+    ("MATRIX_LR", "inf", "expected a finite number"),
+    ("SWA_ENABLED", "2", "expected 0 or 1"),
+    ("RECUR_LAYERS", "4;5", "expected a comma list of whole numbers"),
+    ("PRESET", "fast", "allowed are record, published, demo"),
+    ("COMPRESSOR", "brotli", "allowed are auto, lzma, zlib, zstd"),
+    ("SEED", "-1", "must be at least 0 and at most 2147483647"),
+    ("NUM_LAYERS", "1", "must be at least 2 and at most 64"),
+    ("NUM_HEADS", "0", "must be at least 1"),
+    ("NUM_KV_HEADS", "0", "must be at least 1"),
+    ("VOCAB_SIZE", "65537", "at most 65536"),
+    ("TRAIN_SEQ_LEN", "1", "must be at least 2"),
+    ("ITERATIONS", "0", "must be at least 1"),
+    ("MATRIX_LR", "-0.1", "must be at least 0"),
+    ("MUON_MOMENTUM", "1", "at most 0.9999"),
+    ("BETA2", "1", "at most 0.9999"),
+    ("MIN_LR", "1.5", "at most 1"),
+    ("EMA_DECAY", "1", "at most 0.99999"),
+    ("MUON_BACKEND_STEPS", "0", "must be at least 1"),
+    ("LATE_QAT_THRESHOLD", "-0.5", "must be at least 0"),
+    ("LOGIT_SOFTCAP", "0", "must be at least 0.001"),
+    ("EVAL_STRIDE", "0", "must be at least 1"),
+    ("VAL_BATCH_SIZE", "0", "must be at least 1"),
+    ("SIZE_LIMIT", "0", "must be at least 1"),
+    ("VAL_TOKENS_LIMIT", "-5", "must be at least 0"),
+])  # fmt: skip
+def test_a_bad_value_is_named_with_what_is_allowed(name, value, message):
+    """Variable, value and what is allowed, on one line."""
+    lines = [line for line in a_problems({name: value}).splitlines() if f"{name}={value}" in line]
+    assert len(lines) == 1 and message.replace(", ", ",") in lines[0].replace(", ", ",")
+
+
+def test_ranges_include_their_ends():
+    """A limit itself is allowed, the next value is not."""
+    for f in fields(t.Config):
+        for key, step in (("low", -1), ("high", 1)):
+            limit = f.metadata[key]
+            if limit is None:
+                continue
+            inside, outside = [], []
+            t.parse_settings({f.name.upper(): repr(limit)}, inside)
+            t.parse_settings({f.name.upper(): repr(limit + step)}, outside)
+            assert inside == [] and len(outside) == 1, f.name
+
+
+@pytest.mark.parametrize("environ, message", [
+    (dict(MODEL_DIM="516"), "MODEL_DIM=516: not a multiple of NUM_HEADS=8"),
+    (dict(NUM_KV_HEADS="3"), "NUM_HEADS=8: not a multiple of NUM_KV_HEADS=3"),
+    (dict(ROPE_DIMS="15"), "ROPE_DIMS=15: .*even"),
+    (dict(ROPE_DIMS="66"), "ROPE_DIMS=66: .*head dimension 64"),
+    (dict(TRAIN_BATCH_TOKENS="2049"), "TRAIN_BATCH_TOKENS=2049: .*multiple of TRAIN_SEQ_LEN"),
+    (dict(MICRO_BATCH_TOKENS="5"), "MICRO_BATCH_TOKENS=5: .*multiple of TRAIN_SEQ_LEN=2048"),
+    (dict(EVAL_STRIDE="4096"), "EVAL_STRIDE=4096: .*EVAL_SEQ_LEN=2048"),
+    (dict(PARALLEL_START_LAYER="4"), r"PARALLEL_START_LAYER=4: .*5\.\.11"),
+    (dict(PARALLEL_START_LAYER="12"), r"PARALLEL_START_LAYER=12: .*5\.\.11"),
+    (dict(RECUR_LAYERS="4,6"), "RECUR_LAYERS=4,6: .*consecutive"),
+    (dict(RECUR_LAYERS="5,4"), "RECUR_LAYERS=5,4: .*consecutive"),
+    (dict(RECUR_LAYERS="11,12"), r"RECUR_LAYERS=11,12: .*0\.\.10"),
+    (dict(RECUR_LAYERS="6,7"), "RECUR_LAYERS=6,7: crosses PARALLEL_START_LAYER=7"),
+    (dict(RECUR_START_STEP="2.5"), "RECUR_START_STEP=2.5: .*fraction below 1"),
+    (dict(VE_LAYERS="9,11"), r"VE_LAYERS=9,11: .*0\.\.10"),
+    (dict(VE_LAYERS="9,9"), "VE_LAYERS=9,9: .*once"),
+    (dict(VE_LAYERS=""), "VE_LAYERS=: .*VE_ENABLED=0"),
+    (dict(XSA_LAST_N="12"), "XSA_LAST_N=12: .*11 layers"),
+    (dict(N_INT6_LAYERS="3"), "N_INT6_LAYERS=3: .*even and at most 12"),
+    (dict(N_INT6_LAYERS="14"), "N_INT6_LAYERS=14: .*even and at most 12"),
+    (dict(BIGRAM_VOCAB_SIZE="1"), "BIGRAM_VOCAB_SIZE=1: .*at least 2"),
+    (dict(EVAL_MODES=""), "EVAL_MODES=: .*roundtrip, ?sliding"),
+    (dict(EVAL_MODES="sliding,sliding"), "EVAL_MODES=sliding,sliding: .*once"),
+    (dict(EVAL_MODES="roundtrip,ttt"), "EVAL_MODES=roundtrip,ttt: .*roundtrip, ?sliding"),
+    (dict(CLASS_BITS="mlp=9"), r"CLASS_BITS=mlp=9: .*CLASS=2\.\.8"),
+    (dict(CLASS_BITS="vector=4"), "CLASS_BITS=vector=4: .*embed"),
+    (dict(CLASS_BITS="mlp"), "CLASS_BITS=mlp: "),
+    (dict(CLASS_BITS="mlp=22"), "CLASS_BITS=mlp=22: "),
+])  # fmt: skip
+def test_contradictions_are_named(environ, message):
+    """Each rule speaks for itself: exactly one problem, with the variable and the reason."""
+    lines = a_problems(environ).splitlines()
+    assert len(lines) == 2 and re.search(message, lines[1])
+
+
+@pytest.mark.parametrize("environ", [
+    dict(RECUR_LAYERS=""), dict(RECUR_LAYERS="7,8"), dict(PARALLEL_START_LAYER="11"),
+    dict(PARALLEL_START_LAYER="5", RECUR_LAYERS=""), dict(N_INT6_LAYERS="12"),
+    dict(RECUR_START_STEP="0"), dict(RECUR_START_STEP="0.4"), dict(VE_ENABLED="0", VE_LAYERS=""),
+    dict(BIGRAM_VOCAB_SIZE="0"), dict(CLASS_BITS="mlp=2, attn=8,repeat=4,embed=6"),
+    dict(EVAL_STRIDE="2048"), dict(XSA_LAST_N="11"), dict(MICRO_BATCH_TOKENS="4096"),
+])  # fmt: skip
+def test_what_is_possible_is_allowed(environ):
+    """The rules refuse no more than they must."""
+    t.Config.from_env(environ, cuda=True)
+
+
+def test_all_problems_are_reported_at_once():
+    """One ConfigError for values, ranges, contradictions, near misses and unknown names."""
+    text = a_problems(dict(ITERATIONS="x", SEED="-1", NUM_KV_HEADS="3", TRAIN_SEQLEN="9",
+                           EMA_ENABLED="1", PRESET="fast", TTT_LR="1"), cuda=False)
+    for name in ("ITERATIONS", "SEED", "NUM_KV_HEADS", "TRAIN_SEQLEN", "EMA_ENABLED", "PRESET",
+                 "TTT_LR"):
+        assert sum(line.strip().startswith(f"{name}=") or f" {name}=" in line
+                   for line in text.splitlines()) >= 1, name
+    assert len(text.splitlines()) == 8
+
+
+@pytest.mark.parametrize("name, meant", [
+    ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"), ("MATRIXLR", "MATRIX_LR"), ("EVAL_STRIDES", "EVAL_STRIDE"),
+    ("NUM_LAYER", "NUM_LAYERS"), ("WARM_DOWN_ITERS", "WARMDOWN_ITERS"),
+    ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"),
+])  # fmt: skip
+def test_near_misses_are_answered(name, meant):
+    """A name that is nearly a setting is a mistake, and the answer names the setting."""
+    assert f"{name}=7: no such setting; did you mean {meant}?" in a_problems({name: "7"})
+
+
+def test_published_names_are_answered():
+    """Every dropped spelling names the setting to use, and that setting exists."""
+    for name in ("N_INT6_MLP_LAYERS", "SLIDING_WINDOW_ENABLED", "EMA_EVERY"):  # SPEC section 1
+        assert name in t.DROPPED
+    names = {f.name.upper() for f in fields(t.Config)}
+    for name, remedy in t.DROPPED.items():
+        text = a_problems({name: "7"})
+        assert f"{name}=7: not a setting" in text and remedy in text
+        assert len(text.splitlines()) == 2 and name not in names
+        assert names & set(re.findall(r"[A-Z][A-Z0-9_]+", remedy)), name
+
+
+@pytest.mark.parametrize("name", ["TTT_ENABLED", "NGRAM_ORDER", "SLOT_ENABLED", "CHECKPOINT_EVERY",
+                                  "GPTQ_CALIBRATION_SEQS", "QUANT", "RESUME"])  # fmt: skip
+def test_settings_of_later_versions_are_refused(name):
+    """A mode that this version lacks is an error, never silence."""
+    text = a_problems({name: "1"})
+    assert f"{name}=1: " in text and "not in this version" in text
+
+
+def test_foreign_variables_are_left_alone():
+    """What a shell, torchrun, CI or run_8xh100.sh sets is no setting and no problem."""
+    foreign = ("PATH HOME LANG USER PWD RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR OMP_NUM_THREADS "
+               "CUDA_VISIBLE_DEVICES PYTHONPATH NPROC SEEDS DATA_DIR HF_HOME TERM CI SHELL").split()
+    assert t.Config.from_env(dict.fromkeys(foreign, "1"), cuda=True) == t.Config()
+
+
+def test_demo_is_chosen_only_without_cuda_and_without_data():
+    """PRESET and DATA_PATH and CUDA each keep the record configuration."""
+    demo = t.Config.from_env({}, cuda=False)
+    assert demo.preset == "demo" and demo.model_dim < 512
+    assert {k: v for k, v in asdict(demo).items() if k in t.PRESETS["demo"]} == t.PRESETS["demo"]
+    assert t.Config.from_env({}, cuda=True).preset == "record"
+    assert t.Config.from_env({"DATA_PATH": "d"}, cuda=False) == t.Config(data_path="d")
+    assert t.Config.from_env({"PRESET": "published"}, cuda=False).preset == "published"
+    assert t.Config.from_env({"PRESET": "demo"}, cuda=True) == demo
+    assert t.Config.from_env({"SEED": "5"}, cuda=False) == replace(demo, seed=5)
+
+
+def test_explicit_values_win_over_the_preset():
+    """Even where the explicit value is the default of the record run."""
+    config = t.Config.from_env({"PRESET": "demo", "MODEL_DIM": "512", "ITERATIONS": "9"})
+    assert (config.model_dim, config.iterations) == (512, 9)
+    assert config.train_seq_len == t.PRESETS["demo"]["train_seq_len"]
+    for preset in t.PRESETS:
+        assert t.contradictions(t.Config(**t.PRESETS[preset])) == []
+
+
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["-h"], 0), (["--iterations=5"], 1)])
+def test_help_prints_the_table(arguments, code, capsys):
+    """--help shows every setting; any other argument shows it too and fails."""
+    assert t.main(arguments) == code
+    out = capsys.readouterr().out
+    assert t.settings_table() in out and "torchrun" in out
+    for f in fields(t.Config):
+        assert f"| {f.name.upper()} |" in out
+
+
+def test_settings_table_shows_defaults_demo_and_choices():
+    """One row for each setting: name, record value, demo value, meaning."""
+    rows = [[cell.strip() for cell in row.strip("|").split("|")]
+            for row in t.settings_table().splitlines()[2:]]
+    assert [row[0] for row in rows] == [f.name.upper() for f in fields(t.Config)]
+    table = {row[0]: row[1:] for row in rows}
+    demo = t.show(t.PRESETS["demo"]["train_batch_tokens"])
+    assert table["TRAIN_BATCH_TOKENS"][:2] == ["786432", demo]
+    assert table["RECUR_LAYERS"][:2] == ["4,5", ""] and table["ADAM_EPS"][0] == "1e-08"
+    assert table["TIE_EMBEDDINGS"][0] == "1"
+    assert re.search("lzma, ?zlib, ?zstd", table["COMPRESSOR"][2])
+    assert all(len(row) == 4 and row[3] for row in rows)
+
+
+def test_readme_holds_the_settings_table():
+    """The README's table is the code's, line for line."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    table = t.settings_table().splitlines()
+    assert table[0] in lines
+    start = lines.index(table[0])
+    assert lines[start : start + len(table)] == table
+    assert not lines[start + len(table)].startswith("|")
+
+
+# every setting does something that a test sees
+
+
+def a_see_model(c, made):
+    """Names, shapes and, with random weights, the logits of the model, recurrence on."""
+    ids = torch.from_numpy(a_stream(64, 3)).view(2, 32)
+    model = a_random_model(c)
+    return [(n, tuple(p.shape)) for n, p in model.named_parameters()], a_digest(
+        [("logits", model.logits(ids))])
+
+
+def a_see_init(c, made):
+    """Initial weights."""
+    torch.manual_seed(c.seed)
+    return a_digest(t.GPT(c, a_table().is_boundary, a_runtime()).named_parameters())
+
+
+def a_trainer(c, data):
+    """A Trainer on the tiny data, and its model."""
+    c, runtime = replace(c, data_path=str(data)), a_runtime()
+    torch.manual_seed(c.seed)
+    table = t.load_byte_table(c)
+    model = t.GPT(c, table.is_boundary, runtime)
+    loader = t.Loader(t.find_shards(c, "train"), c, runtime, model.vocab_size)
+    return t.Trainer(model, loader, t.Evaluator(runtime, c, t.load_validation(c, table)))
+
+
+def a_see_train(c, made):
+    """Steps, accumulation, forward passes before the first step, and the weights to export."""
+    trainer = a_trainer(c, made[1])
+    passes, forward = [], trainer.forward
+    trainer.forward = lambda *a: passes.append(trainer.clock.steps == trainer.steps == 0) or (
+        forward(*a))
+    trainer.run()
+    trainer.average.store()
+    return trainer.steps, trainer.accumulation, sum(passes), a_digest(
+        trainer.model.named_parameters())
+
+
+def a_see_stored(c, made):
+    """Codes and streams of the export of one and the same random model."""
+    shape = {n: getattr(a_config(), n) for n in A_TINY if n not in ("n_int6_layers",)}
+    model = a_random_model(t.Config(**shape))
+    stored = t.quantize({n: p.detach() for n, p in model.named_parameters()}, c)
+    streams = t.pack_streams(stored, c.compressor)
+    return [(n, s.bits) for n, s in stored.items()], [(s.name, s.codec, s.data) for s in streams]
+
+
+def a_see_table(c, made):
+    """Which byte table is loaded, or why none."""
+    try:
+        return str(t.load_byte_table(replace(c, data_path=str(made[1]))).path)
+    except t.RunError as error:
+        return str(error)
+
+
+def a_see_data(c, made):
+    """The shards of the training split, or why there are none."""
+    try:
+        return t.find_shards(c, "train")
+    except t.RunError as error:
+        return str(error)
+
+
+def a_see_batch(c, made):
+    """Shape of an evaluation batch."""
+    c = replace(c, data_path=str(made[1]))
+    evaluator = t.Evaluator(a_runtime(), c, t.load_validation(c, t.load_byte_table(c)))
+    return tuple(evaluator.score_batch(lambda x, y: y.float(), np.zeros(1, int)).shape)
+
+
+def a_see_run(c, made):
+    """A whole run: the files it makes, its lines without numbers, its scores, its error."""
+    folder = Path(str(made[0])) / f"see{len(list(made[0].iterdir()))}"
+    folder.mkdir()
+    data = c.data_path if c.data_path != t.Config().data_path else str(made[1])
+    error = ""
+    with a_inside(folder) as console:
+        try:
+            t.run(replace(c, data_path=data, load_artifact=c.load_artifact and str(made[2])))
+        except t.RunError as caught:
+            error = re.sub(r"\d+", "N", str(caught))
+    lines = console.getvalue().splitlines()
+    files = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    return files, [re.split(r"[\d:]", line)[0] for line in lines], re.findall(
+        r"bpb:\S+", console.getvalue()), error
+
+
+def a_see_compile(c, made):
+    """Whether a runtime on CUDA compiles."""
+    with pytest.MonkeyPatch.context() as patch, a_inside(made[0]):
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(t, "select_attention", lambda *_: (t.sdpa, "sdpa"))
+        runtime = t.Runtime(c)
+        runtime.close()
+        module = torch.nn.Identity()
+        return runtime.compile(module) is module
+
+
+def a_see_preset(c, made):
+    """What PRESET makes of an empty environment."""
+    return t.Config.from_env({"PRESET": c.preset}, cuda=True).model_dim
+
+
+A_FLIPS = {  # field: (observable, value, what must be set too)
+    "preset": (a_see_preset, "demo", {}),
+    "run_id": (a_see_run, "another", {}),
+    "seed": (a_see_train, 1, {}),
+    "data_path": (a_see_data, "elsewhere", {}),
+    "tokenizer_path": (a_see_table, "elsewhere.vocab", {}),
+    "tokenizer_meta_path": (a_see_table, "elsewhere.meta.npz", {}),
+    "vocab_size": (a_see_table, A_VOCAB + 1, {}),
+    "dry_run": (a_see_run, True, {}),
+    "num_layers": (a_see_model, 5, {}),
+    "model_dim": (a_see_model, 16, {}),
+    "num_heads": (a_see_model, 4, {}),
+    "num_kv_heads": (a_see_model, 2, {}),
+    "mlp_mult": (a_see_model, 2.0, {}),
+    "tie_embeddings": (a_see_model, False, {}),
+    "rope_base": (a_see_model, 100.0, {}),
+    "rope_dims": (a_see_model, 4, {}),
+    "logit_softcap": (a_see_model, 5.0, {}),
+    "qk_gain_init": (a_see_init, 1.0, {}),
+    "ln_scale": (a_see_model, False, {}),
+    "xsa_last_n": (a_see_model, 1, {}),
+    "smear_enabled": (a_see_model, False, {}),
+    "bigram_vocab_size": (a_see_model, 0, {}),
+    "bigram_dim": (a_see_model, 4, {}),
+    "ve_enabled": (a_see_model, False, {}),
+    "ve_dim": (a_see_model, 4, {}),
+    "ve_layers": (a_see_model, (1, 3), {}),
+    "activation_neg_slope": (a_see_model, 0.1, {}),
+    "parallel_start_layer": (a_see_model, 4, {}),
+    "recur_layers": (a_see_model, (0, 1), {}),
+    "recur_start_step": (a_see_train, 5.0, {}),
+    "recur_untie_mlp": (a_see_model, False, {}),
+    "train_batch_tokens": (a_see_train, 128, {}),
+    "micro_batch_tokens": (a_see_train, 64, {}),
+    "train_seq_len": (a_see_train, 16, {}),
+    "iterations": (a_see_train, 7, {}),
+    "warmdown_iters": (a_see_train, 10, {}),
+    "warmup_steps": (a_see_train, 9, {}),
+    "max_wallclock_seconds": (a_see_train, 0.26, {}),
+    "matrix_lr": (a_see_train, 0.01, {}),
+    "scalar_lr": (a_see_train, 0.01, {}),
+    "tied_embed_lr": (a_see_train, 0.01, {}),
+    "embed_lr": (a_see_train, 0.01, {"tie_embeddings": False}),
+    "head_lr": (a_see_train, 0.01, {"tie_embeddings": False}),
+    "tied_embed_init_std": (a_see_init, 0.02, {}),
+    "min_lr": (a_see_train, 0.3, {}),
+    "muon_momentum": (a_see_train, 0.9, {}),
+    "muon_momentum_warmup_start": (a_see_train, 0.5, {}),
+    "muon_momentum_warmup_steps": (a_see_train, 2, {}),
+    "muon_backend_steps": (a_see_train, 3, {}),
+    "muon_wd": (a_see_train, 0.5, {}),
+    "muon_row_norm": (a_see_train, True, {}),
+    "adam_wd": (a_see_train, 0.5, {}),
+    "beta1": (a_see_train, 0.8, {}),
+    "beta2": (a_see_train, 0.8, {}),
+    "adam_eps": (a_see_train, 1e-4, {}),
+    "grad_clip_norm": (a_see_train, 0.01, {}),
+    "ema_decay": (a_see_train, 0.0, {}),
+    "swa_enabled": (a_see_train, True, {}),
+    "swa_every": (a_see_train, 2, {"swa_enabled": True}),
+    "late_qat_threshold": (a_see_train, 0.0, {}),
+    "n_int6_layers": (a_see_stored, 0, {}),
+    "class_bits": (a_see_stored, "attn=4", {}),
+    "compressor": (a_see_stored, "lzma", {}),
+    "size_limit": (a_see_run, 1000, {}),
+    "artifact_path": (a_see_run, "another.ptz", {}),
+    "load_artifact": (a_see_run, "made.ptz", {}),
+    "eval_seq_len": (a_see_run, 16, {}),
+    "eval_stride": (a_see_run, 16, {}),
+    "eval_modes": (a_see_run, ("roundtrip",), {}),
+    "val_batch_size": (a_see_batch, 1024, {}),
+    "val_loss_every": (a_see_run, 4, {}),
+    "val_tokens_limit": (a_see_run, 500, {}),
+    "scores_path": (a_see_run, "scores", {}),
+    "train_log_every": (a_see_run, 100, {}),
+    "torch_compile_disable": (a_see_compile, True, {}),
+}
+A_RUN_BASE = dict(run_id="base", iterations=12)  # the first ten steps are always logged
+
+
+@functools.cache
+def a_seen(see, base, made):
+    """What is seen of a tiny run with a few settings, given as sorted items."""
+    common = A_RUN_BASE if see is a_see_run else {}
+    return see(a_config(**(common | dict(base))), made)
+
+
+def test_every_setting_has_a_row():
+    """A new setting without a way to see it fails here."""
+    assert set(A_FLIPS) == {f.name for f in fields(t.Config)}
+
+
+@pytest.mark.parametrize("see, base", sorted({
+    (row[0], tuple(row[2].items())) for row in A_FLIPS.values()}, key=str),
+    ids=lambda v: getattr(v, "__name__", None))  # fmt: skip
+def test_what_is_seen_repeats(see, base, a_made):
+    """The same settings twice give the same, bit for bit; else the flips below prove nothing."""
+    assert a_seen.__wrapped__(see, base, a_made) == a_seen(see, base, a_made)
+
+
+@pytest.mark.parametrize("name", A_FLIPS)
+def test_every_setting_does_something(name, a_made):
+    """Another value of one setting changes what is seen."""
+    see, value, base = A_FLIPS[name]
+    before, after = tuple(base.items()), tuple((base | {name: value}).items())
+    assert value != getattr(a_config(**base), name)
+    assert a_seen(see, before, a_made) != a_seen(see, after, a_made)
+
+
+# 2 data
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(magic=1), "magic 1 version 1, expected 20240520 version 1"),
+    (dict(version=7), "magic 20240520 version 7, expected 20240520 version 1"),
+    (dict(count=99), "1224 bytes, but the 99 tokens of its header take 1222"),
+    (dict(count=101), "1224 bytes, but the 101 tokens of its header take 1226"),
+    (dict(count=-100), "1224 bytes, but the -100 tokens"),
+])  # fmt: skip
+def test_bad_shards_are_refused_by_name(change, message, tmp_path):
+    """Wrong magic, version or count: the file, what is wrong, what to do."""
+    path = a_write_shard(tmp_path / "bad_shard.bin", **(dict(ids=range(100)) | change))
+    with pytest.raises(t.RunError, match=re.escape(message)) as caught:
+        t.open_shard(path)
+    assert str(path) in str(caught.value)
+
+
+def test_truncated_shards_are_refused_at_every_length(tmp_path):
+    """Cut anywhere, header included; and the whole one reads back."""
+    whole = a_write_shard(tmp_path / "shard.bin", range(100))
+    assert t.open_shard(whole).tolist() == list(range(100))
+    assert isinstance(t.open_shard(whole), np.memmap)
+    data, cut = whole.read_bytes(), tmp_path / "cut.bin"
+    for size in (0, 3, 11, 12, 1023, 1024, 1025, len(data) - 2, len(data) - 1):
+        cut.write_bytes(data[:size])
+        with pytest.raises(t.RunError, match="cut.bin"):
+            t.open_shard(cut)
+    cut.write_bytes(data + b"\0\0")
+    with pytest.raises(t.RunError, match="1226 bytes"):
+        t.open_shard(cut)
+
+
+def test_empty_shards_change_nothing(tmp_path):
+    """A shard without tokens is passed over; a split without tokens is refused."""
+    data = a_dataset(tmp_path)
+    config = a_config(data_path=str(data))
+    load = functools.partial(t.Loader, c=config, runtime=a_runtime(), vocab_size=A_VOCAB)
+    table, before = t.load_byte_table(config), a_audit(data)
+    steps = [load(t.find_shards(config, "train")).read(step) for step in range(40)]
+    for name in ("train_0000005", "val_0000005"):
+        a_write_shard(data / f"fineweb_{name}.bin", [])
+    loader = load(t.find_shards(config, "train"))
+    assert all(torch.equal(loader.read(step), want) for step, want in enumerate(steps))
+    assert t.load_validation(config, table).ids.tolist() == before.ids.tolist()
+    for split in ("train", "val"):
+        for path in data.glob(f"fineweb_{split}_*.bin"):
+            a_write_shard(path, [])
+    with pytest.raises(t.RunError, match="fineweb_val"):
+        t.load_validation(config, table)
+    with pytest.raises(t.RunError, match="train"):
+        load(t.find_shards(config, "train"))
+
+
+def test_no_shards_is_an_error_with_the_pattern(tmp_path):
+    """An empty glob says which, and what to do; shards are sorted by name."""
+    with pytest.raises(t.RunError, match=r"fineweb_train_\*\.bin; set DATA_PATH"):
+        t.find_shards(a_config(data_path=str(tmp_path)), "train")
+    for n in (2, 10, 1):
+        a_write_shard(tmp_path / f"fineweb_val_{n:06d}.bin", [1, 2])
+    names = [p.name[-6:-4] for p in t.find_shards(a_config(data_path=str(tmp_path)), "val")]
+    assert names == ["01", "02", "10"]
+
+
+def test_ids_out_of_range_name_the_file(tmp_path):
+    """In training as in validation; the largest id that is allowed passes."""
+    data = a_dataset(tmp_path)
+    config = a_config(data_path=str(data))
+    table, runtime = t.load_byte_table(config), a_runtime()
+    for split, n in (("val", 1), ("train", 0)):
+        path = data / f"fineweb_{split}_{n:06d}.bin"
+        good = path.read_bytes()
+        a_write_shard(path, np.full(2000, A_VOCAB))
+        with pytest.raises(t.RunError, match=rf"{path.name}: id 300 is not under VOCAB_SIZE=300"):
+            if split == "val":
+                t.load_validation(config, table)
+            for step in range(40):
+                t.Loader(t.find_shards(config, "train"), config, runtime, A_VOCAB).batch(step)
+        path.write_bytes(good)
+
+
+def a_loader(folder, rank=0, world=1, **changes):
+    """A loader over shards in which every id occurs once, so that ids tell where they are from."""
+    if not list(folder.glob("*.bin")):
+        for n, (start, size) in enumerate([(0, 1000), (1000, 531), (1531, 40), (1571, 33)]):
+            a_write_shard(folder / f"fineweb_train_{n}.bin", np.arange(start, start + size))
+    config = a_config(**(dict(data_path=str(folder)) | changes))
+    return t.Loader(t.find_shards(config, "train"), config, a_runtime(rank, world), 65536)
+
+
+def test_every_rank_count_sees_the_same_global_batch(tmp_path):
+    """Ranks in order make up the batch of one rank, for 1, 2, 4 and 8 ranks."""
+    whole = a_loader(tmp_path)
+    for step in (0, 1, 7, 50):
+        x, y = whole.batch(step)
+        assert x.shape == y.shape == (8, 32) and x.dtype == torch.int64
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        for world in (2, 4, 8):
+            parts = [a_loader(tmp_path, rank, world).batch(step) for rank in range(world)]
+            assert torch.equal(torch.cat([p[0] for p in parts]), x)
+            assert torch.equal(torch.cat([p[1] for p in parts]), y)
+
+
+def test_batches_depend_on_seed_and_step_only(tmp_path):
+    """Whatever was read before, prefetched or not; other seeds and steps read other batches."""
+    walked = a_loader(tmp_path)
+    batches = [walked.batch(step) for step in range(20)]  # from the second on, prefetched
+    for step in (0, 5, 19, 3):
+        fresh = a_loader(tmp_path)
+        assert torch.equal(fresh.batch(step)[0], batches[step][0])
+        assert torch.equal(fresh.read(step)[:, 1:], batches[step][1])
+        assert torch.equal(walked.batch(step)[0], batches[step][0])  # back in time
+        assert not torch.equal(a_loader(tmp_path, seed=2).batch(step)[0], batches[step][0])
+    assert len({b[0].numpy().tobytes() for b in batches}) == 20
+
+
+def test_the_next_batch_is_read_ahead_on_a_thread(tmp_path):
+    """After a batch is handed out, the next one is already on its way."""
+    loader = a_loader(tmp_path)
+    loader.batch(0)
+    assert loader.ahead[0] == 1 and loader.ahead[1].result().shape == (8, 33)
+    loader.read = None  # the coming batch must not be read again
+    loader.pool = types.SimpleNamespace(submit=lambda *_: None)
+    assert loader.batch(1)[0].shape == (8, 32)
+
+
+def test_an_epoch_is_a_permutation_of_blocks_of_all_shards(tmp_path):
+    """No token twice as an input, most tokens once, every shard, random order and phase."""
+    loader = a_loader(tmp_path)
+    blocks = int(loader.ends[-1])
+    assert blocks == 30 + 15 + 1 + 1
+    orders = []
+    for epoch in range(4):
+        starts = []
+        for i in range(epoch * blocks, (epoch + 1) * blocks):
+            ids = loader.sequence(i)
+            assert len(ids) == 33 and (np.diff(ids.astype(int)) == 1).all()  # within one shard
+            starts.append(int(ids[0]))
+        inputs = np.concatenate([np.arange(s, s + 32) for s in starts])
+        assert len(np.unique(inputs)) == 32 * blocks
+        assert {np.searchsorted([1000, 1531, 1571], s, "right") for s in starts} == {0, 1, 2, 3}
+        assert starts != sorted(starts)
+        assert np.abs(np.diff(starts)).mean() > 200  # shuffled over all shards, not nearby
+        orders.append(starts)
+    assert len({tuple(order) for order in orders}) == 4
+    assert len({min(order) for order in orders}) > 1  # the phase moves
+    assert len({s % 32 for order in orders for s in order if s < 1000}) > 1
+
+
+def test_a_batch_may_span_the_border_of_epochs(tmp_path):
+    """The last blocks of an epoch and the first of the next share a batch; nothing is dropped."""
+    loader = a_loader(tmp_path)
+    blocks = int(loader.ends[-1])
+    step = blocks // 8
+    assert blocks % 8
+    want = np.stack([loader.sequence(i) for i in range(8 * step, 8 * step + 8)])
+    assert loader.read(step).tolist() == want.tolist()
+    first = [int(row[0]) for row in want[: blocks % 8]]
+    seen = [int(loader.sequence(i)[0]) for i in range(8 * step)]
+    assert not set(first) & set(seen)
+
+
+def test_batches_that_ranks_cannot_share_are_refused(tmp_path):
+    """The message says which batch size would do."""
+    with pytest.raises(t.RunError, match=r"WORLD_SIZE=3 does not divide the 8 sequences of a step; "
+                       "make TRAIN_BATCH_TOKENS a multiple of 96"):
+        a_loader(tmp_path, 0, 3)
+    with pytest.raises(t.RunError, match="lower TRAIN_SEQ_LEN or add shards"):
+        a_loader(tmp_path, train_seq_len=1024, train_batch_tokens=1024, eval_seq_len=1024)
+
+
+def test_micro_batches_divide_the_step_of_a_rank():
+    """Automatic ones by memory, given ones exactly or not at all."""
+    c, cpu = a_config(), a_runtime()
+    assert t.micro_batch_seqs(8, c, cpu) == 8
+    assert t.micro_batch_seqs(600, a_config(train_seq_len=256), cpu) == 60  # at most 16384 tokens
+    assert t.micro_batch_seqs(8, a_config(micro_batch_tokens=64), cpu) == 2
+    with pytest.raises(t.RunError, match="MICRO_BATCH_TOKENS=96 does not divide the 256 tokens"):
+        t.micro_batch_seqs(8, a_config(micro_batch_tokens=96), cpu)
+
+
+# 3 bytes
+
+
+def test_byte_table_from_meta(tmp_path):
+    """The table of the file, and bytes that depend on the previous id."""
+    table = t.table_from_meta(a_write_meta(tmp_path / "x.meta.npz", a_table()))
+    for have, want in zip(table[:3], a_table()[:3], strict=True):
+        assert have.tolist() == want.tolist()
+    assert table.base_bytes.dtype == np.int64 and table.is_boundary.dtype == bool
+    previous, ids = np.array([A_BOS, 1, 1, 5, 3]), np.array([3, 3, 4, A_BOS, 2])
+    assert table.count(previous, ids).tolist() == [1, 2, 2, 0, 3]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(base_bytes=None), dict(has_leading_space=None), dict(is_boundary_token=None),
+    dict(vocab_size=None), dict(vocab_size=A_VOCAB - 1), dict(base_bytes=np.ones(A_VOCAB + 1)),
+])  # fmt: skip
+def test_bad_meta_is_refused_by_name(changes, tmp_path):
+    """A missing array or lengths that do not fit."""
+    path = a_write_meta(tmp_path / "bad.meta.npz", a_table(), **changes)
+    with pytest.raises(t.RunError, match="bad.meta.npz"):
+        t.table_from_meta(path)
+
+
+def test_damaged_meta_is_refused_by_name(tmp_path):
+    """Garbage, nothing, and a file cut or changed anywhere."""
+    path = a_write_meta(tmp_path / "bad.meta.npz", a_table())
+    data = bytearray(path.read_bytes())
+    for damaged in (b"", b"garbage", bytes(data[:-30]), bytes(data[: len(data) // 2])):
+        path.write_bytes(damaged)
+        with pytest.raises(t.RunError, match="bad.meta.npz"):
+            t.table_from_meta(path)
+    data[400] ^= 255  # within the values of base_bytes: the CRC of the zip member
+    path.write_bytes(bytes(data))
+    with pytest.raises(t.RunError, match="bad.meta.npz"):
+        t.table_from_meta(path)
+
+
+@pytest.mark.parametrize("settings, files, message", [
+    ({}, [], "no single tokenizer: none in"),
+    ({}, ["a.meta.npz", "b.meta.npz"], "a.meta.npz,.*b.meta.npz"),
+    (dict(tokenizer_path="{}/no.model"), [], "no.model; set TOKENIZER_PATH"),
+    (dict(tokenizer_path="{}/no.vocab"), [], "no.meta.npz; set TOKENIZER_PATH"),
+    (dict(vocab_size=301), ["a.meta.npz"], "VOCAB_SIZE=301 but .*a.meta.npz has 300 ids"),
+])  # fmt: skip
+def test_missing_or_ambiguous_tokenizers_are_refused(settings, files, message, tmp_path):
+    """Which files were found and which setting decides."""
+    for name in files:
+        a_write_meta(tmp_path / name, a_table())
+    settings = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in settings.items()}
+    with pytest.raises(t.RunError, match=message):
+        t.load_byte_table(a_config(data_path=str(tmp_path), **settings))
+
+
+def test_tokenizers_are_found_where_the_settings_say(tmp_path):
+    """TOKENIZER_META_PATH, then TOKENIZER_PATH (table beside the vocabulary), then DATA_PATH."""
+    paths = {n: a_write_meta(tmp_path / n / "v.meta.npz", a_table())
+             for n in "abc" if not (tmp_path / n).mkdir()}
+    config = a_config(data_path=str(tmp_path / "a"), vocab_size=A_VOCAB)
+    assert t.load_byte_table(config).path == paths["a"]
+    (tmp_path / "b" / "v.vocab").touch()
+    config = replace(config, tokenizer_path=str(tmp_path / "b" / "v.vocab"))
+    assert t.load_byte_table(config).path == paths["b"]
+    config = replace(config, tokenizer_path=str(paths["b"]))
+    assert t.load_byte_table(config).path == paths["b"]
+    assert t.load_byte_table(replace(config, tokenizer_meta_path=str(paths["c"]))).path == (
+        paths["c"])
+
+
+A_TEXT = ["The cat sat on the mat, and the dog was not amused at all.",
+          "Numbers 12 345 and   runs of spaces; na\u00efve caf\u00e9 \u4f60\u597d \U0001f600 end",
+          " leading and trailing ", "line", "a b c d e f g h i j", "don't stop 3.14159 %"] * 20
+
+
+@functools.cache
+def a_sentencepiece(folder, lone_space=True):
+    """A SentencePiece model trained on a few lines, with a piece for a lone space or without."""
+    spm = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    text, prefix = folder / f"text{lone_space}.txt", folder / f"sp{int(lone_space)}"
+    kept = [line if lone_space else line.replace(" ", "") for line in A_TEXT]
+    text.write_text("\n".join(kept), encoding="utf-8")
+    spm.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(prefix), vocab_size=400, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2, character_coverage=0.98,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, add_dummy_prefix=lone_space)
+    return prefix.with_suffix(".model")
+
+
+def a_check_sentencepiece(path, documents, folder):
+    """Shards of documents: counted bytes equal the bytes of the decoded text, document by one."""
+    spm = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    sp, table = spm.SentencePieceProcessor(model_file=str(path)), t.table_from_sentencepiece(path)
+    encoded = [sp.encode(document) for document in documents]
+    sizes = [len(sp.decode(ids).encode("utf-8")) for ids in encoded]
+    for ids, size in zip(encoded, sizes, strict=True):
+        ids = np.array([sp.bos_id(), *ids])
+        assert int(table.count(ids[:-1], ids[1:]).sum()) == size
+    stream = np.concatenate([[sp.bos_id(), *ids] for ids in encoded])
+    shard = a_write_shard(folder / "fineweb_val_000000.bin", stream)
+    a_write_shard(folder / "fineweb_train_000000.bin", stream)
+    manifest = dict(tokenizer=dict(byte_exact=True, sha256=t.sha256_file(path)),
+                    shards={shard.name: dict(source_bytes=sum(sizes), bad_documents=0)})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    config = a_config(data_path=str(folder), tokenizer_path=str(path))
+    validation = t.load_validation(config, table)
+    assert validation.audit == "exact" and int(validation.bytes.sum()) == sum(sizes)
+    return table, sp, sum(sizes)
+
+
+def test_byte_table_of_a_sentencepiece_model(tmp_path):
+    """Byte pieces 1, control and unknown 0 and boundary; counts equal the decoded text."""
+    path = a_sentencepiece(tmp_path)
+    table, sp, _ = a_check_sentencepiece(path, [s for s in A_TEXT if s == s.strip()], tmp_path)
+    for i in range(sp.vocab_size()):
+        if i < 4:
+            assert table.is_boundary[i] and not table.base_bytes[i]
+        elif sp.is_byte(i):
+            assert table.base_bytes[i] == 1 and not table.is_boundary[i]
+        else:
+            assert table.base_bytes[i] + table.has_leading_space[i] == len(
+                sp.id_to_piece(i).replace("\u2581", " ").encode())
+    lone = sp.piece_to_id("\u2581")
+    assert table.base_bytes[lone] == 0 and table.has_leading_space[lone]
+
+
+def test_sentencepiece_models_without_a_lone_space_are_refused(tmp_path):
+    """Their counts would be wrong; the message names U+2581."""
+    path = a_sentencepiece(tmp_path, lone_space=False)
+    with pytest.raises(t.RunError, match=r"sp0\.model: has no piece for a lone U\+2581"):
+        t.table_from_sentencepiece(path)
+
+
+def test_damaged_sentencepiece_models_are_refused_by_name(tmp_path):
+    """A file that is no model is the user's mistake, not a traceback."""
+    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    path = tmp_path / "bad.model"
+    path.write_bytes(b"this is no model")
+    with pytest.raises(t.RunError, match="bad.model"):
+        t.table_from_sentencepiece(path)
+
+
+def test_real_text_is_counted_exactly_and_scored(tmp_path):
+    """120 real FineWeb documents as SP1024 shards: exact bytes, then a tiny run to its scores."""
+    model, documents = SHARED / "data/fineweb_1024_bpe.model", SHARED / "data/fineweb_docs.jsonl"
+    if not (model.exists() and documents.exists()):
+        pytest.skip(f"no real data: {documents} is not there")
+    texts = [json.loads(line)["text"] for line in documents.read_text("utf-8").splitlines()]
+    assert len(texts) == 120
+    _, _, source = a_check_sentencepiece(model, texts, tmp_path)
+    config = a_config(data_path=str(tmp_path), tokenizer_path=str(model), val_tokens_limit=20000,
+                      run_id="real", train_seq_len=128, eval_seq_len=128, eval_stride=64,
+                      train_batch_tokens=2048, val_batch_size=8192, iterations=12)
+    with a_inside(tmp_path) as console:
+        t.run(config)
+    bpb = dict(re.findall(r"(final_int\S+_exact) \S+ val_bpb:(\S+)", console.getvalue()))
+    assert 0.5 < float(bpb["final_int6_sliding_window_exact"]) < 8
+    assert bpb["final_int8_zlib_roundtrip_exact"] == bpb["final_int6_sliding_window_exact"]
+    counted = re.search(r"byte_audit:partial bytes:(\d+)", console.getvalue())
+    assert 40000 < int(counted[1]) < source
+
+
+@pytest.mark.parametrize("file", ["scylla.meta.npz", "candidate.meta.npz"])
+def test_published_byte_tables_load(file):
+    """The byte tables that circulate are read as they are."""
+    path = SHARED / "data" / file
+    if not path.exists():
+        pytest.skip(f"no published table: {path} is not there")
+    table = t.table_from_meta(path)
+    assert len(table.base_bytes) == {"scylla": 1254, "candidate": 998}[file.split(".")[0]]
+
+
+def a_manifest(data, change):
+    """Rewrite the manifest of a dataset through `change`."""
+    path = data / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def a_audit(data, **settings):
+    """Validation data of a dataset."""
+    config = a_config(data_path=str(data), **settings)
+    return t.load_validation(config, t.load_byte_table(config))
+
+
+def test_byte_audit_states(tmp_path):
+    """exact, partial, unverified (no or half a manifest, or a lossy tokenizer), and the bytes."""
+    data = a_dataset(tmp_path / "d")
+    ids = [np.fromfile(p, "<u2")[512:] for p in sorted(data.glob("fineweb_val_*"))]
+    exact = a_audit(data)
+    assert exact.audit == "exact" and exact.vocab_sha256 == "5" * 64
+    assert exact.ids.tolist() == np.concatenate(ids).tolist() and len(exact.bytes) == 699
+    want = sum(a_source_bytes(part, a_table()) for part in ids)
+    assert int(exact.bytes.sum()) == want
+    partial = a_audit(data, val_tokens_limit=450)
+    assert partial.audit == "partial" and len(partial.ids) == 450
+    assert partial.bytes.tolist() == exact.bytes[:449].tolist()
+    for limit in (700, 10000):
+        assert a_audit(data, val_tokens_limit=limit).audit == "exact"
+    a_manifest(data, lambda m: m["shards"].pop("fineweb_val_000001.bin"))
+    assert a_audit(data).audit == "unverified"
+    lossy = a_dataset(tmp_path / "lossy", byte_exact=False)
+    assert a_audit(lossy).audit == "unverified"
+    assert a_audit(lossy, val_tokens_limit=450).audit == "unverified"
+    (lossy / "manifest.json").unlink()
+    without = a_audit(lossy)
+    assert without.audit == "unverified"
+    assert without.vocab_sha256 == t.sha256_file(lossy / "tiny.meta.npz")
+
+
+@pytest.mark.parametrize("off", [1, -1, 1000])
+def test_byte_audit_stops_the_run(off, tmp_path):
+    """One byte more or less is an error that names both counts."""
+    data = a_dataset(tmp_path)
+    entry = "fineweb_val_000000.bin"
+    a_manifest(data, lambda m: m["shards"][entry].update(
+        source_bytes=m["shards"][entry]["source_bytes"] + off))
+    for limit in (0, 100):
+        with pytest.raises(t.RunError, match=r"byte audit failed: .* manifest\.json \d+ "):
+            a_audit(data, val_tokens_limit=limit)
+
+
+def test_bad_documents_and_bad_manifests_stop_the_run(tmp_path):
+    """A document that does not decode back, or a manifest that is not JSON."""
+    data = a_dataset(tmp_path)
+    a_manifest(data, lambda m: m["shards"]["fineweb_val_000001.bin"].update(bad_documents=1))
+    with pytest.raises(t.RunError, match="byte audit failed.*1 bad documents"):
+        a_audit(data)
+    entry = '{"shards": {"fineweb_val_000000.bin": {"x": 1}, "fineweb_val_000001.bin": {"x": 1}}, '
+    for text in ("{", "[]", '{"tokenizer": 3}', '{"shards": 3}',
+                 entry + '"tokenizer": {"byte_exact": true}}'):
+        (data / "manifest.json").write_text(text)
+        with pytest.raises(t.RunError, match=r"manifest\.json: no manifest of retokenize_scylla"):
+            a_audit(data)
+
+
+def test_first_id_is_context_only(tmp_path):
+    """If the stream does not start with a boundary, its first bytes are not in the denominator."""
+    data = a_dataset(tmp_path)
+    path = data / "fineweb_val_000000.bin"
+    ids = np.fromfile(path, "<u2")[512:]
+    ids[0] = 5  # three bytes
+    a_write_shard(path, ids)
+    source = a_source_bytes(ids, a_table())
+    a_manifest(data, lambda m: m["shards"][path.name].update(source_bytes=source))
+    second = np.fromfile(data / "fineweb_val_000001.bin", "<u2")[512:]
+    total = source + a_source_bytes(second, a_table())
+    audited = a_audit(data)
+    assert audited.audit == "exact" and int(audited.bytes.sum()) == total - 3
+    with a_inside(tmp_path) as console:
+        t.run(a_config(data_path=str(data), iterations=1, eval_modes=("roundtrip",)))
+    assert f"byte_audit:exact bytes:{total - 3} (the first id is context only" in console.getvalue()
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_shortest_validation(limit, tmp_path):
+    """Two tokens make one target; one makes none and is refused."""
+    data = a_dataset(tmp_path)
+    if limit == 1:
+        assert "VAL_TOKENS_LIMIT=1" in a_problems(a_environ(val_tokens_limit=limit))
+    else:
+        config = a_config(data_path=str(data), val_tokens_limit=limit)
+        evaluator = t.Evaluator(a_runtime(), config, a_audit(data, val_tokens_limit=limit))
+        score, nats = evaluator.score(lambda x, y: y.float(), 32)
+        assert score.tokens == len(nats) == 1
+
+
+# 4 quantization and artifact
+
+
+def a_hard_rows(columns=700):
+    """Rows that are Gaussian, heavy-tailed, one-sided, with outliers, tiny, large, or zero."""
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(12, columns, generator=random)
+    rows[1] = rows[1] ** 5
+    rows[2] = rows[2].abs()
+    rows[3, 17] = 1000.0
+    rows[4] *= 1e-9
+    rows[5] *= 3000
+    rows[6] = 0
+    rows[7] = 0
+    rows[7, 3] = -2.5
+    rows[8, :3] = torch.tensor([50.0, -70.0, 90.0])
+    rows[9] = 0.25
+    rows[10] *= 1e-6
+    return rows
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 32, 700, 1999])
+def test_row_quantiles_are_torch_quantiles(columns):
+    """Without a full sort, for every candidate."""
+    magnitudes = a_hard_rows(columns + 99)[:, 99 * (columns < 99) :][:, :columns].abs()
+    quantiles = torch.tensor(t.QUANTILES, dtype=torch.float64)
+    want = torch.quantile(magnitudes.double(), quantiles, dim=1).T.float()
+    torch.testing.assert_close(t.row_quantiles(magnitudes), want, rtol=3e-5, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_row_scales_are_the_least_squares_candidates(bits):
+    """Each row takes the quantile with the smallest error, as it will be stored: in fp16."""
+    weight, largest = a_hard_rows(), 2 ** (bits - 1) - 1
+    assert largest == t.largest_code(bits)
+    scales = t.row_scales(weight, bits)
+    assert torch.equal(scales, scales.half().float()) and (scales > 0).all()
+    best = np.full(len(weight), np.inf)
+    for q in (1.0, 0.99999, 0.9999, 0.9995, 0.999):
+        clip = np.quantile(weight.abs().double().numpy(), q, axis=1)
+        step = np.maximum(clip / largest, 2.0**-24).astype(np.float16).astype(np.float64)
+        codes = np.clip(np.round(weight.double().numpy() / step[:, None]), -largest, largest)
+        best = np.minimum(best, ((codes * step[:, None] - weight.double().numpy()) ** 2).sum(1))
+    have = (t.round_to_grid(weight, scales, bits) * scales - weight).double().square().sum(1)
+    np.testing.assert_allclose(have.numpy(), best, rtol=1e-3, atol=1e-30)
+    assert torch.equal(t.round_to_grid(weight, scales, bits)[6], torch.zeros(700))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_qat_grid_is_the_stored_grid(bits):
+    """What training computes with late QAT is what the artifact restores, bit for bit."""
+    weight = a_hard_rows().requires_grad_()
+    fake = t.fake_quantize(weight, bits)
+    config = a_config(class_bits=f"attn={bits}")
+    name = "blocks.0.attn.q.weight"
+    stored = t.quantize({name: weight.detach()}, config)[name]
+    assert stored.bits == bits and stored.values.dtype == np.int8
+    assert stored.scales.dtype == np.float16 and stored.scales.shape == (12,)
+    assert np.abs(stored.values.astype(int)).max() == 2 ** (bits - 1) - 1
+    fake.backward(torch.ones_like(weight))
+    assert torch.equal(weight.grad, torch.ones_like(weight))  # straight through
+    assert torch.equal(fake.detach(), stored.restore())
+    assert t.fake_quantize(weight, 0) is weight
+
+
+def test_a_model_under_qat_is_the_reloaded_model(a_made):
+    """Logits with fake quantization equal those of the weights restored from codes."""
+    config = a_config()
+    model, ids = a_random_model(config, seed=4), torch.from_numpy(a_stream(64, 3)).view(2, 32)
+    plain = model.logits(ids)
+    stored = t.quantize({n: p.detach() for n, p in model.named_parameters()}, config)
+    model.set_phase(t.Phase(recur=True, qat=True))
+    faked = model.logits(ids)
+    assert not torch.equal(faked, plain)
+    other = a_random_model(config, seed=5)
+    codes = {n: s.restore() if s.bits <= 8 else model.state_dict()[n] for n, s in stored.items()}
+    other.load_state_dict(codes)
+    torch.testing.assert_close(other.logits(ids), faked, rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_decides_bits():
+    """Attention and repeats 6, MLP 6 at both ends and 5 between, tables 8, projections fp16."""
+    model = t.GPT(a_config(num_layers=8, n_int6_layers=4, parallel_start_layer=5,
+                           recur_layers=(3, 4), ve_layers=(6,)), a_table().is_boundary, a_runtime())
+    for name, parameter in model.named_parameters():
+        spec = t.param_spec(name, model.config)
+        layer = int(name.split(".")[1]) if name.startswith("blocks") else None
+        edge = layer in (0, 1, 6, 7)
+        want = (8 if name.endswith(("embed.weight", "table.weight")) else
+                16 if name.endswith("proj.weight") else
+                6 if ".attn." in name and parameter.dim() == 2 or name.startswith("repeat") else
+                6 if ".mlp." in name and edge else 5 if ".mlp." in name else 32)
+        assert spec.bits == want, name
+        assert (parameter.dim() == 2) == (want < 32) or name.endswith(("mix", "mix_mlp", "weights"))
+    untied = t.GPT(a_config(tie_embeddings=False), a_table().is_boundary, a_runtime())
+    assert t.param_spec("head.weight", untied.config).bits == 8
+    with pytest.raises(AssertionError, match="in no row of PARAM_TABLE"):
+        t.param_spec("blocks.0.attn.new.weight", untied.config)
+
+
+@pytest.mark.parametrize("count, at6", [(0, ""), (2, "0 3"), (4, "0 1 2 3")])
+def test_n_int6_layers(count, at6):
+    """Half of them first, half last."""
+    config = a_config(n_int6_layers=count)
+    bits = {i: t.param_spec(f"blocks.{i}.mlp.up.weight", config).bits for i in range(4)}
+    assert bits == {i: 6 if str(i) in at6.split() else 5 for i in range(4)}
+    assert t.param_spec("repeat_mlps.0.up.weight", config).bits == 6
+
+
+def test_class_bits():
+    """Each class follows CLASS_BITS, all its tensors, and no other does."""
+    names = {"embed": ("embed.weight", "value.table.weight"), "attn": ("blocks.1.attn.k.weight",),
+             "mlp": ("blocks.0.mlp.up.weight", "blocks.1.mlp.down.weight"),
+             "repeat": ("repeat_mlps.1.down.weight",), "projection": ("bigram.proj.weight",),
+             "vector": ("blocks.0.resid_mix",)}
+    plain = a_config(n_int6_layers=0)
+    for kind in ("embed", "attn", "mlp", "repeat"):
+        for bits in range(2, 9):
+            config = replace(plain, class_bits=f"{kind}={bits}")
+            for other, members in names.items():
+                want = bits if other == kind else A_MODEL_BITS[other]
+                assert all(t.param_spec(n, config).bits == want for n in members)
+
+
+def test_values_that_are_not_finite_are_not_exported():
+    """The message names the tensor."""
+    for bad in (math.nan, math.inf):
+        with pytest.raises(t.RunError, match="embed.weight is not finite"):
+            t.quantize({"embed.weight": torch.tensor([[1.0, bad]])}, a_config())
+
+
+def a_artifact(path, compressor="auto", **settings):
+    """An artifact of a random tiny model; returns (config, stored tensors)."""
+    config = a_config(**settings)
+    model = a_random_model(config)
+    stored = t.quantize({n: p.detach() for n, p in model.named_parameters()}, config)
+    shape = {name.upper(): t.show(getattr(config, name)) for name in t.MODEL_FIELDS}
+    header = dict(model=shape, vocab_size=A_VOCAB, vocab_sha256="5" * 64)
+    t.write_artifact(path, header, stored, compressor)
+    return config, stored
+
+
+def a_codecs():
+    """Codecs that are installed."""
+    return [c for c in t.CODECS if c != "zstd" or t.zstandard_module()]
+
+
+@pytest.mark.parametrize("codec", ["lzma", "zlib", "zstd", "auto"])
+@pytest.mark.parametrize("bits", ["", "embed=2,attn=3,mlp=4,repeat=7", "mlp=8,attn=8"])
+def test_container_round_trip(codec, bits, tmp_path):
+    """Every tensor comes back bit for bit: codes, scales, fp16 and fp32 values."""
+    if codec not in (*a_codecs(), "auto"):
+        pytest.skip(f"{codec} is not installed")
+    path = tmp_path / "x.ptz"
+    config, stored = a_artifact(path, codec, class_bits=bits)
+    header, loaded = t.read_artifact(str(path))
+    assert list(loaded) == list(stored)
+    for name, want in stored.items():
+        have = loaded[name]
+        assert (have.kind, have.bits) == (want.kind, want.bits)
+        assert have.values.shape == want.values.shape and have.values.dtype == want.values.dtype
+        assert have.values.tobytes() == want.values.tobytes()
+        assert (have.scales is None) == (want.scales is None)
+        assert want.scales is None or have.scales.tobytes() == want.scales.tobytes()
+        assert torch.equal(have.restore(), want.restore())
+    assert {s[1] for s in header["streams"]} <= set(a_codecs() if codec == "auto" else [codec])
+    assert header["vocab_sha256"] == "5" * 64 and header["model"]["VE_LAYERS"] == "2,3"
+    assert t.write_artifact(tmp_path / "y.ptz", {k: header[k] for k in (
+        "model", "vocab_size", "vocab_sha256")}, loaded, codec)
+    assert (tmp_path / "y.ptz").read_bytes() == path.read_bytes()
+
+
+def test_auto_is_the_smallest_stream_by_stream(tmp_path):
+    """No codec alone beats auto in any stream; sizes are those of the file."""
+    _, stored = a_artifact(tmp_path / "x.ptz")
+    auto = t.pack_streams(stored, "auto")
+    for codec in a_codecs():
+        for best, other in zip(auto, t.pack_streams(stored, codec), strict=True):
+            assert best.name == other.name and len(best.data) <= len(other.data)
+    assert len({t.smallest(raw, "auto")[0] for raw in (
+        bytes(5000), np.random.default_rng(0).normal(0, 5, 20000).astype("i1").tobytes())}) == 2
+
+
+def test_sizes_stay_near_the_floor():
+    """Gaussian codes at full row width: at most 1.2 % above their entropy."""
+    random = torch.Generator().manual_seed(0)
+    state = {f"blocks.{i}.mlp.up.weight": torch.randn(512, 512, generator=random) for i in (1, 2)}
+    streams = t.pack_streams(t.quantize(state, a_config()), "auto")
+    assert {s.name for s in streams} == {"mlp.int5", "scales"}
+    size, floor = sum(len(s.data) for s in streams), sum(s.floor for s in streams)
+    assert floor <= size * 1.001 and size <= 1.012 * floor
+
+
+def a_parts(path):
+    """(header, streams) of an artifact, read without the code under test."""
+    data = path.read_bytes()
+    size, crc = struct.unpack("<II", data[8:16])
+    assert data[:8] == b"PROTEUS\n" and zlib.crc32(data[16 : 16 + size]) == crc
+    return json.loads(zlib.decompress(data[16 : 16 + size])), data[16 + size :]
+
+
+def a_forge(path, header, body):
+    """Write an artifact with any header and correct CRCs."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    packed = zlib.compress(text)
+    path.write_bytes(b"PROTEUS\n" + struct.pack("<II", len(packed), zlib.crc32(packed)) + packed
+                     + body)
+
+
+def a_refused(path, action):
+    """The ArtifactError that `action` raises; it must name the file."""
+    with pytest.raises(t.ArtifactError) as caught:
+        action()
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def a_small(tmp_path_factory):
+    """Path of a small artifact."""
+    path = tmp_path_factory.mktemp("small") / "small.ptz"
+    a_artifact(path, "zlib", model_dim=16, num_layers=2, ve_layers=(1,), recur_layers=(0,),
+               mlp_mult=0.5, parallel_start_layer=1, n_int6_layers=0, bigram_dim=2, ve_dim=2)
+    return path
+
+
+def test_a_flipped_byte_is_damage(a_small, tmp_path):
+    """Every byte of the head and the header, and 400 bytes anywhere, one at a time."""
+    data, path = bytearray(a_small.read_bytes()), tmp_path / "flipped.ptz"
+    random = np.random.default_rng(0)
+    places = [*range(200), *random.integers(200, len(data), 400).tolist(), len(data) - 1]
+    for place in places:
+        bit = 1 << int(random.integers(8))
+        data[place] ^= bit
+        path.write_bytes(data)
+        a_refused(path, lambda: t.read_artifact(str(path)))
+        data[place] ^= bit
+
+
+def test_a_truncated_or_longer_artifact_is_damage(a_small, tmp_path):
+    """At every length of the head, at 60 others, and with bytes appended."""
+    data, path = a_small.read_bytes(), tmp_path / "cut.ptz"
+    for size in [*range(30), *np.linspace(30, len(data) - 1, 60).astype(int)]:
+        path.write_bytes(data[:size])
+        a_refused(path, lambda: t.read_artifact(str(path)))
+    path.write_bytes(data + b"\0")
+    a_refused(path, lambda: t.read_artifact(str(path)))
+    a_refused(tmp_path / "none.ptz", lambda: t.read_artifact(str(tmp_path / "none.ptz")))
+    a_refused(tmp_path, lambda: t.read_artifact(str(tmp_path)))
+
+
+def test_foreign_files_are_refused(a_small, tmp_path):
+    """Wrong magic, another format, another script's pickle."""
+    path = tmp_path / "foreign.ptz"
+    torch.save({"a": 1}, path)
+    assert "not an artifact of this script" in a_refused(path, lambda: t.read_artifact(str(path)))
+    header, body = a_parts(a_small)
+    a_forge(path, header, body)
+    t.read_artifact(str(path))  # a forger who changes nothing is not noticed
+    a_forge(path, header | {"format": 2}, body)
+    assert "format 2, this script reads 1" in a_refused(path, lambda: t.read_artifact(str(path)))
+
+
+def a_set(where, value):
+    """A change of one place in a header, such as ('tensors', 0, 3, 0)."""
+    def change(header):
+        for key in where[:-1]:
+            header = header[key]
+        header[where[-1]] = value
+    return change
+
+
+A_TAMPERED = [
+    (("tensors", 0, 3, 0), 7), (("tensors", 0, 3, 0), 0), (("tensors", 0, 3, 0), -300),
+    (("tensors", 0, 3, 0), 2**23), (("tensors", 0, 3, 0), 10**18), (("tensors", 0, 3, 0), 3.5),
+    (("tensors", 0, 3, 0), "300"), (("tensors", 0, 3, 0), None), (("tensors", 0, 3, 0), [300]),
+    (("tensors", 0, 3), [300]), (("tensors", 0, 3), []), (("tensors", 0, 3), 300),
+    (("tensors", 0, 3), [300, 4, 4]), (("tensors", 0, 3), [600, 8]), (("tensors", 0, 3), [16, 300]),
+    (("tensors", 0, 2), 5), (("tensors", 0, 2), 9), (("tensors", 0, 2), 16), (("tensors", 0, 2), 0),
+    (("tensors", 0, 2), -1), (("tensors", 0, 2), "8"), (("tensors", 0, 2), None),
+    (("tensors", 0, 2), 4.0), (("tensors", 0, 1), "attn"), (("tensors", 0, 1), "scales"),
+    (("tensors", 0, 1), None), (("tensors", 0, 0), "blocks.0.attn.q.weight"),
+    (("tensors", 0, 0), None), (("tensors", 0, 0), ["x"]), (("tensors", 0, 0), "unknown"),
+    (("tensors", 0), []), (("tensors", 0), None), (("tensors",), []), (("tensors",), {}),
+    (("tensors",), None), (("tensors",), 3), (("streams",), []), (("streams",), None),
+    (("streams", 0), []), (("streams", 0), None), (("streams", 0, 0), "x"),
+    (("streams", 0, 1), "lzma"), (("streams", 0, 1), "brotli"), (("streams", 0, 1), None),
+    (("streams", 0, 1), ["zlib"]), (("streams", 0, 2), 1), (("streams", 0, 2), -1),
+    (("streams", 0, 2), 10**18), (("streams", 0, 2), "5"), (("streams", 0, 2), 2.5),
+    (("streams", 0, 3), 0), (("streams", 0, 3), None), (("model",), None), (("model",), []),
+    (("model",), {}), (("model", "NUM_LAYERS"), 3), (("model", "NUM_LAYERS"), 0),
+    (("model", "NUM_LAYERS"), -2), (("model", "NUM_LAYERS"), 4), (("model", "NUM_LAYERS"), 2.5),
+    (("model", "MODEL_DIM"), 2**21), (("model", "MODEL_DIM"), 0), (("model", "MODEL_DIM"), 24),
+    (("model", "MODEL_DIM"), -16), (("model", "NUM_HEADS"), 0), (("model", "NUM_HEADS"), None),
+    (("model", "NUM_KV_HEADS"), 0), (("model", "MLP_MULT"), 1e300), (("model", "MLP_MULT"), "x"),
+    (("model", "MLP_MULT"), None), (("model", "MLP_MULT"), -1.0), (("model", "ROPE_BASE"), "x"),
+    (("model", "ROPE_BASE"), 0), (("model", "ROPE_DIMS"), -4), (("model", "LOGIT_SOFTCAP"), "x"),
+    (("model", "LOGIT_SOFTCAP"), 0), (("model", "LOGIT_SOFTCAP"), None),
+    (("model", "ACTIVATION_NEG_SLOPE"), "x"), (("model", "TIE_EMBEDDINGS"), False),
+    (("model", "BIGRAM_VOCAB_SIZE"), 10**12), (("model", "BIGRAM_VOCAB_SIZE"), -3),
+    (("model", "BIGRAM_DIM"), 10**12), (("model", "VE_DIM"), "x"), (("model", "VE_LAYERS"), [0, 1]),
+    (("model", "VE_LAYERS"), ["x"]), (("model", "VE_LAYERS"), [9]), (("model", "XSA_LAST_N"), "x"),
+    (("model", "PARALLEL_START_LAYER"), 9), (("model", "PARALLEL_START_LAYER"), "x"),
+    (("model", "RECUR_LAYERS"), [5]), (("model", "RECUR_LAYERS"), 0),
+    (("model", "ARTIFACT_PATH"), "/etc/passwd"), (("model", "NO_SUCH"), 1),
+    (("vocab_size",), 299), (("vocab_size",), None), (("vocab_sha256",), "6" * 64),
+    (("format",), None), (("format",), "1"),
+]  # fmt: skip
+
+
+A_TAMPERED += [  # the same as texts, which is how a header states the model's settings
+    (where, t.show(tuple(value) if isinstance(value, list) else value))
+    for where, value in A_TAMPERED if where[0] == "model" and len(where) == 2
+]
+
+
+@pytest.mark.parametrize("where, value", A_TAMPERED, ids=str)
+def test_a_tampered_header_is_refused(where, value, a_small, tmp_path):
+    """With every CRC recomputed: only ArtifactError, whatever the header claims."""
+    path = tmp_path / "tampered.ptz"
+    header, body = a_parts(a_small)
+    a_set(where, value)(header)
+    a_forge(path, header, body)
+    validation = types.SimpleNamespace(vocab_sha256="5" * 64)
+    a_refused(path, lambda: t.load_model(str(path), validation, a_table(), a_runtime(), a_config()))
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"7", b"null", b"{}", b"{", b"\xff\xfe", b"NaN",
+                                  b"[" * 200000, b'{"a":' * 200000, b" " * (1 << 25)],
+                         ids=lambda text: repr(text[:6]))  # fmt: skip
+def test_a_header_that_is_no_header_is_refused(text, tmp_path):
+    """Not JSON, not an object, nested without end, or a decompression bomb."""
+    path = tmp_path / "forged.ptz"
+    a_forge(path, text, b"")
+    a_refused(path, lambda: t.read_artifact(str(path)))
+
+
+@pytest.mark.parametrize("codec", ["lzma", "zlib", "zstd"])
+def test_streams_that_do_not_decompress_are_refused(codec, tmp_path):
+    """Garbage under a valid CRC, and streams that end early."""
+    if codec not in a_codecs():
+        pytest.skip(f"{codec} is not installed")
+    path, raw = tmp_path / "forged.ptz", bytes(range(100)) * 3
+    for data in (b"", b"garbage" * 9, t.compress(raw[:-1], codec), t.compress(raw, codec)[:-9]):
+        header = dict(format=1, model={}, vocab_size=A_VOCAB, vocab_sha256="",
+                      tensors=[["w", "v", 32, [75]]],
+                      streams=[["v.fp32", codec, len(data), zlib.crc32(data)]])
+        a_forge(path, header, data)
+        a_refused(path, lambda: t.read_artifact(str(path)))
+    assert t.decompress(t.compress(raw, codec), codec, 300) == raw
+    with pytest.raises(t.ArtifactError):
+        t.decompress(b"", "rot13", 4)
+
+
+def test_loading_executes_nothing():
+    """No pickle, no torch.load, no eval or exec anywhere in the file."""
+    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imported = {alias.name for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert not {"eval", "exec", "__import__"} & names
+    assert not {"pickle", "marshal", "shelve", "dill"} & (names | imported)
+    calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert not {"torch.load", "torch.save"} & calls and "eval" not in attributes
+    pickles = [k.value.value for n in ast.walk(tree) if isinstance(n, ast.Call)
+               for k in n.keywords if k.arg == "allow_pickle"]
+    assert pickles and not any(pickles)
+
+
+@pytest.mark.parametrize("broken", ["fsync", "replace", "open"])
+def test_writing_is_atomic(broken, tmp_path, monkeypatch):
+    """A failure at any point leaves the old file, no temporary one, and names the path."""
+    path = tmp_path / "new" / "x.ptz"
+    t.write_atomic(path, b"old")
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if broken == "open":
+            patch.setattr("builtins.open", fail)
+        else:
+            patch.setattr(os, broken, fail)
+        with pytest.raises(t.RunError, match=r"cannot write .*x\.ptz: No space left on device"):
+            t.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["x.ptz"]
+    t.write_atomic(path, b"new")
+    assert path.read_bytes() == b"new" and [p.name for p in path.parent.iterdir()] == ["x.ptz"]
+
+
+def test_writing_is_renamed_when_whole(tmp_path, monkeypatch):
+    """The temporary file is on the disk, synced, before it takes the name."""
+    events, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(
+        Path(a).read_bytes()) or rename(a, b))
+    t.write_atomic(tmp_path / "x", b"data")
+    assert events == ["sync", b"data"]
+
+
+def test_load_model_restores_what_was_stored(tmp_path):
+    """Names, values and recurrence; the reloaded weights quantize to the same codes."""
+    config, stored = a_artifact(tmp_path / "x.ptz")
+    validation = types.SimpleNamespace(vocab_sha256="5" * 64)
+    other = t.Config()  # the artifact's shape wins over the settings of the run
+    model = t.load_model(str(tmp_path / "x.ptz"), validation, a_table(), a_runtime(), replace(
+        other, train_seq_len=32, eval_seq_len=32, eval_stride=32))
+    assert model.recur and model.config.model_dim == 32
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, stored[name].restore())
+
+
+def test_artifacts_of_another_vocabulary_are_refused(a_made, tmp_path):
+    """Another size or another hash of the vocabulary, in the run itself."""
+    message = r"made\.ptz: made for a vocabulary of 300 ids, sha256 5555"
+    for vocab, sha256 in ((310, "5" * 64), (A_VOCAB, "6" * 64)):
+        data = a_dataset(tmp_path / str(vocab), vocab)
+        a_manifest(data, lambda m, sha256=sha256: m["tokenizer"].update(sha256=sha256))
+        with a_inside(tmp_path), pytest.raises(t.ArtifactError, match=message):
+            t.run(a_config(data_path=str(data), load_artifact=str(a_made[2])))
+
+
+@pytest.mark.parametrize("untied", [True, False])
+def test_a_run_that_ends_before_recurrence_stores_no_repeats(untied, a_made, tmp_path):
+    """Neither tensors nor the setting; and it reloads and scores like the model in memory."""
+    config = a_config(data_path=str(a_made[1]), recur_start_step=100.0, recur_untie_mlp=untied)
+    with a_inside(tmp_path) as console:
+        t.run(config)
+    header, stored = t.read_artifact(str(tmp_path / config.artifact_path))
+    assert header["model"]["RECUR_LAYERS"] == ""
+    assert not [name for name in stored if name.startswith("repeat_mlps")]
+    header, stored = t.read_artifact(str(a_made[2]))
+    assert header["model"]["RECUR_LAYERS"] == "1,2"
+    assert len([name for name in stored if name.startswith("repeat_mlps")]) == 4
+    post = float(re.search(r"post_ema val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1])
+    final = float(re.search(r"roundtrip_exact val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1])
+    assert abs(post - final) < 0.05
+
+
+def test_over_the_size_limit(a_made, tmp_path, monkeypatch, capsys):
+    """Exit code 1, the bytes over from file sizes, and fp32 weights that reload bit for bit."""
+    settings = a_environ(data_path=str(a_made[1]), artifact_path="out/over.ptz", run_id="over")
+    for name, value in (settings | {"SIZE_LIMIT": "40000"}).items():
+        monkeypatch.setenv(name, value)
+    with a_inside(tmp_path):
+        assert t.main([]) == 1
+    error = capsys.readouterr().err
+    total = (tmp_path / "out/over.ptz").stat().st_size + (ROOT / "train_gpt.py").stat().st_size
+    assert error.startswith("error: ")
+    assert f"{total} is {total - 40000} bytes over SIZE_LIMIT=40000" in error
+    assert "LOAD_ARTIFACT=out/over.ptz.fp32" in error
+    log = (tmp_path / "logs/over.txt").read_text()
+    assert "final_" not in log.split("Total submission size: ")[-1]
+    post = float(re.findall(r"post_ema val_loss:\S+ val_bpb:(\S+)", log)[-1])
+    monkeypatch.setenv("LOAD_ARTIFACT", "out/over.ptz.fp32")
+    with a_inside(tmp_path) as console:
+        assert t.main([]) == 0
+    bpb = re.search(r"roundtrip_exact val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1]
+    assert f"{float(bpb):.4f}" == f"{post:.4f}"  # unquantized: post-EMA exactly
+
+
+def test_the_limit_itself_is_allowed(a_made, tmp_path):
+    """A total equal to SIZE_LIMIT passes, one byte less does not."""
+    config = a_config()
+    model = a_random_model(config)
+    validation = types.SimpleNamespace(vocab_sha256="5" * 64)
+    path = str(tmp_path / "x.ptz")
+    export = functools.partial(t.export_model, model, validation, a_runtime())
+    total = export(replace(config, artifact_path=path))
+    assert total == os.path.getsize(path) + os.path.getsize(ROOT / "train_gpt.py")
+    assert export(replace(config, artifact_path=path, size_limit=total)) == total
+    assert not Path(path + ".fp32").exists()
+    with pytest.raises(t.RunError, match=f"is 1 bytes over SIZE_LIMIT={total - 1}"):
+        export(replace(config, artifact_path=path, size_limit=total - 1))
+    _, kept = t.read_artifact(path + ".fp32")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(kept[name].restore(), parameter)
+
+
+# 5 evaluation
+
+A_GRID = [(targets, seq_len, stride)
+          for targets in (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 101)
+          for seq_len in (2, 8, 16, 32) for stride in (1, 2, 3, 5, 8, 16, 31, 32)
+          if stride <= seq_len]  # fmt: skip
+
+
+def test_every_target_is_scored_once_with_the_longest_context():
+    """Over a grid of lengths, windows, strides and world sizes; in order, inside the stream."""
+    for targets, seq_len, stride in A_GRID:
+        windows = t.plan_windows(targets, seq_len, stride)
+        length = min(seq_len, targets)
+        scored = []
+        for start, first in windows.tolist():
+            assert 0 <= start and start + length <= targets and 0 <= first < length
+            for place in range(first, length):
+                scored.append(start + place)
+                assert place >= min(seq_len - stride, start + place)  # context
+        assert scored == list(range(targets)), (targets, seq_len, stride)
+        for world in (1, 2, 3, 4, 8):
+            shares = [windows[a_runtime(rank, world).share_of(len(windows))]
+                      for rank in range(world)]
+            assert np.concatenate(shares).tolist() == windows.tolist()
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def a_evaluator(data, rank=0, world=1, **settings):
+    """An Evaluator on the tiny validation data."""
+    config = a_config(data_path=str(data), **settings)
+    validation = t.load_validation(config, t.load_byte_table(config))
+    return t.Evaluator(a_runtime(rank, world), config, validation)
+
+
+@pytest.mark.parametrize("targets", [1, 5, 31, 32, 33, 64, 100, 699])
+@pytest.mark.parametrize("stride", [1, 8, 32])
+def test_scores_belong_to_their_tokens(targets, stride, a_made):
+    """A stand-in model that tells its input, target and place: all in order, context as planned."""
+    evaluator = a_evaluator(a_made[1], val_tokens_limit=targets + 1)
+    ids = evaluator.val.ids.astype(int)
+    score, nats = evaluator.score(lambda x, y: (1000 * x + y).float(), stride)
+    assert nats.tolist() == (1000 * ids[:-1] + ids[1:]).tolist()
+    assert score.tokens == targets and score.bytes == int(evaluator.val.bytes.sum())
+    assert score.nats == float(nats.astype(np.float64).sum())
+    _, places = evaluator.score(lambda x, y: torch.arange(x.size(1)) + 0.0 * y, stride)
+    assert (places >= np.minimum(32 - stride, np.arange(targets))).all()
+    assert places[0] == 0
+
+
+def test_scores_do_not_depend_on_batches_or_ranks(a_made):
+    """Any VAL_BATCH_SIZE, down to one window, and any split over ranks."""
+    model = a_random_model(a_config())
+    for stride in (8, 32):
+        score, nats = a_evaluator(a_made[1]).score(model, stride)
+        for size in (1, 100, 4096):
+            other, others = a_evaluator(a_made[1], val_batch_size=size).score(model, stride)
+            np.testing.assert_allclose(others, nats, rtol=2e-5, atol=2e-5)
+            assert math.isclose(other.bpb, score.bpb, rel_tol=1e-6)
+        for world in (2, 3, 64):
+            parts = [a_evaluator(a_made[1], rank, world).score(model, stride)[1]
+                     for rank in range(world)]
+            assert (sum((part != 0).astype(int) for part in parts) <= 1).all()
+            np.testing.assert_allclose(sum(parts), nats, rtol=2e-5, atol=2e-5)
+
+
+def test_evaluation_batches_have_one_shape(a_made):
+    """The last batch is filled up, so that one compiled graph serves; rows are not lost."""
+    shapes = set()
+
+    def forward(x, y):
+        shapes.add(tuple(x.shape))
+        return y.float()
+
+    evaluator = a_evaluator(a_made[1], val_batch_size=160)
+    score, nats = evaluator.score(forward, 7)
+    assert shapes == {(5, 32)} and nats.tolist() == evaluator.val.ids[1:].tolist()
+
+
+def test_score_arithmetic():
+    """Mean nats per token, bits per byte."""
+    score = t.Score(nats=200 * math.log(2), tokens=50, bytes=100)
+    assert score.bpb == pytest.approx(2.0, abs=1e-15)
+    assert score.loss == pytest.approx(4 * math.log(2), abs=1e-15)
+
+
+def a_score_files(folder):
+    """SCORES_PATH as {mode: arrays}."""
+    return {p.stem: dict(np.load(p, allow_pickle=False)) for p in sorted(folder.glob("*.npz"))}
+
+
+def test_dumped_scores_recompute_the_result(a_made, tmp_path):
+    """SCORES_PATH: ids, nats, bytes in stream order; anybody gets the same val_bpb."""
+    config = a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]), run_id="dump",
+                      scores_path="dumped")
+    with a_inside(tmp_path) as console:
+        t.run(config)
+    files = a_score_files(tmp_path / "dumped")
+    assert set(files) == {"roundtrip", "sliding"}
+    lines = dict(re.findall(r"(\S+_exact) val_loss:\S+ val_bpb:(\S+)", console.getvalue()))
+    loss = dict(re.findall(r"(\S+_exact) val_loss:(\S+)", console.getvalue()))
+    want = a_audit(a_made[1])
+    for mode, name in (("roundtrip", "final_int6_roundtrip_exact"),
+                       ("sliding", "final_int6_sliding_window_exact")):
+        scores = files[mode]
+        assert scores["ids"].tolist() == want.ids[1:].tolist()
+        assert scores["bytes"].tolist() == want.bytes.tolist()
+        assert scores["nats"].dtype == np.float32 and (scores["nats"] > 0).all()
+        nats = scores["nats"].astype(np.float64).sum()
+        assert f"{nats / math.log(2) / scores['bytes'].sum():.8f}" == lines[name]
+        assert f"{nats / len(scores['ids']):.8f}" == loss[name]
+    assert not np.array_equal(files["roundtrip"]["nats"], files["sliding"]["nats"])
+
+
+def test_plain_equals_sliding_with_full_stride(a_made, tmp_path):
+    """EVAL_STRIDE=EVAL_SEQ_LEN: bit for bit the same nats, and the same score."""
+    config = a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]), scores_path="s",
+                      eval_stride=32)
+    with a_inside(tmp_path):
+        t.run(config)
+    files = a_score_files(tmp_path / "s")
+    assert files["roundtrip"]["nats"].tobytes() == files["sliding"]["nats"].tobytes()
+
+
+def test_the_headline_is_fixed_by_the_settings(a_made, tmp_path):
+    """The last mode of the design's order, whatever order was asked for and whoever is better."""
+    for modes, name in ((("sliding", "roundtrip"), "sliding_window"), (("roundtrip",), "roundtrip"),
+                        (("sliding",), "sliding_window")):
+        with a_inside(tmp_path) as console:
+            t.run(a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]),
+                           eval_modes=modes))
+        lines = console.getvalue().splitlines()
+        exact = next(line for line in lines if line.startswith(f"final_int6_{name}_exact"))
+        assert lines[-1] == exact.replace(f"final_int6_{name}", "final_int8_zlib_roundtrip")
+        ran = {line.split("_")[2] for line in lines if re.match(r"final_int6_\w+_exact", line)}
+        assert ran == {mode.split("_")[0] for mode in modes}
+
+
+def test_a_better_score_is_no_headline():
+    """Even if the plain score is the better one, sliding is what the settings fixed."""
+    lines, runtime = [], a_runtime()
+    runtime.log.line = lambda text, *_: lines.append(text)
+    t.summarize(runtime, {}, {"sliding": t.Score(200.0, 50, 100), "roundtrip": t.Score(
+        100.0, 50, 100)})
+    assert lines[-1] == (
+        f"final_int8_zlib_roundtrip_exact val_loss:4.00000000 val_bpb:{2 / math.log(2):.8f}")
+    assert "headline_mode: sliding" in lines
+
+
+def test_an_enabled_mode_that_does_not_run_is_an_error(a_made, tmp_path, monkeypatch):
+    """A mode that settings know but evaluation does not: never a run without its score."""
+    monkeypatch.setattr(t, "EVAL_MODES", ("roundtrip", "sliding", "future"))
+    config = a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]),
+                      eval_modes=("roundtrip", "future"))
+    with a_inside(tmp_path) as console, pytest.raises((KeyError, AssertionError, t.RunError)):
+        t.run(config)
+    assert "final_int8_zlib_roundtrip_exact" not in console.getvalue()
+
+
+def test_loading_says_what_it_evaluates(a_made, tmp_path):
+    """LOAD_ARTIFACT trains and writes nothing; the scores are those of the run that wrote it."""
+    with a_inside(tmp_path) as console:
+        t.run(a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]), run_id="load"))
+    pattern = r"final_\S+_exact val_loss:\S+ val_bpb:\S+"
+    assert re.findall(pattern, console.getvalue()) == re.findall(pattern, a_made[3])
+    assert not re.search(r"train_loss|Serialized", console.getvalue())
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["load.jsonl", "load.txt"]
+    assert re.search(r"byte_audit: ?exact", console.getvalue())
+
+
+# whole runs: log lines, determinism, ranks
+
+A_LOG_LINES = [  # STYLE.md, "Log lines are an API", in the order of a run
+    r"model_params:\d+", r"seed:\d+", r"world_size:\d+ grad_accum_steps:\d+",
+    r"step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms( \w+:\S+)*",
+    r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"peak memory allocated: \d+ MiB reserved: \d+ MiB",
+    r"DIAGNOSTIC post_ema val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+    r"Code size: \d+ bytes", r"Serialized model mixed_quant\+(lzma|zlib|zstd): \d+ bytes",
+    r"Total submission size: \d+ bytes",
+    r"final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+    r"final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:\d+ eval_time:\d+ms",
+    r"final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+]  # fmt: skip
+A_STOP_LINE = r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/\d+"
+
+
+@pytest.fixture(scope="module")
+def a_process(a_made, tmp_path_factory):
+    """A run as a user starts it, in a process of its own: (folder, console)."""
+    folder = tmp_path_factory.mktemp("process")
+    environ = a_environ(data_path=str(a_made[1]), artifact_path="made.ptz", run_id="made")
+    environ |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "VAL_LOSS_EVERY": "4"}
+    done = a_python([ROOT / "train_gpt.py"], folder, environ)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return folder, done.stdout
+
+
+def test_log_lines_are_the_public_patterns(a_process):
+    """Every line of STYLE.md, to the letter, in order, the train line once for each early step."""
+    lines = a_process[1].splitlines()
+    places = []
+    for pattern in A_LOG_LINES:
+        found = [i for i, line in enumerate(lines) if re.fullmatch(pattern, line)]
+        assert found, pattern
+        places.append(found[-1])
+        names = re.match(r"[A-Za-z_ ]+", pattern.replace("\\", ""))[0]
+        if not pattern.startswith("step"):
+            assert len(found) == 1, (pattern, names)
+    assert places[3:] == sorted(places[3:]) and max(places[:3]) < places[3]
+    assert [line.split()[0] for line in lines if " train_loss:" in line] == [
+        f"step:{n}/8" for n in range(1, 9)]
+    assert [line.split()[0] for line in lines if re.match(r"step:\d+/8 val_", line)] == [
+        "step:4/8", "step:8/8"]
+    assert lines[-1].startswith("final_int8_zlib_roundtrip_exact")
+    assert "phase recur:on step:3" in lines and any("phase qat:on" in line for line in lines)
+    assert "byte_audit:exact bytes:" in a_process[1] and "\r" not in a_process[1]
+
+
+def test_sizes_and_counts_in_the_log_are_those_of_the_files(a_process):
+    """Measured from files, never computed."""
+    folder, out = a_process
+    code, artifact = (ROOT / "train_gpt.py").stat().st_size, (folder / "made.ptz").stat().st_size
+    assert f"Code size: {code} bytes" in out
+    assert re.search(rf"mixed_quant\+\w+: {artifact} bytes", out)
+    assert f"Total submission size: {code + artifact} bytes" in out
+    model = t.GPT(a_config(), a_table().is_boundary, a_runtime())
+    assert f"model_params:{sum(p.numel() for p in model.parameters())}" in out
+    assert "seed:1337" in out and "world_size:1 grad_accum_steps:1" in out
+
+
+def test_the_log_files_hold_everything(a_process):
+    """logs/<RUN_ID>.txt has the console, the code and the settings; .jsonl parses line by line."""
+    folder, out = a_process
+    text = (folder / "logs/made.txt").read_text(encoding="utf-8")
+    for line in out.splitlines():
+        assert f"{line}\n" in text
+    assert (ROOT / "train_gpt.py").read_text(encoding="utf-8") in text
+    for f in fields(t.Config):
+        assert f"\n{f.name.upper()}=" in text
+    events = [json.loads(line) for line in (folder / "logs/made.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert {"config", "bytes", "train", "phase", "val", "post_ema", "stream", "size", "final",
+            "summary"} == set(kinds)
+    assert kinds[-1] == "summary" and kinds.count("train") == 8 and kinds.count("final") == 2
+    train = [event for event in events if event["event"] == "train"]
+    shown = re.findall(r"train_loss:(\S+)", out)
+    assert [f"{event['loss']:.4f}" for event in train] == shown
+    config = next(event for event in events if event["event"] == "config")
+    assert config["model_dim"] == 32 and config["ve_layers"] == [2, 3]
+
+
+def test_the_summary_is_a_block_for_grep(a_process):
+    """After ---, `key: value` lines with scores, bytes and seconds; then the headline, last."""
+    folder, out = a_process
+    block = out.split("\n---\n")[1].splitlines()
+    values = dict(line.split(": ", 1) for line in block[:-1])
+    assert {"steps", "train_ms", "weights", "post_ema_bpb", "roundtrip_bpb", "sliding_bpb",
+            "headline_mode", "val_bpb", "bytes_total", "peak_memory_mib", "byte_audit",
+            "seconds_train", "seconds_export", "seconds_eval"} <= set(values)
+    assert values["steps"] == "8" and values["weights"] == "ema"
+    assert values["headline_mode"] == "sliding" and values["byte_audit"] == "exact"
+    exact = float(re.search(r"val_bpb:(\S+)", block[-1])[1])
+    assert abs(float(values["val_bpb"]) - exact) < 1e-6
+    assert values["val_bpb"] == values["sliding_bpb"]
+
+
+def test_training_learns_and_the_gap_is_small(a_process):
+    """Losses fall, and the artifact scores like the model before quantization."""
+    losses = [float(x) for x in re.findall(r"train_loss:(\S+)", a_process[1])]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.1
+    assert abs(losses[0] - math.log(A_VOCAB)) < 0.1
+    values = dict(re.findall(r"(\w+_bpb): (\S+)", a_process[1]))
+    assert abs(float(values["roundtrip_bpb"]) - float(values["post_ema_bpb"])) < 0.05
+
+
+def a_losses(folder, run_id="made", key="loss"):
+    """Losses, or gradient norms, of a run's steps, to the last digit."""
+    events = map(json.loads, (folder / f"logs/{run_id}.jsonl").read_text().splitlines())
+    return [event[key] for event in events if event["event"] == "train"]
+
+
+def test_runs_are_deterministic(a_made, a_process):
+    """Two processes, one with validations on the way: same losses, artifact and scores, exactly."""
+    assert a_losses(a_made[0]) == a_losses(a_process[0])
+    assert a_made[2].read_bytes() == (a_process[0] / "made.ptz").read_bytes()
+    exact = r"final_\S+_exact val_loss:\S+ val_bpb:\S+"
+    assert re.findall(exact, a_made[3]) == re.findall(exact, a_process[1])
+
+
+@pytest.mark.slow
+def test_two_ranks_do_what_one_does(a_made, tmp_path):
+    """torchrun with gloo: same losses and score, one log, sizes and scores of one."""
+    environ = a_environ(data_path=str(a_made[1]), artifact_path="made.ptz", run_id="made")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = a_python([*launch, ROOT / "train_gpt.py"], tmp_path,
+                    environ | {"SCORES_PATH": "scores", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(a_losses(tmp_path), a_losses(a_made[0]), atol=1e-4)
+    norms = [a_losses(folder, key="grad_norm") for folder in (tmp_path, a_made[0])]
+    np.testing.assert_allclose(*norms, rtol=1e-2)  # of the global gradient, not of a share
+    scores = [dict(re.findall(r"(final_\S+_exact) val_loss:\S+ val_bpb:(\S+)", text))
+              for text in (done.stdout, a_made[3])]
+    assert set(scores[0]) == set(scores[1])
+    for name in scores[0]:
+        assert abs(float(scores[0][name]) - float(scores[1][name])) < 1e-3
+    assert "world_size:2 grad_accum_steps:1" in done.stdout
+    assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
+    assert len(a_losses(tmp_path)) == 8 and len(list((tmp_path / "logs").iterdir())) == 2
+    files = a_score_files(tmp_path / "scores")
+    for arrays in files.values():
+        assert (arrays["nats"] > 0).all()  # no target was left to the other rank
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_on_an_error(a_made, tmp_path):
+    """Over SIZE_LIMIT: every rank ends, with exit code 1 and the message."""
+    environ = a_environ(data_path=str(a_made[1]), size_limit=1000, iterations=1)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = a_python([*launch, ROOT / "train_gpt.py"], tmp_path, environ)
+    assert done.returncode == 1 and "bytes over SIZE_LIMIT=1000" in done.stderr
+
+
+def test_the_wallclock_cap_stops_early(a_made, tmp_path):
+    """The line of STYLE.md, fewer steps than asked for, all later stages as ever."""
+    config = a_config(data_path=str(a_made[1]), max_wallclock_seconds=0.6, iterations=100000)
+    with a_inside(tmp_path) as console:
+        t.run(config)
+    lines = console.getvalue().splitlines()
+    stops = [line for line in lines if re.fullmatch(A_STOP_LINE, line)]
+    assert len(stops) == 1 and "stopping_early" not in a_made[3]
+    step, total = map(int, re.search(r"step:(\d+)/(\d+)", stops[0]).groups())
+    assert 0 < step < total == 100000
+    assert f"steps: {step}" in lines
+    assert any(line.startswith(f"step:{step}/100000 val_loss:") for line in lines)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(data_path="nowhere", run_id="bad"), "no single tokenizer"),
+    (dict(num_kv_heads="3"), "NUM_KV_HEADS=3"),
+    (dict(load_artifact="none.ptz"), "none.ptz: No such file"),
+    (dict(artifact_path=""), "ARTIFACT_PATH"),
+    (dict(run_id="a/b"), "RUN_ID"),
+    (dict(tokenizer_path="tiny.vocab", tokenizer_meta_path="data/tiny.meta.npz"), "tiny.vocab"),
+], ids=lambda v: ",".join(v) if isinstance(v, dict) else "")  # fmt: skip
+def test_user_mistakes_end_with_a_message(changes, message, tmp_path, monkeypatch, capsys):
+    """Exit code 1 and one message on stderr, no traceback, whatever was wrong."""
+    data = a_dataset(tmp_path / "data")
+    if "tokenizer_path" in changes:
+        (data / "manifest.json").unlink()
+    for name, value in a_environ(**(dict(data_path=str(data), iterations=1) | changes)).items():
+        monkeypatch.setenv(name, str(value))
+    with a_inside(tmp_path):
+        code = t.main([])
+    error = capsys.readouterr().err
+    assert code == 1 and error.startswith("error: ") and message in error
+
+
+def test_a_run_that_diverges_says_so(a_made, tmp_path):
+    """A loss that is not finite stops the run, naming the step."""
+    config = a_config(data_path=str(a_made[1]), scalar_lr=1e30, grad_clip_norm=0.0)
+    with a_inside(tmp_path), pytest.raises(t.RunError, match=r"at step \d+: the run diverged"):
+        t.run(config)
+    assert not (tmp_path / config.artifact_path).exists()
+
+
+def test_dry_run_prints_and_leaves(a_made, tmp_path):
+    """Configuration, parameters, predicted bytes, memory and operations; nothing is written."""
+    with a_inside(tmp_path) as console:
+        t.run(a_config(data_path=str(a_made[1]), dry_run=True, run_id="dry"))
+    out = console.getvalue()
+    for f in fields(t.Config):
+        assert f"{f.name.upper()}=" in out
+    for key in ("predicted_bytes", "model_params:", "predicted_mib", "tflop_per_step"):
+        assert key in out
+    assert not list(tmp_path.rglob("*.ptz")) and "train_loss" not in out
+    predicted = int(re.search(r"predicted_bytes code:\d+ total:(\d+)", out)[1])
+    measured = int(re.search(r"Total submission size: (\d+) bytes", a_made[3])[1])
+    assert abs(predicted - measured) < 0.1 * measured
+
+
+# 6 import, 7 shape of the file
+
+
+def test_import_has_no_side_effects(tmp_path):
+    """No file, thread, output, seed or optional package; torch and numpy only."""
+    code = ("import sys, threading, os, torch, numpy\n"
+            "before = set(sys.modules), threading.active_count(), torch.initial_seed(), "
+            "dict(os.environ), torch.get_num_threads(), torch.get_float32_matmul_precision()\n"
+            f"sys.path.insert(0, {str(ROOT)!r})\n"
+            "import train_gpt\n"
+            "assert before[1:] == (threading.active_count(), torch.initial_seed(), "
+            "dict(os.environ), torch.get_num_threads(), torch.get_float32_matmul_precision())\n"
+            "new = {m.split('.')[0] for m in set(sys.modules) - before[0]}\n"
+            "own = new - set(sys.stdlib_module_names) - {'torch', 'numpy', 'train_gpt'}\n"
+            "assert not own, own\n"
+            "assert not {'sentencepiece', 'numba', 'zstandard', 'resource'} & set(sys.modules)\n"
+            "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n")
+    done = a_python(["-c", code], tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_imports_are_torch_numpy_and_the_standard_library():
+    """At module level; optional packages only inside the function that needs them."""
+    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"torch", "numpy"}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    inner = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name) for n in imports
+             if n not in tree.body}
+    assert inner <= {"sentencepiece", "zstandard", "flash_attn_interface", "retokenize_scylla",
+                     "resource"}
+
+
+def test_the_file_keeps_its_shape():
+    """About 2,200 lines and 100 kB, 100 columns, ASCII; main under 100 lines, functions 75."""
+    data = (ROOT / "train_gpt.py").read_bytes()
+    lines = data.decode("ascii").splitlines()
+    assert len(lines) < 2200 and len(data) < 105_000
+    assert max(map(len, lines)) <= 100
+    long = {}
+    for node in ast.walk(ast.parse(data)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            size = node.end_lineno - node.lineno + 1
+            assert len(node.args.args) + len(node.args.kwonlyargs) <= 7, node.name
+            if size > 75 or (node.name == "main" and size >= 100):
+                long[node.name] = size
+    assert not long
+
+
+# ==========================================================================================
+# model, optimization, training, the ten pre-flight checks, compilation
+# ==========================================================================================
+
+# ---------------------------------------------------------------------------- helpers
+
+B_VOCAB = 67
+B_BOUNDARY = np.arange(B_VOCAB) == 0
+
+
+def b_runtime(device: str = "cpu") -> SimpleNamespace:
+    """What GPT, Muon and Optimizer need of a Runtime, without a log or process group."""
+    return SimpleNamespace(device=torch.device(device), dtype=torch.float32, cuda=False,
+                           compiles=False, attention=t.sdpa, rank=0, world=1)
+
+
+def b_config(**settings) -> t.Config:
+    """A tiny configuration with every feature on; contradictions fail here."""
+    base = dict(
+        num_layers=6, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2.0, rope_dims=4,
+        logit_softcap=5.0, xsa_last_n=3, bigram_vocab_size=50, bigram_dim=8, ve_dim=8,
+        ve_layers=(1, 4), parallel_start_layer=4, recur_layers=(2, 3), n_int6_layers=2,
+        train_seq_len=16, eval_seq_len=16, eval_stride=8, train_batch_tokens=64,
+        val_batch_size=256, iterations=8, warmdown_iters=4, warmup_steps=0,
+        max_wallclock_seconds=0.0, recur_start_step=3.0, val_loss_every=0, train_log_every=1,
+        muon_momentum_warmup_steps=4, compressor="zlib",
+    )  # fmt: skip
+    c = t.Config(**(t.PRESETS["demo"] | base | settings))
+    assert t.contradictions(c) == []
+    return c
+
+
+def b_randomize(model: t.GPT, seed: int = 0) -> t.GPT:
+    """Every tensor random: matrices N(0, 0.3), vectors moved off their initial value."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = 0.3 * torch.randn(p.shape, generator=g)
+            p.copy_(noise if name.endswith(".weight") else p + noise)
+    return model
+
+
+def b_model(c: t.Config, recur: bool = True, seed: int | None = 0, vocab: int = B_VOCAB) -> t.GPT:
+    """A model on the CPU, randomised unless `seed` is None, in the given phase."""
+    torch.manual_seed(1)
+    model = t.GPT(c, np.arange(vocab) == 0, b_runtime())
+    if seed is not None:
+        b_randomize(model, seed)
+    model.set_phase(t.Phase(recur=recur))
+    return model
+
+
+def b_ids(shape=(2, 16), seed: int = 3, bos=((0, 5), (1, 1), (1, 9))) -> torch.Tensor:
+    """Random ids without boundaries except at `bos`."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, B_VOCAB, shape, generator=g)
+    for row, place in bos:
+        ids[row, place] = 0
+    return ids
+
+
+def b_write_shard(path: Path, ids: np.ndarray) -> None:
+    """A token shard as SCYLLA.md section 3 says."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(ids)
+    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+
+
+def b_write_data(folder: Path) -> Path:
+    """Train and validation shards of a learnable stream, with a byte table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(5)
+    for split, count in (("train", 4000), ("val", 150)):
+        ids = random.integers(1, 20, count)
+        ids[1::2] = ids[::2] + 20  # half of the tokens follow from the one before
+        ids[::50] = 0
+        b_write_shard(folder / f"fineweb_{split}_000000.bin", ids)
+    base = np.where(B_BOUNDARY, 0, 2).astype(np.int16)
+    np.savez(folder / "v.meta.npz", base_bytes=base, has_leading_space=np.zeros(B_VOCAB, bool),
+             is_boundary_token=B_BOUNDARY, vocab_size=np.int64(B_VOCAB))
+    return folder
+
+
+@pytest.fixture
+def b_make(tmp_path, monkeypatch):
+    """A function that builds a Trainer in its own folder with the given settings."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+    data, made = b_write_data(tmp_path / "data"), []
+
+    def make(**settings) -> t.Trainer:
+        c = b_config(data_path=str(data), run_id=f"run{len(made)}",
+                     artifact_path=str(tmp_path / "model.ptz"), **settings)
+        runtime = t.Runtime(c)
+        made.append(runtime)
+        torch.manual_seed(c.seed)
+        table = t.load_byte_table(c)
+        val = t.load_validation(c, table)
+        model = t.GPT(c, table.is_boundary, runtime)
+        loader = t.Loader(t.find_shards(c, "train"), c, runtime, B_VOCAB)
+        return t.Trainer(model, loader, t.Evaluator(runtime, c, val))
+
+    yield make
+    torch.set_num_threads(threads)
+    for runtime in made:
+        runtime.close()
+
+
+def b_events(trainer: t.Trainer, kind: str) -> list[dict]:
+    """The events of a kind in the run's .jsonl."""
+    lines = Path(f"logs/{trainer.log.run_id}.jsonl").read_text().splitlines()
+    return [e for e in map(json.loads, lines) if e["event"] == kind]
+
+
+def b_losses(trainer: t.Trainer) -> list[float]:
+    """The losses of all logged steps, every digit."""
+    return [e["loss"] for e in b_events(trainer, "train")]
+
+
+# ---------------------------------------------------------------------------- model: shape
+
+
+def b_count(c: t.Config, vocab: int) -> int:
+    """Parameters of a model, built without memory."""
+    with torch.device("meta"):
+        model = t.GPT(c, np.zeros(vocab, bool), b_runtime("meta"))
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("vocab, expected", [(1254, 30_290_797), (998, 30_126_957)])
+def test_b_parameter_count(vocab, expected, monkeypatch):
+    """SPEC section 3: the exact counts, and 1,028 more for each further lane layer."""
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w)
+    assert b_count(t.Config(), vocab) == expected
+    assert b_count(t.Config(parallel_start_layer=6), vocab) == expected + 1028
+    assert b_count(t.Config(parallel_start_layer=5), vocab) == expected + 2 * 1028
+    assert b_count(t.Config(recur_untie_mlp=False), vocab) == expected - 4 * 512 * 1536
+
+
+def test_b_every_tensor_in_one_row():
+    """Each parameter matches exactly one row of PARAM_TABLE; a stranger is refused."""
+    import re
+
+    model = b_model(b_config(tie_embeddings=False))
+    for name, _ in model.named_parameters():
+        rows = [r[0] for r in t.PARAM_TABLE if re.fullmatch(r[0], name)]
+        assert len(rows) == 1, (name, rows)
+    with pytest.raises(AssertionError, match="stranger"):
+        t.param_spec("stranger.weight", model.config)
+
+
+def test_b_param_table_bits():
+    """SPEC section 5: bits by class; edges and repeats INT6, middle INT5, tables INT8."""
+    c = t.Config()
+    for i in range(11):
+        for n in ("q", "k", "v", "out"):
+            assert t.param_spec(f"blocks.{i}.attn.{n}.weight", c).bits == 6
+        for n in ("up", "down"):
+            bits = t.param_spec(f"blocks.{i}.mlp.{n}.weight", c).bits
+            assert bits == (6 if i in (0, 1, 9, 10) else 5)
+    assert t.param_spec("repeat_mlps.0.up.weight", c).bits == 6
+    for n in ("embed", "bigram.table", "value.table", "head"):
+        assert t.param_spec(f"{n}.weight", c).bits == 8
+    assert t.param_spec("value.proj.weight", c).bits == 16
+    for n in ("blocks.0.resid_mix", "smear.gate", "lane_merge", "blocks.0.attn.q_gain"):
+        assert t.param_spec(n, c).bits == 32
+    c = t.Config(class_bits="mlp=4,attn=8", n_int6_layers=0)
+    assert t.param_spec("blocks.0.mlp.up.weight", c).bits == 4
+    assert t.param_spec("blocks.0.attn.q.weight", c).bits == 8
+
+
+def test_b_layer_plan_record():
+    """The record plan, run by run: order, stores, skips in reverse, lanes."""
+    c = t.Config()
+    off, on = t.layer_plan(c, False), t.layer_plan(c, True)
+    assert [r.layer for r in off] == list(range(11))
+    assert [r.layer for r in on] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
+    assert [r.repeat for r in on] == [None] * 6 + [0, 1] + [None] * 5
+    assert [r.layer for r in on if r.store] == [0, 1, 2, 3, 4]
+    assert not any(r.store or r.skip is not None for r in on if r.repeat is not None)
+    assert [(r.layer, r.skip) for r in on if r.skip is not None] == [
+        (5, 0), (6, 1), (7, 2), (8, 3), (9, 4)]
+    for plan in (off, on):
+        assert [r.layer for r in plan if r.lanes] == [7, 8, 9, 10]
+        stack, pairs = [], []
+        for r in plan:
+            if r.skip is not None:
+                pairs.append((r.layer, stack.pop()))
+            if r.store:
+                stack.append(r.layer)
+        assert pairs == [(5, 4), (6, 3), (7, 2), (8, 1), (9, 0)] and not stack
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4, 7, 12])
+def test_b_layer_plan_depths(layers):
+    """Any depth: each stored output is added once; no lanes at NUM_LAYERS; recurrence in lanes."""
+    c = b_config(num_layers=layers, parallel_start_layer=layers, recur_layers=(),
+                 ve_layers=(0,), xsa_last_n=1)
+    plan = t.layer_plan(c, True)
+    assert [r.layer for r in plan] == list(range(layers))
+    assert not any(r.lanes for r in plan)
+    half = layers // 2
+    assert [r.layer for r in plan if r.store] == list(range(half))
+    assert [r.layer for r in plan if r.skip is not None] == list(range(half, 2 * half))
+    c = replace(c, parallel_start_layer=half, recur_layers=(layers - 1,))
+    assert t.contradictions(c) == []
+    plan = t.layer_plan(c, True)
+    assert [r.layer for r in plan] == [*range(layers), layers - 1]
+    assert [r.lanes for r in plan] == [False] * half + [True] * (layers - half + 1)
+    b_model(c).logits(b_ids())  # runs: recurrence inside the lanes
+
+
+def test_b_layer_plan_refusals():
+    """Crossing blocks, gaps, lanes in the encoder half and layers out of range are refused."""
+    good = t.Config()
+    for change, word in [
+        (dict(recur_layers=(6, 7)), "RECUR_LAYERS"), (dict(recur_layers=(4, 6)), "RECUR_LAYERS"),
+        (dict(recur_layers=(5, 4)), "RECUR_LAYERS"), (dict(recur_layers=(11,)), "RECUR_LAYERS"),
+        (dict(parallel_start_layer=4), "PARALLEL_START_LAYER"),
+        (dict(parallel_start_layer=12), "PARALLEL_START_LAYER"),
+        (dict(ve_layers=(11,)), "VE_LAYERS"),
+    ]:  # fmt: skip
+        problems = t.contradictions(replace(good, **change))
+        assert problems and word in problems[0], change
+    for fine in (dict(recur_layers=(7, 8)), dict(recur_layers=()), dict(recur_layers=(5, 6)),
+                 dict(parallel_start_layer=11), dict(parallel_start_layer=6)):
+        assert t.contradictions(replace(good, **fine)) == [], fine
+
+
+def test_b_initial_values():
+    """The table of GPT's docstring, and orthogonality of q, k, v and up."""
+    c = b_config(tie_embeddings=False, tied_embed_init_std=0.005, qk_gain_init=1.7)
+    model = b_model(c, seed=None, vocab=4000)
+    p = {n: x.detach() for n, x in model.named_parameters()}
+    assert abs(p["embed.weight"].std() / 0.005 - 1) < 0.02 and p["embed.weight"].mean() < 1e-3
+    assert abs(p["value.table.weight"].std() / 0.01 - 1) < 0.03
+    assert torch.equal(p["bigram.scale"], torch.tensor([0.05]))
+    assert torch.equal(p["value.scale"], torch.tensor([0.1]))
+    for name, x in p.items():
+        leaf = name.removesuffix(".weight").split(".")[-1]
+        if leaf in ("q", "k", "v", "up"):
+            small = x if x.size(0) <= x.size(1) else x.T
+            torch.testing.assert_close(small @ small.T, torch.eye(len(small)), atol=1e-5, rtol=0)
+        elif leaf in ("out", "down", "gate", "head") or name == "value.proj.weight":
+            assert not x.any(), name
+        elif leaf in ("attn_scale", "mlp_scale", "route", "skip_weights", "layer_scale"):
+            assert torch.equal(x, torch.ones_like(x)), name
+        elif leaf in ("resid_mix", "resid_mix_mlp"):
+            assert x[0].eq(1).all() and x[1].eq(0).all(), name
+        elif leaf == "lane_merge":
+            assert x.item() == 0.5
+        elif leaf == "q_gain":
+            assert torch.equal(x, torch.full_like(x, 1.7))
+        else:
+            assert name.startswith(("embed", "bigram", "value")), name
+    ids = b_ids()
+    starts = torch.from_numpy(B_BOUNDARY)[ids]
+    assert not model.bigram(ids, starts).any()  # adds nothing at the start of training
+    assert all(x.dtype == torch.float32 for x in p.values())
+
+
+# ---------------------------------------------------------------------------- model: reference
+
+
+def b_ref_norm(x: np.ndarray) -> np.ndarray:
+    """RMSNorm without weights, epsilon of float32."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + np.finfo(np.float32).eps)
+
+
+def b_ref_rows(ids: np.ndarray, boundary: np.ndarray, rows: int) -> np.ndarray:
+    """Bigram rows in Python integers, wrapped to int32 by hand."""
+    wrap = lambda n: (n + 2**31) % 2**32 - 2**31  # noqa: E731
+    out = np.full(ids.shape, rows - 1)
+    for b, i in np.ndindex(ids.shape):
+        if i > 0 and not boundary[ids[b, i]]:
+            pair = wrap(36313 * int(ids[b, i])) ^ wrap(27191 * int(ids[b, i - 1]))
+            out[b, i] = pair % (rows - 1)
+    return out
+
+
+def b_ref_input(p: dict, c: t.Config, boundary: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """SPEC section 3, Input."""
+    x = p["embed.weight"][ids]
+    if c.bigram_vocab_size:
+        rows = b_ref_rows(ids, boundary, c.bigram_vocab_size)
+        x = x + p["bigram.scale"] * (p["bigram.table.weight"][rows] @ p["bigram.proj.weight"].T)
+    x = b_ref_norm(x)
+    if not c.smear_enabled:
+        return x
+    gate, out = 1 / (1 + np.exp(-p["smear.gate"])), x.copy()
+    for b, i in np.ndindex(ids.shape):
+        if i > 0 and not boundary[ids[b, i]]:
+            out[b, i] = (1 - gate) * x[b, i] + gate * x[b, i - 1]
+    return out
+
+
+def b_ref_rope(x: np.ndarray, c: t.Config) -> np.ndarray:
+    """Rotate-half on the first ROPE_DIMS of each head; x (B, T, heads, K)."""
+    half, out = c.rope_dims // 2, x.copy()
+    for i in range(x.shape[1]):
+        for j in range(half):
+            angle = i * c.rope_base ** (-2 * j / c.rope_dims)
+            a, b = x[:, i, :, j], x[:, i, :, j + half]
+            out[:, i, :, j] = a * math.cos(angle) - b * math.sin(angle)
+            out[:, i, :, j + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def b_ref_attention(p: dict, c: t.Config, i: int, x: np.ndarray, value) -> np.ndarray:
+    """SPEC section 3, Attention of layer i."""
+    w = {n: p[f"blocks.{i}.attn.{n}.weight"] for n in ("q", "k", "v", "out")}
+    B, T, D = x.shape
+    H, G = c.num_heads, c.num_kv_heads
+    K = D // H
+    q, k, v = x @ w["q"].T, x @ w["k"].T, x @ w["v"].T
+    v = v if value is None else v + value
+    q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, G, K), v.reshape(B, T, G, K)
+    q = b_ref_rope(b_ref_norm(q), c) * p[f"blocks.{i}.attn.q_gain"][:, None]
+    k = b_ref_rope(b_ref_norm(k), c)
+    y = np.zeros((B, T, H, K))
+    for h in range(H):
+        kv = h // (H // G)
+        scores = q[:, :, h] @ k[:, :, kv].swapaxes(1, 2) / math.sqrt(K)
+        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        y[:, :, h] = weights / weights.sum(-1, keepdims=True) @ v[:, :, kv]
+        if i >= c.num_layers - c.xsa_last_n:
+            own = v[:, :, kv] / np.linalg.norm(v[:, :, kv], axis=-1, keepdims=True)
+            y[:, :, h] -= (y[:, :, h] * own).sum(-1, keepdims=True) * own
+    return y.reshape(B, T, D) @ w["out"].T
+
+
+def b_ref_mlp(p: dict, c: t.Config, prefix: str, x: np.ndarray) -> np.ndarray:
+    """SPEC section 3, MLP."""
+    z = x @ p[f"{prefix}.up.weight"].T
+    z = np.where(z > 0, z, c.activation_neg_slope * z)
+    return (z * z) @ p[f"{prefix}.down.weight"].T
+
+
+def b_ref_logits(model: t.GPT, ids: torch.Tensor, recur: bool) -> np.ndarray:
+    """SPEC section 3 from ids to logits in float64 NumPy."""
+    c, ids = model.config, ids.numpy()
+    p = {n: x.detach().double().numpy() for n, x in model.named_parameters()}
+    x0 = b_ref_input(p, c, model.is_boundary.numpy(), ids)
+    order = [(i, None) for i in range(c.num_layers)]
+    if recur and c.recur_layers:
+        after = order.index((c.recur_layers[-1], None)) + 1
+        order[after:after] = [(i, n) for n, i in enumerate(c.recur_layers)]
+    half, stored, a_lane, m_lane = c.num_layers // 2, [], x0, x0
+    for i, again in order:
+        pre, scale = f"blocks.{i}.", (i + 1) ** -0.5 if c.ln_scale else 1.0
+        if again is None and half <= i < 2 * half:
+            skip = p["skip_weights"][i - half] * stored.pop()
+            a_lane, m_lane = a_lane + skip, m_lane + skip
+        value = None
+        if c.ve_enabled and i in c.ve_layers:
+            value = p["value.table.weight"][ids] @ p["value.proj.weight"].T
+            value = value * p["value.scale"] * p["value.layer_scale"][c.ve_layers.index(i)]
+        mlp = pre + "mlp" if again is None or not c.recur_untie_mlp else f"repeat_mlps.{again}"
+        mix_a = p[pre + "resid_mix"]
+        if i < c.parallel_start_layer:
+            x = mix_a[0] * a_lane + mix_a[1] * x0
+            x = x + p[pre + "attn_scale"] * b_ref_attention(p, c, i, b_ref_norm(x) * scale, value)
+            x = x + p[pre + "mlp_scale"] * b_ref_mlp(p, c, mlp, b_ref_norm(x) * scale)
+            a_lane = m_lane = x
+        else:
+            mix_m, r = p[pre + "resid_mix_mlp"], p[pre + "route"]
+            a = b_ref_norm(mix_a[0] * a_lane + mix_a[1] * x0) * scale
+            m = b_ref_norm(mix_m[0] * m_lane + mix_m[1] * x0) * scale
+            a = p[pre + "attn_scale"] * b_ref_attention(p, c, i, a, value)
+            m = p[pre + "mlp_scale"] * b_ref_mlp(p, c, mlp, m)
+            a_lane, m_lane = a_lane + r[0] * a + r[2] * m, m_lane + r[1] * a + r[3] * m
+        if again is None and i < half:
+            stored.append(a_lane)
+    w = p.get("lane_merge", 0.5)
+    h = b_ref_norm(w * a_lane + (1 - w) * m_lane)
+    z = h @ p["embed.weight" if c.tie_embeddings else "head.weight"].T
+    return c.logit_softcap * np.tanh(z / c.logit_softcap)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(),
+    dict(num_layers=11, parallel_start_layer=7, recur_layers=(4, 5), ve_layers=(9, 10),
+         xsa_last_n=4, logit_softcap=30.0),
+    dict(tie_embeddings=False, parallel_start_layer=3, recur_layers=(4, 5), num_layers=7,
+         num_kv_heads=4, rope_base=100.0),
+    dict(recur_untie_mlp=False, parallel_start_layer=6, num_kv_heads=1, ln_scale=False,
+         activation_neg_slope=0.1, rope_dims=8, xsa_last_n=6),
+    dict(bigram_vocab_size=0, smear_enabled=False, ve_enabled=False, xsa_last_n=0,
+         recur_layers=()),
+], ids=["tiny", "record_depth", "untied_recur_in_lanes", "shared_repeats", "plain"])  # fmt: skip
+@pytest.mark.parametrize("recur", [False, True])
+def test_b_forward_equals_reference(settings, recur):
+    """Logits equal an independent NumPy reading of SPEC section 3, everything randomised."""
+    model = b_model(b_config(**settings), recur)
+    ids = b_ids()
+    with torch.no_grad():
+        logits = model.logits(ids).numpy()
+        nats = model(ids[:, :-1], ids[:, 1:]).numpy()
+    expected = b_ref_logits(model, ids, recur)
+    assert logits.std() > 0.5 and np.abs(logits - expected).max() < 1e-4
+    z = expected[:, :-1]
+    lse = np.log(np.exp(z).sum(-1))
+    own = np.take_along_axis(z, ids[:, 1:, None].numpy(), -1)[..., 0]
+    assert np.abs(nats - (lse - own)).max() < 1e-4
+    assert nats.dtype == logits.dtype == np.float32
+
+
+def test_b_bigram_rows_int32():
+    """The hash wraps as int32 does, for ids whose products pass 2^31."""
+    c = b_config(bigram_vocab_size=2048)
+    bigram = t.BigramHash(c, torch.float32)
+    ids = torch.tensor([[1, 1253, 65535, 60000, 0, 59137, 65535, 65534]])
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[0, [0, 4]] = True
+    boundary = np.arange(65536) == 0
+    expected = b_ref_rows(ids.numpy(), boundary, 2048)
+    assert bigram.rows(ids, starts).tolist() == expected.tolist()
+    assert expected[0, 0] == expected[0, 4] == 2047 and expected[0, 1] < 2047
+
+
+def test_b_causality_every_position():
+    """Changing token t changes no earlier logit, bit for bit, and does change later ones."""
+    model = b_model(b_config(num_layers=7, parallel_start_layer=4))
+    ids = b_ids((1, 14), bos=((0, 5),))
+    with torch.no_grad():
+        before = model.logits(ids)
+        for place in range(14):
+            for new in (0, int(ids[0, place]) % (B_VOCAB - 1) + 1):
+                if new == ids[0, place]:
+                    continue
+                changed = ids.clone()
+                changed[0, place] = new
+                after = model.logits(changed)
+                assert torch.equal(after[:, :place], before[:, :place]), place
+                assert not after[:, place:].eq(before[:, place:]).all(-1).any(), place
+
+
+def test_b_document_boundaries():
+    """Nothing before a boundary reaches it or what follows through SmearGate and bigram."""
+    model = b_model(b_config())
+    ids = b_ids((1, 12), bos=((0, 6),))
+    changed = ids.clone()
+    changed[0, :6] = ids[0, :6] % (B_VOCAB - 1) + 1
+    with torch.no_grad():
+        a, b = model.embed_tokens(ids), model.embed_tokens(changed)
+        assert torch.equal(a[:, 6:], b[:, 6:]) and not a[:, :6].eq(b[:, :6]).any(-1).any()
+        no_bos = torch.where(ids == 0, 7, ids)
+        last = no_bos.clone()
+        last[0, 5] = no_bos[0, 5] % (B_VOCAB - 1) + 1
+        a, b = model.embed_tokens(no_bos), model.embed_tokens(last)
+    moved = (~a.eq(b).all(-1))[0].nonzero().flatten().tolist()
+    assert moved == [5, 6, 7]  # else the bigram of 6 feels it, and SmearGate's next, 7
+
+
+def test_b_every_parameter_gets_a_gradient():
+    """From the real initial values, every parameter has a gradient after at most two updates.
+
+    lane_merge needs a third: until routes differ, both lanes hold the same.
+    """
+    for settings in (dict(), dict(parallel_start_layer=3, recur_layers=(3, 4))):
+        c = b_config(**settings)
+        model = b_model(c, seed=None)
+        with torch.no_grad():
+            for base, repeat in model.repeats():
+                repeat.copy_(base)
+        optimizer = t.Optimizer(model, c, b_runtime())
+        updates: dict[str, int] = {}  # before the first gradient
+        ids = b_ids((4, 17), bos=((0, 3), (2, 9)))
+        for done in range(4):
+            model.zero_grad()
+            model(ids[:, :-1], ids[:, 1:]).mean().backward()
+            for n, p in model.named_parameters():
+                if p.grad is not None and p.grad.abs().max() > 0:
+                    updates.setdefault(n, done)
+            optimizer.step(1.0, 0.9)
+        late = {n: updates.get(n) for n, _ in model.named_parameters() if updates.get(n, 9) > 2}
+        assert late == {"lane_merge": 3}
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(parallel_start_layer=3, recur_layers=(3, 4))])
+def test_b_silent_repeats_change_nothing(settings):
+    """Zero out and down projections and mixes (1, 0): the repeats are the identity, exactly."""
+    model = b_model(b_config(**settings))
+    with torch.no_grad():
+        for layer in model.config.recur_layers:
+            block = model.blocks[layer]
+            for mix in [n for n in ("resid_mix", "resid_mix_mlp") if hasattr(block, n)]:
+                getattr(block, mix)[0], getattr(block, mix)[1] = 1, 0
+            block.attn.out.weight.zero_()
+            block.mlp.down.weight.zero_()
+        for base, repeat in model.repeats():
+            repeat.copy_(base)
+        on = model.logits(b_ids())
+        model.set_phase(t.Phase(recur=False))
+        assert torch.equal(model.logits(b_ids()), on)
+        model.repeat_mlps[1].down.weight.normal_()
+        assert torch.equal(model.logits(b_ids()), on)  # off: the repeats' MLPs are not used
+        model.set_phase(t.Phase(recur=True))
+        assert not torch.equal(model.logits(b_ids()), on)
+
+
+@pytest.mark.parametrize("change", [
+    dict(parallel_start_layer=6), dict(parallel_start_layer=5), dict(recur_layers=()),
+    dict(recur_layers=(2,)), dict(recur_untie_mlp=False), dict(xsa_last_n=0), dict(xsa_last_n=2),
+    dict(bigram_vocab_size=0), dict(smear_enabled=False), dict(ve_enabled=False),
+    dict(ve_layers=(1, 5)), dict(ln_scale=False), dict(logit_softcap=6.0),
+    dict(activation_neg_slope=0.4), dict(tie_embeddings=False), dict(rope_base=5000.0),
+    dict(rope_dims=6),
+], ids=str)  # fmt: skip
+def test_b_every_switch_changes_the_output(change):
+    """Each feature switch is felt at every position that it can reach."""
+    c = b_config()
+    model, other = b_model(c), b_model(replace(c, **change), seed=9)
+    state = model.state_dict()
+    other.load_state_dict({n: state.get(n, x) for n, x in other.state_dict().items()})
+    ids = b_ids(bos=())
+    with torch.no_grad():
+        gap = (model.logits(ids) - other.logits(ids)).abs().amax(-1)
+    assert (gap[:, 2:] > 1e-5).all(), gap
+
+
+# ---------------------------------------------------------------------------- optimization
+
+
+def b_matrices(*shapes, seed: int = 2) -> list[torch.Tensor]:
+    """Random matrices."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=g) for s in shapes]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 32), (32, 96), (16, 128)])
+def test_b_newton_schulz(shape):
+    """Five steps bring singular values near 1 and keep the vectors; batched is one by one."""
+    stack = torch.stack(b_matrices(shape, shape, shape))
+    out = t.newton_schulz(stack, 5)
+    for g, x in zip(stack, out, strict=True):
+        u, s, v = torch.linalg.svd(g.double(), full_matrices=False)
+        values = torch.linalg.svdvals(x.double())
+        big = int((s / s.norm() > 0.01).sum())  # five steps do not lift vanishing values
+        assert values.max() < 1.3 and values[:big].min() > 0.6
+        inside = u.T @ x.double() @ v.T
+        assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
+        torch.testing.assert_close(t.newton_schulz(g, 5), x, atol=1e-5, rtol=0)
+    scaled = t.newton_schulz(1e4 * stack, 5)
+    torch.testing.assert_close(scaled, out, atol=1e-4, rtol=0)
+    assert torch.isfinite(t.newton_schulz(torch.zeros(1, 8, 8), 5)).all()
+
+
+def b_ref_muon(weights, grads, lr, momentum, wd, steps, row_norm) -> list[np.ndarray]:
+    """Muon as SPEC section 4 writes it, float64, one matrix after the other."""
+    out = []
+    for w, history in zip(weights, grads, strict=True):
+        w, buf = w.astype(np.float64), np.zeros(w.shape)
+        for g in history:
+            buf = momentum * buf + g
+            x = g + momentum * buf
+            x = x / np.linalg.norm(x, axis=1, keepdims=True) if row_norm else x
+            x = x / np.linalg.norm(x)
+            x = x.T if w.shape[0] > w.shape[1] else x
+            for _ in range(steps):
+                a = x @ x.T
+                x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+            x = x.T if w.shape[0] > w.shape[1] else x
+            w = w * (1 - lr * wd) - lr * math.sqrt(max(1, w.shape[0] / w.shape[1])) * x
+        out.append(w)
+    return out
+
+
+B_SHAPES = [(24, 24), (48, 16), (16, 48), (24, 24), (16, 48)]
+
+
+def b_run_muon(c: t.Config, dtype, scale: float, momentum: float, steps: int):
+    """Our Muon over B_SHAPES for some steps; returns (initial, gradients, final weights)."""
+    params = [torch.nn.Parameter(w) for w in b_matrices(*B_SHAPES)]
+    start = [p.detach().clone() for p in params]
+    grads = [b_matrices(*B_SHAPES, seed=10 + s) for s in range(steps)]
+    muon = t.Muon([params[:2], params[2:]], c, dtype)
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = g.clone()
+        muon.step(scale, momentum)
+    return start, grads, [p.detach() for p in params]
+
+
+@pytest.mark.parametrize("row_norm", [False, True])
+@pytest.mark.parametrize("iterations", [5, 3])
+def test_b_muon_equals_formula(row_norm, iterations):
+    """Square, tall, wide, and two of a shape in a stack, over four steps."""
+    c = b_config(matrix_lr=0.05, muon_wd=0.1, muon_row_norm=row_norm, muon_backend_steps=iterations)
+    start, grads, ours = b_run_muon(c, torch.float32, 0.5, 0.9, 4)
+    histories = [[step[i].double().numpy() for step in grads] for i in range(len(B_SHAPES))]
+    theirs = b_ref_muon([w.numpy() for w in start], histories, 0.025, 0.9, 0.1, iterations,
+                        row_norm)
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.abs(a.numpy() - b).max() < 2e-5
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.95])
+def test_b_muon_equals_torch(momentum):
+    """torch.optim.Muon, which iterates in bfloat16: updates agree to 4 % of their norm."""
+    c = b_config(matrix_lr=0.02, muon_wd=0.1)
+    for dtype in (torch.bfloat16, torch.float32):
+        start, grads, ours = b_run_muon(c, dtype, 1.0, momentum, 4)
+        theirs = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=momentum,
+                                     nesterov=True, ns_steps=5, adjust_lr_fn="original")
+        for step in grads:
+            for p, g in zip(theirs, step, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        for w, a, b in zip(start, ours, theirs, strict=True):
+            b = b.detach()
+            assert (a - b).norm() < 0.04 * (b - w).norm(), (tuple(w.shape), dtype)
+
+
+def test_b_muon_group_without_gradients():
+    """Parameters without gradients are neither moved nor decayed, nor is their momentum."""
+    params = [torch.nn.Parameter(w) for w in b_matrices((8, 8), (8, 8))]
+    muon = t.Muon([params[:1], params[1:]], b_config(muon_wd=0.5), torch.float32)
+    before = params[1].detach().clone()
+    params[0].grad = torch.ones(8, 8)
+    muon.step(1.0, 0.9)
+    assert torch.equal(params[1], before) and not muon.momentum[params[1]].any()
+    assert muon.momentum[params[0]].any()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_b_each_parameter_in_one_group(tied):
+    """Roles, learning rates and decay by name, as SPEC section 4 says."""
+    c = b_config(tie_embeddings=tied, matrix_lr=0.011, scalar_lr=0.012, tied_embed_lr=0.013,
+                 embed_lr=0.014, head_lr=0.015, adam_wd=0.07)
+    model = b_model(c)
+    optimizer = t.Optimizer(model, c, b_runtime())
+    found: dict[torch.nn.Parameter, list] = {}
+    for params, _ in optimizer.muon.stacks:
+        for p in params:
+            found.setdefault(p, []).append(("muon", None))
+    for group in optimizer.adam.param_groups:
+        for p in group["params"]:
+            found.setdefault(p, []).append((group["lr"], group["weight_decay"]))
+    assert set(optimizer.muon.momentum) == {p for p, g in found.items() if g[0][0] == "muon"}
+    for name, p in model.named_parameters():
+        matrix = p.dim() == 2 and (".attn." in name or "mlp" in name) and name.endswith("weight")
+        table = name in ("embed.weight", "bigram.table.weight", "value.table.weight")
+        expected = ("muon", None) if matrix else (0.012, 0.0)
+        expected = (0.013 if tied else 0.014, 0.07) if table else expected
+        expected = (0.015, 0.07) if name == "head.weight" else expected
+        expected = (0.012, 0.07) if name.endswith("proj.weight") else expected
+        assert found.pop(p) == [expected], name
+    assert not found
+
+
+def test_b_optimizer_step_rates_and_betas():
+    """Peaks are scaled, not compounded; the first AdamW update is lr * sign, plus decay."""
+    c = b_config(scalar_lr=0.01, tied_embed_lr=0.02, adam_wd=0.5, beta1=0.8, beta2=0.9)
+    model = b_model(c)
+    optimizer = t.Optimizer(model, c, b_runtime())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step(0.25, 0.9)
+    after = dict(model.named_parameters())
+    for name, lr, wd in (("embed.weight", 0.005, 0.5), ("bigram.proj.weight", 0.0025, 0.5),
+                         ("blocks.0.attn_scale", 0.0025, 0.0)):
+        expected = before[name] * (1 - lr * wd) - lr
+        torch.testing.assert_close(after[name].detach(), expected, atol=1e-6, rtol=0)
+    optimizer.step(0.5, 0.9)
+    assert {g["lr"] for g in optimizer.adam.param_groups} == {0.005, 0.01}
+    assert all(g["betas"] == (0.8, 0.9) for g in optimizer.adam.param_groups)
+
+
+def test_b_repeats_untouched_without_gradients():
+    """Before recurrence the optimizer moves every parameter except the repeats' MLPs."""
+    c = b_config(muon_wd=0.3)
+    model = b_model(c, recur=False)
+    optimizer = t.Optimizer(model, c, b_runtime())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ids = b_ids((4, 17))
+    for _ in range(2):
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        optimizer.step(1.0, 0.9)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("repeat_mlps"), name
+
+
+def b_averaged(c: t.Config, steps: int, scale: float) -> tuple[t.Average, list[np.ndarray]]:
+    """An Average fed with known weights, and the history of one of them."""
+    model = b_model(c)
+    average, history = t.Average(model, c), []
+    watched = model.blocks[0].attn.q.weight
+    history.append(watched.detach().double().numpy().copy())
+    for step in range(steps):
+        b_randomize(model, 100 + step)
+        average.update(step, scale)
+        history.append(watched.detach().double().numpy().copy())
+    average.watched = watched
+    return average, history
+
+
+def test_b_ema_closed_form():
+    """The exported EMA with decay min(EMA_DECAY, (1 + t) / (10 + t)) from the initial weights."""
+    average, history = b_averaged(b_config(ema_decay=0.4), 12, 1.0)
+    expected = history[0]
+    for step, weights in enumerate(history[1:]):
+        decay = min(0.4, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weights
+    assert average.store() == "ema"
+    assert np.abs(average.watched.detach().numpy() - expected).max() < 1e-6
+    assert np.abs(history[-1] - expected).max() > 1e-2
+    average, history = b_averaged(b_config(ema_decay=0.0), 3, 1.0)
+    assert average.store() == "last"
+    assert np.array_equal(average.watched.detach().double().numpy(), history[-1])
+
+
+def test_b_swa_mean_of_snapshots():
+    """SWA exports the mean of every SWA_EVERY-th weights under scale 0.2; none is an error."""
+    c = b_config(swa_enabled=True, swa_every=3)
+    average, history = b_averaged(c, 10, 0.19)
+    assert average.store() == "swa"
+    expected = np.mean([history[3], history[6], history[9]], axis=0)
+    assert np.abs(average.watched.detach().numpy() - expected).max() < 1e-6
+    average, _ = b_averaged(c, 10, 0.2)
+    with pytest.raises(t.RunError, match="SWA_EVERY=3"):
+        average.store()
+
+
+def test_b_lr_scale():
+    """Constant, then linear to MIN_LR, by steps or by the clock, whichever ends first."""
+    c = t.Config(iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
+    for step, expected in ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (1000, 0)):
+        assert t.lr_scale(step, 9e9, 50.0, c) == pytest.approx(expected)
+    assert t.lr_scale(950, 0, 0, replace(c, min_lr=0.1)) == pytest.approx(0.55)
+    assert t.lr_scale(1000, 0, 0, replace(c, warmdown_iters=0)) == 1
+    c = t.Config(iterations=10**6)
+    usable = 600_000 - t.CLOCK_RESERVE_MS
+    assert t.lr_scale(10, 1e3, 0.0, c) == 1  # no step time known yet
+    assert t.lr_scale(10, usable - 3500 * 100, 100.0, c) == pytest.approx(1)
+    assert t.lr_scale(10, usable - 1750 * 100, 100.0, c) == pytest.approx(0.5)
+    assert t.lr_scale(10, usable - 1750 * 100, 200.0, c) == pytest.approx(0.25)
+    assert t.lr_scale(10, 601e3, 100.0, replace(c, min_lr=0.2)) == pytest.approx(0.2)
+    assert 0 < t.CLOCK_RESERVE_MS < 1000
+
+
+def test_b_muon_momentum():
+    """Linear from start to peak over the warm-up steps, then constant."""
+    c = t.Config()
+    for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9999, 0.99)):
+        assert t.muon_momentum(step, c) == pytest.approx(expected)
+    assert t.muon_momentum(0, replace(c, muon_momentum_warmup_steps=0)) == 0.99
+
+
+def test_b_recurrence_due():
+    """A step, a share of steps or of time, from the first step, or never."""
+    c = t.Config()
+    assert [t.recurrence_due(s, 9e9, c) for s in (0, 2999, 3000, 3001)] == [0, 0, 1, 1]
+    c = t.Config(recur_start_step=0.5, iterations=100, max_wallclock_seconds=0)
+    assert [t.recurrence_due(s, 9e9, c) for s in (0, 49, 50)] == [False, False, True]
+    c = replace(c, max_wallclock_seconds=10.0)
+    assert [t.recurrence_due(1, ms, c) for ms in (0, 4999, 5000)] == [False, False, True]
+    assert t.recurrence_due(50, 0, c)
+    assert t.recurrence_due(0, 0, replace(c, recur_start_step=0.0))
+    assert not t.recurrence_due(99, 9e9, replace(c, recur_start_step=0.0, recur_layers=()))
+
+
+class BEvent:
+    """A device event that is done at a given time of a fake clock."""
+
+    def __init__(self, runtime: SimpleNamespace, done: float) -> None:
+        self.runtime, self.done = runtime, done
+
+    def query(self) -> bool:
+        """Whether the device has passed the event."""
+        return self.runtime.now >= self.done
+
+    def elapsed_time(self, later: BEvent) -> float:
+        """Milliseconds between two events."""
+        return later.done - self.done
+
+    def synchronize(self) -> None:
+        """Waiting is a failure here."""
+        raise AssertionError("the clock waited for an event")
+
+
+def test_b_train_clock():
+    """Finished steps only, never waiting; pauses are excluded; the slowest step is expected."""
+    runtime = SimpleNamespace(now=1000.0, done=1000.0, waits=0)
+    runtime.event = lambda: BEvent(runtime, runtime.done)
+
+    def synchronize() -> None:
+        runtime.waits, runtime.now = runtime.waits + 1, max(runtime.now, runtime.done)
+
+    runtime.synchronize = synchronize
+    clock = t.TrainClock(runtime)
+    clock.resume()
+    assert clock.elapsed_ms == clock.step_ms == clock.expected_ms(5) == 0
+    for now, done in ((1010, 1100), (1020, 1300)):  # two steps launched ahead of the device
+        runtime.now, runtime.done = now, done
+        clock.mark()
+    assert (clock.steps, clock.elapsed_ms, runtime.waits) == (0, 0, 0)
+    runtime.now = 1150
+    clock.poll()
+    assert (clock.steps, clock.elapsed_ms, clock.step_ms) == (1, 100, 100)
+    assert clock.expected_ms(2) == 100 + 2 * 100
+    assert runtime.waits == 0
+    clock.pause()
+    assert (clock.steps, clock.elapsed_ms, runtime.waits) == (2, 300, 1)
+    runtime.now = runtime.done = 9000.0
+    assert clock.elapsed_ms == 300
+    clock.resume()
+    runtime.now = runtime.done = 9050.0
+    clock.mark()
+    assert (clock.steps, clock.elapsed_ms) == (3, 350)
+    assert clock.step_ms == pytest.approx((100 + 200 + 50) / 3)
+    assert clock.expected_ms(3) == 350 + 200 and clock.expected_ms(4) == 350 + 400
+    clock.pause()
+    clock.pause()
+    assert clock.elapsed_ms == 350
+
+
+# ---------------------------------------------------------------------------- training loop
+
+
+def test_b_recurrence_switch(b_make):
+    """Until the switch the repeats rest; then weights, momentum, EMA and SWA are copies."""
+    trainer = b_make(iterations=7, recur_start_step=4.0, swa_enabled=True, swa_every=1,
+                     warmdown_iters=100, late_qat_threshold=0.0, warmup_steps=2)
+    model, seen = trainer.model, []
+    start = [(a.detach().clone(), b.detach().clone()) for a, b in model.repeats()]
+    place = {p: i for i, p in enumerate(trainer.params)}
+    copy = trainer.copy_to_repeats
+
+    def spy() -> None:
+        momentum, ema, swa = (trainer.optimizer.muon.momentum, trainer.average.ema,
+                              trainer.average.swa)
+        for (base, repeat), (base_0, repeat_0) in zip(model.repeats(), start, strict=True):
+            assert torch.equal(repeat, repeat_0) and not momentum[repeat].any()
+            assert not torch.equal(base, base_0) and momentum[base].any()
+            torch.testing.assert_close(ema[place[repeat]], repeat_0, atol=1e-6, rtol=0)
+        copy()
+        for base, repeat in model.repeats():
+            assert torch.equal(base, repeat) and torch.equal(momentum[base], momentum[repeat])
+            for average in (ema, swa):
+                assert torch.equal(average[place[base]], average[place[repeat]])
+                assert not torch.equal(average[place[base]], base)
+        with torch.no_grad():
+            repeats = [p for _, p in model.repeats()]
+            assert len(repeats) == 4 and len({p.data_ptr() for p in repeats}) == 4
+        seen.append(trainer.steps)
+
+    trainer.copy_to_repeats = spy
+    trainer.run()
+    assert seen == [4] and trainer.average.snapshots == 7
+    for base, repeat in model.repeats():
+        assert not torch.equal(base, repeat)  # from then on each has a life of its own
+    phases = [(e["name"], e["step"]) for e in b_events(trainer, "phase")]
+    assert phases == [("recur", 4)] and model.recur
+
+
+def test_b_phases_are_logged(b_make):
+    """Both switches are announced once, with their step, to the log and the events."""
+    trainer = b_make(iterations=8, warmdown_iters=8, recur_start_step=0.5, late_qat_threshold=0.4)
+    trainer.run()
+    text = Path(f"logs/{trainer.log.run_id}.txt").read_text()
+    assert "phase recur:on step:4\n" in text and "phase qat:on step:5\n" in text
+    assert text.count("phase ") == 2 and trainer.phase == t.Phase(True, True)
+
+
+def test_b_warm_up_changes_nothing(b_make):
+    """Weights are restored bit for bit, and losses are those of a run without warm-up."""
+    settings = dict(iterations=7, recur_start_step=2.0, warmdown_iters=6, late_qat_threshold=0.5)
+    cold, warm = b_make(warmup_steps=0, **settings), b_make(warmup_steps=4, **settings)
+    before = [p.detach().clone() for p in warm.params]
+    calls = []
+    backward = warm.backward
+    warm.backward = lambda *batch: calls.append(warm.model.recur) or backward(*batch)
+    warm.warm_up()
+    assert calls == [False, True, False, True]  # one priming step in each phase
+    assert all(map(torch.equal, before, warm.params))
+    assert {m.qat_bits for m in warm.model.modules() if isinstance(m, t.Linear)} == {0}
+    assert not warm.model.recur
+    cold.run()
+    warm.run()
+    assert b_losses(cold) == b_losses(warm) and len(set(b_losses(warm))) == 7
+    assert all(map(torch.equal, cold.params, warm.params))
+    assert b_losses(warm)[-1] < b_losses(warm)[0]
+
+
+def test_b_wallclock_stop(b_make):
+    """A run ends before its cap, says so, and its learning rate has come down by the clock."""
+    trainer = b_make(iterations=2000, max_wallclock_seconds=3.0, warmdown_iters=20,
+                     warmup_steps=4, recur_start_step=0.5, late_qat_threshold=0.15)
+    trainer.run()
+    (stop,) = b_events(trainer, "stop")
+    assert trainer.clock.elapsed_ms == stop["train_ms"]
+    assert 2000 < trainer.clock.elapsed_ms < 3000
+    text = Path(f"logs/{trainer.log.run_id}.txt").read_text()
+    line = [x for x in text.splitlines() if x.startswith("stopping_early: wallclock_cap ")]
+    assert len(line) == 1
+    assert line[0].endswith(f"ms step:{trainer.steps}/2000")
+    events = b_events(trainer, "train")
+    assert events[-1]["lr_scale"] < 0.5 and events[0]["lr_scale"] == 1
+    assert [e["name"] for e in b_events(trainer, "phase")][0] == "recur"
+
+
+def test_b_non_finite_loss(b_make):
+    """The run stops at the step whose loss is not finite, and names it."""
+    trainer = b_make(iterations=8)
+    forward, calls = trainer.forward, []
+
+    def broken(x, y):
+        calls.append(1)
+        return forward(x, y) * (math.nan if len(calls) == 5 else 1.0)
+
+    trainer.forward = broken
+    with pytest.raises(t.RunError, match=r"loss nan.* at step 5:"):
+        trainer.run()
+    assert len(calls) == 5
+
+
+def b_manual_gradients(trainer: t.Trainer, step: int) -> tuple[float, list]:
+    """Loss and gradients of a whole global batch in one pass."""
+    x, y = trainer.loader.batch(step)
+    loss = trainer.model(x, y).mean()
+    grads = torch.autograd.grad(loss, trainer.params, allow_unused=True)
+    return float(loss.detach()), grads
+
+
+def b_captured_step(trainer: t.Trainer) -> list:
+    """The gradients that the optimizer is given in step 0."""
+    captured = []
+    trainer.optimizer = SimpleNamespace(step=lambda scale, momentum: captured.extend(
+        None if p.grad is None else p.grad.clone() for p in trainer.params))
+    trainer.clock.resume()
+    trainer.train_step(0)
+    trainer.read_facts(0)
+    return captured
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_b_clipping_on_the_global_gradient(b_make, world):
+    """The optimizer sees the mean over ranks, clipped by its own norm; the log has that norm."""
+    trainer = b_make(grad_clip_norm=0.05)
+    b_randomize(trainer.model)
+    loss, grads = b_manual_gradients(trainer, 0)
+    factor = 1.0
+    if world == 2:  # a second rank whose loss and gradients are three times as large
+        trainer.runtime.world, factor = 2, 2.0
+        trainer.runtime.all_reduce = lambda packed: packed + 3 * packed
+    captured = b_captured_step(trainer)
+    trainer.runtime.world = 1
+    norm = factor * math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
+    assert norm > 0.05
+    assert trainer.facts.grad_norm == pytest.approx(norm, rel=1e-4)
+    assert trainer.facts.loss == pytest.approx(factor * loss, rel=1e-5)
+    for ours, g in zip(captured, grads, strict=True):
+        assert (ours is None) == (g is None)
+        if g is not None:
+            torch.testing.assert_close(ours, factor * g * 0.05 / norm, atol=1e-6, rtol=1e-3)
+
+
+def test_b_no_clipping_below_the_bound_or_without(b_make):
+    """A small gradient, or GRAD_CLIP_NORM=0, passes unchanged."""
+    for bound in (1e9, 0.0):
+        trainer = b_make(grad_clip_norm=bound)
+        b_randomize(trainer.model)
+        _, grads = b_manual_gradients(trainer, 0)
+        for ours, g in zip(b_captured_step(trainer), grads, strict=True):
+            if g is not None:
+                torch.testing.assert_close(ours, g, atol=1e-6, rtol=1e-4)
+
+
+def test_b_accumulation_equals_larger_micro_batch(b_make):
+    """MICRO_BATCH_TOKENS changes neither loss nor gradients beyond rounding."""
+    results = []
+    for micro in (16, 32, 64):
+        trainer = b_make(micro_batch_tokens=micro)
+        b_randomize(trainer.model)
+        assert trainer.accumulation == 64 // micro
+        loss = trainer.backward(*trainer.loader.batch(0))
+        results.append((loss, [p.grad for p in trainer.params if p.grad is not None]))
+    for loss, grads in results[:2]:
+        torch.testing.assert_close(loss, results[2][0], atol=1e-6, rtol=1e-6)
+        for a, b in zip(grads, results[2][1], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------- late QAT
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(class_bits="mlp=4,embed=6"),
+                                      dict(tie_embeddings=False)])
+def test_b_qat_forward_is_the_quantized_model(settings):
+    """In the QAT phase the model computes with exactly the weights that export would store."""
+    c = b_config(**settings)
+    model, other = b_model(c), b_model(c, seed=4)
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    other.load_state_dict({n: s.restore() for n, s in t.quantize(state, c).items()})
+    with torch.no_grad():
+        plain = model.logits(b_ids())
+        model.set_phase(t.Phase(recur=True, qat=True))
+        faked = model.logits(b_ids())
+        stored = other.logits(b_ids())
+    # fp16 of the two projections is storage, not QAT: allow its rounding
+    torch.testing.assert_close(faked, stored, atol=2e-2, rtol=0)
+    with torch.no_grad():
+        for name in ("bigram.proj.weight", "value.proj.weight"):
+            dict(other.named_parameters())[name].copy_(state[name])
+        torch.testing.assert_close(faked, other.logits(b_ids()), atol=2e-5, rtol=0)
+    assert (plain - faked).abs().max() > 0.05
+
+
+def test_b_qat_bits_only_where_codes_are_stored():
+    """Fake quantization touches each tensor stored as codes with its bits, and no other."""
+    c = b_config(tie_embeddings=False)
+    model = b_model(c)
+    for phase in (t.Phase(True, True), t.Phase(True, False)):
+        model.set_phase(phase)
+        for name, module in model.named_modules():
+            if not hasattr(module, "qat_bits"):
+                continue
+            expected = 0 if name.endswith("proj") else 8
+            if ".attn." in name or name.startswith("repeat_mlps"):
+                expected = 6
+            elif ".mlp." in name:
+                expected = 6 if name.split(".")[1] in "05" else 5
+            assert module.qat_bits == (expected if phase.qat else 0), name
+
+
+@pytest.mark.parametrize("bits", [2, 5, 6, 8])
+def test_b_straight_through(bits):
+    """The value is on the grid, the gradient is the identity's; bits 0 is no operation."""
+    (w,), (g,) = b_matrices((6, 40)), b_matrices((6, 40), seed=8)
+    w[2] = 0
+    w = w.requires_grad_()
+    out = t.fake_quantize(w, bits)
+    out.backward(g)
+    assert torch.equal(w.grad, g)
+    scales = t.row_scales(w.detach(), bits)
+    codes = out.detach() / scales
+    assert (codes - codes.round()).abs().max() < 1e-3
+    assert codes.abs().max() < 2 ** (bits - 1) - 1 + 1e-3
+    assert t.fake_quantize(w, 0) is w
+
+
+# ---------------------------------------------------------------------------- pre-flight
+
+
+@pytest.fixture(scope="module")
+def b_full():
+    """The record model at full width: its initial weights, then two steps on a tiny batch."""
+    c = t.Config(warmup_steps=0, compressor="zlib")
+    torch.manual_seed(c.seed)
+    model = t.GPT(c, np.arange(1254) == 0, b_runtime())
+    model.set_phase(t.Phase(recur=True))
+    with torch.no_grad():
+        for base, repeat in model.repeats():
+            repeat.copy_(base)
+    initial = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = t.Optimizer(model, c, b_runtime())
+    ids = torch.randint(1254, (1, 97), generator=torch.Generator().manual_seed(1))
+    losses, norms = [], []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:]).mean()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip_norm)))
+        optimizer.step(1.0, 0.92)
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        losses.append(float(model(ids[:, :-1], ids[:, 1:]).mean()))
+    return SimpleNamespace(config=c, model=model, initial=initial, losses=losses, norms=norms)
+
+
+def b_report(capsys, *lines: str) -> None:
+    """Print lines past pytest's capture."""
+    with capsys.disabled():
+        print("", *lines, sep="\n    ")
+
+
+def test_preflight_01_imports(tmp_path):
+    """The import needs torch and numpy only, opens no socket, writes and prints nothing."""
+    code = """
+import socket, sys
+import numpy, torch
+def refuse(*a, **k): raise SystemExit("network at import")
+socket.socket.connect = refuse
+before = set(sys.modules)
+import train_gpt
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(new - set(sys.stdlib_module_names) - {"train_gpt", "torch", "numpy"}))
+"""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env |= {"PYTHONPATH": str(Path(t.__file__).parent), "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True,
+                          capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_preflight_02_hyperparameters():
+    """The defaults are the record run, agree with SPEC section 1 and with each other."""
+    c = t.Config.from_env({"PRESET": "record"}, cuda=True)
+    assert c == t.Config() == t.Config.from_env({}, cuda=True)
+    spec = """VOCAB_SIZE=0 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=3
+        TIE_EMBEDDINGS=1 ROPE_BASE=10000 ROPE_DIMS=16 LOGIT_SOFTCAP=30 QK_GAIN_INIT=1.5 LN_SCALE=1
+        XSA_LAST_N=4 BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128 VE_ENABLED=1 VE_DIM=128 VE_LAYERS=9,10
+        ACTIVATION_NEG_SLOPE=0.5 PARALLEL_START_LAYER=7 RECUR_LAYERS=4,5 RECUR_START_STEP=3000
+        RECUR_UNTIE_MLP=1 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 EVAL_SEQ_LEN=2048
+        ITERATIONS=20000 WARMDOWN_ITERS=3500 WARMUP_STEPS=20 MAX_WALLCLOCK_SECONDS=600
+        MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 EMBED_LR=0.6 HEAD_LR=0.008
+        TIED_EMBED_INIT_STD=0.005 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92
+        MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_BACKEND_STEPS=5 MUON_WD=0.04 ADAM_WD=0.04 BETA1=0.9
+        BETA2=0.95 ADAM_EPS=1e-8 GRAD_CLIP_NORM=0.3 EMA_DECAY=0.997 SWA_EVERY=50 MIN_LR=0
+        LATE_QAT_THRESHOLD=0.15 EVAL_STRIDE=64 SIZE_LIMIT=16000000 MUON_ROW_NORM=0"""
+    written = dict(pair.split("=") for pair in spec.split())
+    assert t.Config.from_env(written | {"PRESET": "record"}, cuda=True) == c
+    published = t.Config.from_env(written | {"PRESET": "published"}, cuda=True)
+    assert published.n_int6_layers == 4
+    assert (c.head_dim, c.kv_dim, c.hidden_dim) == (64, 256, 1536)
+    assert (c.train_batch_tokens // c.train_seq_len) % 8 == 0
+    assert c.train_batch_tokens // 8 == 98_304
+    assert c.val_batch_size % (8 * c.eval_seq_len) == 0
+    for preset in ("record", "published", "demo"):
+        assert t.contradictions(t.Config(**(t.PRESETS[preset] | {"preset": preset}))) == []
+
+
+def test_preflight_03_model_creation(b_full):
+    """The record model has 30,290,797 parameters in 11 layers and two repeats."""
+    assert sum(p.numel() for p in b_full.model.parameters()) == 30_290_797
+    assert len(b_full.model.blocks) == 11 and len(b_full.model.repeat_mlps) == 2
+    assert all(p.dtype == torch.float32 for p in b_full.model.parameters())
+
+
+def test_preflight_04_forward_and_backward(b_full, capsys):
+    """Full width: loss starts at log V, is finite, and falls on a repeated batch."""
+    b_report(capsys, f"losses {b_full.losses} gradient norms {b_full.norms}")
+    assert all(map(math.isfinite, b_full.losses + b_full.norms))
+    assert abs(b_full.losses[0] - math.log(1254)) < 0.1
+    assert b_full.losses[2] < b_full.losses[1] < b_full.losses[0]
+    for name, p in b_full.model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+        assert torch.isfinite(p).all(), name
+
+
+def test_preflight_05_code_size(capsys):
+    """train_gpt.py is about 100 kB of ASCII; a record counts the packed file."""
+    data = (ROOT / "train_gpt.py").read_bytes()
+    b_report(capsys, f"train_gpt.py {len(data)} bytes, {data.count(10)} lines")
+    size, is_ascii = len(data), data.isascii()
+    assert is_ascii and size < 105_000
+
+
+def b_export(c: t.Config, model: t.GPT, folder: Path) -> tuple[int, list, t.GPT]:
+    """Export and reload: returned total, logged events and the model from disk."""
+    c = replace(c, artifact_path=str(folder / "full.ptz"))
+    events = []
+    log = SimpleNamespace(line=lambda *a: events.append(a[0]),
+                          event=lambda kind, template="", **v: events.append((kind, v)))
+    runtime = b_runtime()
+    runtime.log = log
+    V = model.vocab_size
+    val = t.Validation(np.zeros(2, np.uint16), np.ones(1, np.int16), "unverified", "none")
+    table = t.ByteTable(np.ones(V, np.int64), np.zeros(V, bool), np.arange(V) == 0, Path("none"))
+    total = t.export_model(model, val, runtime, c)
+    return total, events, t.load_model(c.artifact_path, val, table, runtime, c)
+
+
+def test_preflight_06_artifact_size(b_full, tmp_path, capsys, monkeypatch):
+    """Full width: every byte of the file is accounted for; the reloaded model is the stored one."""
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w.fill_(math.nan))  # overwritten
+    total, events, loaded = b_export(replace(b_full.config, size_limit=1 << 40), b_full.model,
+                                     tmp_path)
+    path = tmp_path / "full.ptz"
+    streams = [v for e in events if e[0] == "stream" for v in [e[1]]]
+    head = path.read_bytes()[:16]
+    header = 16 + int.from_bytes(head[8:12], "little")
+    code = Path(t.__file__).stat().st_size
+    assert path.stat().st_size == header + sum(s["bytes"] for s in streams)
+    assert total == code + path.stat().st_size
+    size = dict(e for e in events if e[0] == "size")["size"]
+    assert (size["code"], size["artifact"], size["total"]) == (code, total - code, total)
+    rows = {n: p.size(0) for n, p in b_full.model.named_parameters()
+            if t.param_spec(n, b_full.config).bits <= 8}
+    assert sum(s["weights"] for s in streams) == 30_290_797 + sum(rows.values())
+    assert size["floor"] <= size["artifact"] < 1.05 * size["floor"]
+    b_report(capsys, f"artifact {size} over 16,000,000: {total - 16_000_000}",
+             *(f"{s['name']} {s['bytes']} bytes" for s in streams))
+    state = {n: p.detach() for n, p in b_full.model.named_parameters()}
+    stored = t.quantize(state, b_full.config)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, stored[name].restore()), name
+    assert loaded.recur and not list(tmp_path.glob("*.tmp"))
+
+
+def test_b_over_the_limit(tmp_path):
+    """One byte over SIZE_LIMIT is an error that names it; the weights stay beside, exactly."""
+    c = b_config()
+    model = b_model(c)
+    total, _, _ = b_export(replace(c, size_limit=1 << 30), model, tmp_path)
+    assert b_export(replace(c, size_limit=total), model, tmp_path)[0] == total
+    with pytest.raises(t.RunError, match=rf"{total} is 1 bytes over SIZE_LIMIT={total - 1}"):
+        b_export(replace(c, size_limit=total - 1), model, tmp_path)
+    _, kept = t.read_artifact(str(tmp_path / "full.ptz.fp32"))
+    for name, p in model.named_parameters():
+        assert torch.equal(kept[name].restore(), p), name
+
+
+def test_b_export_without_recurrence(tmp_path):
+    """A run that ended before recurrence stores no repeats and reloads as the same function."""
+    c = b_config(size_limit=1 << 30)
+    model = b_model(c, recur=False)
+    _, _, loaded = b_export(c, model, tmp_path)
+    assert loaded.config.recur_layers == () and not loaded.recur
+    assert not any(n.startswith("repeat") for n, _ in loaded.named_parameters())
+    model.set_phase(t.Phase(recur=False, qat=True))
+    with torch.no_grad():
+        gap = (model.logits(b_ids()) - loaded.logits(b_ids())).abs().max()
+    assert gap < 2e-2
+
+
+def test_preflight_07_step_time_projection(capsys):
+    """SPEC section 10: 23 and 27 ms at 989 TFLOP/s; the rest is a report."""
+    c, lines = t.Config(), []
+    for recur, at_peak in ((False, 23), (True, 27)):
+        work = t.operations_per_token(c, 1254, recur) * 98_304
+        ms = {use: 1e3 * work / (use * 989e12) for use in (0.28, 0.38, 0.45, 1.0)}
+        shown = " ".join(f"{use:.0%}:{value:.1f}ms" for use, value in ms.items())
+        lines.append(f"8xH100 step, recurrence {int(recur)}: {shown}")
+        assert round(ms[1.0]) == at_peak
+    b_report(capsys, *lines)
+
+
+def test_preflight_08_quantization_error(b_full, capsys):
+    """Relative RMS error of each class is that of its bits on Gaussian rows, not more."""
+    bounds = {8: (0.003, 0.012), 6: (0.015, 0.045), 5: (0.03, 0.085), 16: (0, 5e-4), 32: (0, 0)}
+    g = torch.Generator().manual_seed(0)
+    sums: dict[tuple[str, int], list[float]] = {}
+    for name, p in b_full.initial.items():
+        w = torch.randn(p.shape, generator=g) * 0.04
+        (stored,) = t.quantize({name: w}, b_full.config).values()
+        both = sums.setdefault((stored.kind, stored.bits), [0.0, 0.0])
+        both[0] += float((stored.restore() - w).double().square().sum())
+        both[1] += float(w.double().square().sum())
+    lines = []
+    for (kind, bits), (error, power) in sums.items():
+        relative = math.sqrt(error / power)
+        lines.append(f"{kind} {bits} bits: relative RMS error {relative:.5f}")
+        low, high = bounds[bits]
+        assert low <= relative <= high, (kind, bits, relative)
+    b_report(capsys, *lines)
+    assert {k for k, _ in sums} == {"embed", "attn", "mlp", "repeat", "projection", "vector"}
+
+
+def test_preflight_09_scaling(capsys):
+    """Operations at the record shape, and how they grow with width, depth and length."""
+    c = t.Config()
+    off, on = (98_304 * t.operations_per_token(c, 1254, r) / 1e12 for r in (False, True))
+    assert off == pytest.approx(22.5, rel=0.003) and on == pytest.approx(26.6, rel=0.003)
+    plain = replace(c, bigram_vocab_size=0, ve_enabled=False, recur_layers=())
+    ops = {d: t.operations_per_token(replace(plain, model_dim=d, train_seq_len=2), 0, False)
+           for d in (512, 1024)}
+    assert ops[1024] / ops[512] == pytest.approx(4, rel=0.01)  # matrices: quadratic in width
+    deep = t.operations_per_token(replace(plain, num_layers=22), 0, False)
+    assert deep == 2 * t.operations_per_token(plain, 0, False)
+    long = t.operations_per_token(replace(plain, train_seq_len=4096), 0, False)
+    assert long - t.operations_per_token(plain, 0, False) == 6 * 11 * 2048 * 512
+    lines = []
+    for width, depth in ((32, 4), (64, 4), (128, 4), (64, 8)):
+        k = b_config(model_dim=width, num_layers=depth, parallel_start_layer=depth, ve_layers=(1,),
+                     recur_layers=(), train_seq_len=64)
+        model, ids = b_model(k), b_ids((4, 65))
+        times = []
+        for _ in range(3):
+            start = torch.tensor(0.0), t.time.perf_counter()
+            model(ids[:, :-1], ids[:, 1:]).mean().backward()
+            times.append(1e3 * (t.time.perf_counter() - start[1]))
+        lines.append(f"width {width} depth {depth}: {min(times):.1f} ms forward and backward")
+    b_report(capsys, *lines)
+
+
+def test_preflight_10_weight_distribution(b_full):
+    """Initial spreads at full width, and after two steps: finite, moved, in range."""
+    orthogonal = {"q": 512**-0.5, "k": 512**-0.5, "v": 512**-0.5, "up": 1536**-0.5}
+    for name, p in b_full.initial.items():
+        leaf = name.removesuffix(".weight").split(".")[-1]
+        if leaf in orthogonal:
+            assert float(p.std()) == pytest.approx(orthogonal[leaf], rel=0.02), name
+    assert float(b_full.initial["embed.weight"].std()) == pytest.approx(0.005, rel=0.01)
+    assert float(b_full.initial["value.table.weight"].std()) == pytest.approx(0.01, rel=0.01)
+    for name, p in b_full.model.named_parameters():
+        moved = (p.detach() - b_full.initial[name]).abs()
+        assert torch.isfinite(p).all() and moved.max() < 0.2, name
+        spec = t.param_spec(name, b_full.config)
+        if spec.optimizer == "muon":  # a step's RMS is lr * sqrt(max(1, rows/cols) / max side)
+            rms, sides = float(moved.square().mean().sqrt()), sorted(p.shape)
+            step = 0.025 * math.sqrt(max(1, p.size(0) / p.size(1)) / sides[1])
+            assert 0.2 * step < rms < 2.5 * step, (name, rms / step)  # the batch has low rank
+            assert 2e-4 < p.std() < 0.1, name
+
+
+# ---------------------------------------------------------------------------- compilation
+
+B_SHALLOW = dict(num_layers=2, parallel_start_layer=1, recur_layers=(0,), ve_layers=(0, 1),
+                 xsa_last_n=1)
+B_PHASES = [t.Phase(recur, qat) for qat in (False, True) for recur in (False, True)]
+
+
+def b_compile_phases(backend) -> tuple[list, list]:
+    """(eager, compiled) losses and gradients of two passes over the four phases."""
+    torch._dynamo.reset()
+    model = b_model(b_config(**B_SHALLOW))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    ids, results = b_ids((2, 17)), ([], [])
+    for phase in B_PHASES * 2:
+        model.set_phase(phase)
+        for out, forward in zip(results, (model, compiled), strict=True):
+            model.zero_grad()
+            loss = forward(ids[:, :-1], ids[:, 1:]).mean()
+            loss.backward()
+            out.append((loss.detach(), model.blocks[0].attn.q.weight.grad.clone()))
+    return results
+
+
+def test_b_compiles_to_one_graph_for_each_phase():
+    """fullgraph, no recompilation on the second pass, and the result of the eager model."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    eager, compiled = b_compile_phases(counter)
+    assert counter.frame_count == len(B_PHASES)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for (a, ga), (b, gb) in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
+    assert len({float(a) for a, _ in eager}) == 4  # the phases are different functions
+
+
+@pytest.mark.slow
+def test_b_compilations_of_a_whole_run_fit_the_limit():
+    """Training phases, validations in every phase and the reloaded model: no limit is hit."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    c = b_config(**B_SHALLOW)
+    model, ids, val = b_model(c), b_ids((2, 17)), b_ids((3, 17), bos=())
+    forward = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
+    for phase in B_PHASES:  # warm-up
+        model.set_phase(phase)
+        forward(ids[:, :-1], ids[:, 1:]).mean().backward()
+    for phase in B_PHASES:  # validation in any phase, post_ema
+        model.set_phase(phase)
+        with torch.inference_mode():
+            forward(val[:, :-1], val[:, 1:])
+    loaded = b_model(c)
+    again = torch.compile(loaded, fullgraph=True, dynamic=False, backend=counter)
+    with torch.inference_mode():
+        again(val[:, :-1], val[:, 1:])
+    assert counter.frame_count <= 9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_b_inductor_equals_eager():
+    """The real compiler on the CPU: losses and gradients of all phases within rounding."""
+    eager, compiled = b_compile_phases("inductor")
+    for (a, ga), (b, gb) in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ga, gb, atol=1e-5, rtol=1e-3)
+
+
+# ---------------------------------------------------------------------------- attention
+
+
+def b_softmax_attention(q, k, v):
+    """Explicit causal grouped-query attention, (B, T, heads, K), scale 1 / sqrt(K)."""
+    group = q.size(2) // k.size(2)
+    k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.size(-1))
+    T = q.size(1)
+    scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf)
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
+
+
+def b_qkv(groups: int) -> list[torch.Tensor]:
+    """Random q, k, v with four query heads."""
+    return b_matrices((2, 9, 4, 8), (2, 9, groups, 8), (2, 9, groups, 8))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_b_sdpa_equals_softmax(groups):
+    """sdpa is causal grouped-query attention in our layout."""
+    q, k, v = b_qkv(groups)
+    torch.testing.assert_close(t.sdpa(q, k, v), b_softmax_attention(q, k, v), atol=1e-5, rtol=0)
+
+
+def test_b_select_attention_on_cpu():
+    """Without CUDA the choice is sdpa, and the log's name says why."""
+    attend, name = t.select_attention(torch.device("cpu"), t.Config())
+    assert attend is t.sdpa and name == "sdpa (no CUDA)"
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_b_flash_attention_3_dispatch(monkeypatch, as_tuple):
+    """Dispatch only, the kernel is not executed: a stub module is called, causally."""
+    calls = []
+
+    def flash_attn_func(q, k, v, causal=False):
+        calls.append(causal)
+        out = b_softmax_attention(q, k, v)
+        return (out, None) if as_tuple else out
+
+    stub = types.ModuleType("flash_attn_interface")
+    stub.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
+    q, k, v = b_qkv(2)
+    torch.testing.assert_close(t.flash_attention_3(q, k, v), t.sdpa(q, k, v), atol=1e-5, rtol=0)
+    assert calls == [True]
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(ImportError):
+        t.flash_attention_3(q, k, v)
+
+
+def test_b_exclusive_attention_is_orthogonal():
+    """XSA leaves nothing of a head's output along its own value, and nothing else is touched."""
+    y, v = b_matrices((2, 5, 4, 8), (2, 5, 2, 8))
+    out = t.exclude_own_value(y, v)
+    own = F.normalize(v, dim=-1).repeat_interleave(2, dim=2)
+    assert (out * own).sum(-1).abs().max() < 1e-5
+    removed = y - out
+    along = (removed * own).sum(-1, keepdim=True) * own
+    torch.testing.assert_close(removed, along, atol=1e-5, rtol=0)
+
+
+# ==========================================================================================
+# retokenize_scylla.py
+# ==========================================================================================
+
+# --- helpers --------------------------------------------------------------------------------
+
+
+def retok_vocabulary(extra: list[bytes]) -> R.Vocabulary:
+    """A byte-exact vocabulary of all bytes and some longer tokens, through its YAML form."""
+    tokens = [bytes([k]) for k in range(256)] + extra
+    return R.load_vocabulary(R.vocabulary_yaml(tokens), "toy.yaml")
+
+
+RETOK_TOKENS = [b" the", b"the", b"th", b"he", b" t", b"in", b"ing", b" and", b"and", b", ", b". ",
+                b" a", b"er", b"on", b"\xc3\xa9", b"123", b"12", b"ation", b"at", b" of the",
+                b" of"]
+RETOK_WORDS = ("the cat and the hat, 123 things of the nation. caf\u00e9 \u201cquoted\u201d "
+               "\u65e5\u672c other moaning rings 42 Zebra_x").split()
+
+
+def retok_texts(count: int, seed: int = 0) -> list[str]:
+    """Random documents of a few words each."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(RETOK_WORDS, rng.integers(1, 60))) for _ in range(count)]
+
+
+@functools.cache
+def retok_model_bytes() -> bytes:
+    """A small SentencePiece model of the same kind as SP1024."""
+    return R.train_sentencepiece([text.encode() for text in retok_texts(200)], 300)
+
+
+def retok_write_shard(path: Path, ids, count: int | None = None, magic: int = 20240520) -> None:
+    """A shard file, by default a right one."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, 1, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype="<u2").tobytes())
+
+
+def retok_read_shard(path: Path) -> list[int]:
+    """Ids of a shard file, its header checked."""
+    header, ids = np.fromfile(path, "<i4", 256), np.fromfile(path, "<u2", offset=1024)
+    assert header[:3].tolist() == [20240520, 1, ids.size] and not header[3:].any()
+    return ids.tolist()
+
+
+class RetokCase:
+    """A folder with a model, a vocabulary and four input shards whose documents cross borders."""
+
+    def __init__(self, folder: Path, documents: int = 40, shards: int = 4):
+        self.folder, self.output = folder, folder / "out"
+        (folder / "in").mkdir(parents=True)
+        self.model, self.vocab = folder / "sp.model", folder / "toy.yaml"
+        self.model.write_bytes(retok_model_bytes())
+        self.vocab.write_bytes(retok_vocabulary(RETOK_TOKENS).data)
+        self.processor = R.SentencePieceModel(self.model).processor
+        self.documents = [[1, *ids] for ids in self.processor.encode(retok_texts(documents, 1))]
+        stream = [k for ids in self.documents for k in ids]
+        cuts = [round(k * len(stream) / shards) for k in range(shards + 1)]
+        starts = np.cumsum([0] + [len(ids) for ids in self.documents])
+        for k in range(shards):
+            cuts[k] += int(cuts[k] in starts) if k else 0
+        for k in range(shards):
+            retok_write_shard(self.shard(k), stream[cuts[k]:cuts[k + 1]])
+        self.first_of_shard = np.searchsorted(starts[:-1], cuts)
+
+    def shard(self, k: int) -> Path:
+        return self.folder / "in" / f"fineweb_train_{k:06d}.bin"
+
+    def arguments(self, *more: str) -> list[str]:
+        return ["--sp-shards", str(self.folder / "in" / "*.bin"), "--sp-model", str(self.model),
+                "--vocab", str(self.vocab), "--output-dir", str(self.output), "--workers", "1",
+                *more]
+
+    def source(self, k: int) -> list[bytes]:
+        """Source text of the documents that begin in a shard, by sp.decode."""
+        chosen = self.documents[self.first_of_shard[k]:self.first_of_shard[k + 1]]
+        return [self.processor.decode(ids).encode() for ids in chosen]
+
+
+@pytest.fixture
+def retok_case(tmp_path: Path) -> RetokCase:
+    return RetokCase(tmp_path / "case")
+
+
+@pytest.fixture
+def retok_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Call main in this process, without its signal handlers; returns (exit code, all output)."""
+    monkeypatch.setattr(R, "stop_on_signals", lambda: None)
+
+    def run(arguments: list[str]) -> tuple[int, str]:
+        code = R.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def retok_folder(path: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones included."""
+    return {str(file.relative_to(path)): file.read_bytes()
+            for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def retok_manifest(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def retok_process(arguments: list[str], prelude: str = "", **environment: str) -> subprocess.Popen:
+    """The tool in a process of its own, after some statements that disturb it."""
+    code = (f"import os, signal, sys, time, resource\nimport retokenize_scylla as R\n{prelude}\n"
+            "sys.exit(R.main(sys.argv[1:]))")
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+        start_new_session=True)
+
+
+# --- vocabulary and segmenter ---------------------------------------------------------------
+
+
+def retok_slow_rune(text: bytes) -> tuple[str, int]:
+    """First character and its size, by section 4.2."""
+    if not text:
+        return "\ufffd", 0
+    for size in (1, 2, 3, 4):
+        try:
+            return text[:size].decode(), size if len(text) >= size else 1
+        except UnicodeDecodeError:
+            pass
+    return "\ufffd", 1
+
+
+def retok_slow_last(text: bytes) -> str:
+    """Last character: the decoding from some start that ends exactly at the end."""
+    for size in (1, 2, 3, 4):
+        if size <= len(text):
+            char, used = retok_slow_rune(text[-size:])
+            if used == size and (char != "\ufffd" or text[-size:] == b"\xef\xbf\xbd"):
+                return char
+    return "\ufffd"
+
+
+def retok_L(char: str) -> bool:  # noqa: N802
+    return unicodedata.category(char) in ("Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me")
+
+
+def retok_N(char: str) -> bool:  # noqa: N802
+    return unicodedata.category(char) in ("Nd", "Nl", "No")
+
+
+def retok_S(char: str) -> bool:  # noqa: N802
+    return char.isspace() and char not in "\x1c\x1d\x1e\x1f"
+
+
+class RetokSlow:
+    """Section 4 of SCYLLA.md, line by line, as slow as it likes."""
+
+    def __init__(self, entries: list[bytes]):
+        self.id_of = {}
+        for k, token in enumerate(entries):
+            if 0 < len(token) <= 40:
+                self.id_of[token] = k
+        self.longest_length = max(map(len, self.id_of))
+        self.fields = {token: self.make_fields(token) for token in self.id_of}
+
+    def make_fields(self, t: bytes) -> dict:
+        chars, rest = [], t
+        while rest:
+            char, size = retok_slow_rune(rest)
+            chars.append(char)
+            rest = rest[size:]
+        r, r2 = chars[0], chars[1] if len(chars) > 1 else "\ufffd"
+        words, lo, space, starts, oneword = 0, 1, False, False, False
+        if r == " ":
+            space = True
+            if retok_L(r2) or retok_N(r2):
+                words, lo = 1, 2
+        elif retok_L(r):
+            starts = True
+        for p, q in zip(chars[1:], chars[2:], strict=False):
+            words += p == " " and (retok_L(q) or retok_N(q))
+        letters, digits, punct = self.make_kinds(t, r, r2, chars[2:])
+        z = retok_slow_last(t)
+        if lo == 2 and retok_L(z) and letters and words == 1:
+            oneword = True
+        if lo == 2 and words <= 1:
+            lo = 1
+        return {"words": words, "space": space, "starts": starts, "ends": retok_L(z),
+                "oneword": oneword, "same": letters or digits or punct,
+                "alternatives": self.make_alternatives(t, lo)}
+
+    @staticmethod
+    def make_kinds(t: bytes, r: str, r2: str, further: list[str]) -> tuple[bool, bool, bool]:
+        letters = digits = punct = False
+        if len(t) == 1:
+            punct = True
+        elif (r == " " or retok_L(r)) and retok_L(r2):
+            letters = True
+        elif (r == " " or retok_N(r)) and retok_N(r2):
+            digits = True
+        elif not any(retok_L(char) or retok_N(char) for char in (r, r2)):
+            punct = True
+        for q in further:
+            if retok_L(q):
+                punct = digits = False
+            elif retok_N(q):
+                punct = letters = False
+            elif q != " ":
+                letters = digits = False
+        return letters, digits, punct
+
+    def make_alternatives(self, t: bytes, lo: int) -> list[bytes]:
+        a, b = (0, 0, b""), (0, 0, b"")
+        for k in range(len(t) - 1, lo - 1, -1):
+            if t[:k] not in self.id_of:
+                continue
+            priority = self.priority(t, k)
+            if a[0] < b[0] or (a[0] == b[0] and a[1] <= b[1]):
+                a = (priority, k, t[:k]) if a[0] < priority else a
+            else:
+                b = (priority, k, t[:k]) if b[0] < priority else b
+        if b[2] and (b[0] > a[0] or (b[0] == a[0] and b[1] > a[1])):
+            a, b = b, a
+        return [slot[2] for slot in (a, b) if slot[2]]
+
+    @staticmethod
+    def priority(t: bytes, k: int) -> int:
+        x, y = retok_slow_last(t[:k]), retok_slow_rune(t[k:])[0]
+        after = retok_slow_rune(t[k + 1:])[0]
+        if k <= len(t) - 2 and t[k:k + 1] == b" " and (retok_L(after) or retok_N(after)):
+            return 10
+        if (not retok_L(x) and x != "_" and (retok_L(y) or y == "_")) or (
+                not retok_N(x) and retok_N(y)):
+            return 9
+        if ((retok_L(x) or x == "_") and not retok_L(y) and y != "_") or (
+                retok_N(x) and not retok_N(y)):
+            return 9
+        if retok_S(x) and not retok_S(y):
+            return 7
+        return 8 if not retok_S(x) and retok_S(y) else 1
+
+    @functools.cache  # noqa: B019
+    def byte_class(self, value: int) -> int:
+        counts = {1: 0, 12: 0, 10: 0, 0: 0}
+        for token in self.id_of:
+            if token[0] == value:
+                r = retok_slow_rune(token)[0]
+                counts[12 if r == " " else 1 if retok_L(r) else 0 if retok_N(r) else 10] += 1
+        for kind, count in counts.items():
+            if count > 2 and 2 * count > sum(counts.values()):
+                return kind
+        return 0
+
+    def longest(self, data: bytes) -> bytes:
+        return next((data[:k] for k in range(min(self.longest_length, len(data)), 0, -1)
+                     if data[:k] in self.id_of), b"")
+
+    def value(self, t: bytes, c: bytes, data: bytes) -> int | None:
+        """Score of candidate c for the longest token t, data beginning at both."""
+        s = self.longest(data[len(c):])
+        if not s:
+            return None
+        q = len(c) + len(s)
+        nb = self.byte_class(data[q]) if q < len(data) else 0
+        f, g = self.fields[c], self.fields[s]
+        v = (len(c) + len(s) + f["same"] + g["same"] + max(0, f["words"] - 1)
+             + max(0, g["words"] - 1) + g["space"] + (nb == 12)
+             + 100 * (f["words"] + g["words"] + (nb in (10, 12)))
+             - 103 * (f["ends"] and g["starts"]) - 3 * (g["ends"] and nb == 1))
+        if c != t:
+            v -= 100 if q < len(t) else 10000 if q == len(t) else 0
+        return v
+
+    def encode(self, data: bytes) -> list[int]:
+        ids = []
+        while data:
+            t = choice = self.longest(data)
+            f = self.fields[t]
+            rest = data[len(t):]
+            if rest and not (f["oneword"] and self.byte_class(rest[0]) == 12):
+                best = -1000000
+                for c in [t, *f["alternatives"]]:
+                    v = self.value(t, c, data)
+                    if v is not None and v > best:
+                        best, choice = v, c
+            ids.append(self.id_of[choice])
+            data = data[len(choice):]
+        return ids
+
+
+RETOK_ATOMS = [b" ", b"  ", b"a", b"b", b"Z", b"the", b" a", b"1", b"23", b".", b",", b"_", b"'",
+               b"\n", b"\t", "\u00e9".encode(), "\u0301".encode(), "\u4e2d".encode(), b"\xe4\xb8",
+               b"\xff",
+               b"\x80", "\u00a0".encode(), "\u0663".encode(), b"\xed\xa0\x80", b"\xc0\xaf",
+               "\U0001f600".encode(), b"\xef\xbf\xbd", b"\x1c"]
+
+
+def retok_draw(rng: random.Random, pieces: list[bytes], most: int) -> bytes:
+    """A few random pieces in a row."""
+    return b"".join(rng.choices(pieces, k=rng.randint(1, most)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_retok_segmenter_agrees_with_the_page_on_random_vocabularies(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(20):
+        retok_check_random_vocabulary(rng)
+
+
+def retok_check_random_vocabulary(rng: random.Random) -> None:
+    """One vocabulary and thirty documents: the page's ids, lossless, whatever stands beside."""
+    atoms = rng.sample(RETOK_ATOMS, 6) + [b" ", b"a", bytes([rng.randrange(256)])]
+    tokens = [retok_draw(rng, atoms, 7) for _ in range(rng.randrange(13))] + [b" a", b" aa", b"."]
+    tokens += [token[:rng.randint(1, len(token))] for token in tokens for _ in range(4)]
+    entries = [bytes([k]) for k in range(256)] + tokens
+    documents = [retok_draw(rng, tokens + atoms, 12) for _ in range(30)] + [rng.randbytes(30), b""]
+    vocabulary = R.load_vocabulary(R.vocabulary_yaml(entries), "random.yaml")
+    engine, slow = R.ScyllaEngine(vocabulary), RetokSlow(entries)
+    block = engine.encode_documents(documents)
+    for k, document in enumerate(documents):
+        ids = block.ids[block.starts[k]:block.starts[k + 1]].tolist()
+        assert ids == [vocabulary.bos_id, *slow.encode(document)]
+        assert b"".join(entries[identity] for identity in ids[1:]) == document
+        assert engine.segmenter.encode(document) == ids[1:]
+
+
+def test_retok_fields_of_the_page() -> None:
+    rng = random.Random(9)
+    for _ in range(3000):
+        token = retok_draw(rng, RETOK_ATOMS, 5)
+        for cut in range(1, len(token)):
+            assert R.cut_priority(token, cut) == RetokSlow.priority(token, cut), (token, cut)
+    assert [R.cut_priority(b"._ .", cut) for cut in (1, 2, 3)] == [9, 9, 7]
+    assert R.cut_priority(b". .", 1) == 8 and R.cut_priority(b". a", 1) == 10
+    letters = [b"\xc3\xa9", b"\xc3\xa9a", b"\xc3\xa9b"]
+    others = [b"\xc3", b"\xc3 ", b"\xc3."]
+    for keys, kind in ((letters + others, 0), (letters + others[:2], R.LETTER_CLASS),
+                       (letters[:2] + others, R.OTHER_CLASS), (letters[:2], 0)):
+        assert R.byte_classes(dict.fromkeys(keys, 0))[0xC3] == kind
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["scylla1254.jsonl", "scylla1254_spdec.jsonl"])
+def test_retok_vectors_id_for_id(name: str) -> None:
+    segmenter = R.Segmenter(R.load_vocabulary(SHARED / "data" / "scylla.yaml"))
+    for line in (SHARED / "vectors" / name).read_text().splitlines():
+        vector = json.loads(line)
+        assert segmenter.encode(base64.b64decode(vector["text_b64"])) == vector["ids"], (
+            vector["name"])
+
+
+@needs_shared
+def test_retok_published_vocabulary_and_its_byte_table() -> None:
+    vocabulary = R.load_vocabulary(SHARED / "data" / "scylla.yaml")
+    assert (vocabulary.vocab_size, vocabulary.bos_id, vocabulary.lossy) == (1254, 1253, "")
+    published = np.load(SHARED / "data" / "scylla.meta.npz")
+    np.testing.assert_array_equal(vocabulary.base_bytes(), published["base_bytes"])
+    classes = R.byte_classes({token: k for k, token in enumerate(vocabulary.tokens) if token})
+    of_class = [bytes(np.flatnonzero(classes == kind).tolist()) for kind in (1, 2, 3)]
+    assert of_class == [b"CDWabcdefgiklmnopqrstuvwy", b"\n),-.:\\_{\xe2", b" "]
+
+
+def test_retok_yaml_scalars_duplicates_and_hex() -> None:
+    lines = ["charset: none", "capcode: 0", "normalization: 'none'", "training-param: 3", "tokens:"]
+    scalars = ['"\\x41\\n\\"\\\\\\u00e9"', "'it''s'", "plain", '"TokenMonsterHexEncode{ff00}"',
+               '""', f'"{"x" * 41}"', "plain"]
+    scalars += [f'"TokenMonsterHexEncode{{{value:02x}}}"' for value in range(256)]
+    for k, scalar in enumerate(scalars):
+        lines += [f"    - token:   {scalar}", f"      id:      {k}", "      score:   0.1"]
+    vocabulary = R.load_vocabulary("\n".join(lines).encode(), "scalars.yaml")
+    assert vocabulary.tokens[:7] == (b'A\n"\\\xc3\xa9', b"it's", b"", b"\xff\0", b"", b"", b"plain")
+    assert (vocabulary.vocab_size, vocabulary.lossy) == (264, "")
+    awkward = [b'a"\\b', b"TokenMonsterHexEncode{41}", b"'", b" # x: y", b"\x85\xe2\x80\xa8", b"\n"]
+    again = R.load_vocabulary(R.vocabulary_yaml(awkward))
+    assert again.tokens == (*awkward, b"") and "no token for" in again.lossy
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    (b"\xff\xfe\x00 nothing", "neither a TokenMonster YAML"),
+    (b"tokens:\n    - token: \"a\n      id: 0\n", "unclosed quote"),
+    (b"tokens:\n    - token: \"\\q\"\n      id: 0\n", "is not YAML"),
+    (b"tokens:\n    - token: a\n      id: 1\n", "ids must be 0..0"),
+    (b"tokens:\n    - token: a\n", "needs a token and a numeric id"),
+    (b"{\"model\": 1}\n", "cannot read the line"),
+    (b"charset: none\n", "0 tokens"),
+    (b"\x02\x07" + bytes(30), "charset 7"),
+])
+def test_retok_unknown_vocabulary_is_refused_by_name(tmp_path: Path, data: bytes, message: str
+                                                     ) -> None:
+    path = tmp_path / "strange.yaml"
+    path.write_bytes(data)
+    with pytest.raises(R.InputError, match="strange.yaml.*unknown vocabulary") as error:
+        R.load_vocabulary(path)
+    assert message in str(error.value)
+
+
+# --- SentencePiece table --------------------------------------------------------------------
+
+
+def retok_check_table(model: R.SentencePieceModel, documents: list[list[int]]) -> None:
+    ids = np.array([k for document in documents for k in document], dtype=np.uint16)
+    text, starts = model.decode(ids, R.document_starts(ids, model.bos_id))
+    for k, document in enumerate(documents):
+        assert text[starts[k]:starts[k + 1]].tobytes().decode() == model.processor.decode(document)
+
+
+def test_retok_table_equals_sp_decode_on_random_ids(tmp_path: Path) -> None:
+    (tmp_path / "sp.model").write_bytes(retok_model_bytes())
+    model = R.SentencePieceModel(tmp_path / "sp.model")
+    assert model.table is not None
+    rng = np.random.default_rng(1)
+    space = model.processor.piece_to_id(R.SPACE_MARK)
+    special = [0, 2, 3, space, space, 299, *(4 + k for k in (0xE2, 0x80, 0x99, 0xF0, 0xC0, 0, 65))]
+    documents = [[1, *rng.choice(special, rng.integers(0, 9)).tolist()] for _ in range(3000)]
+    documents += [[1, *(k for k in rng.integers(0, 300, 12).tolist() if k != 1)]
+                  for _ in range(1000)]
+    retok_check_table(model, documents)
+
+
+@pytest.mark.parametrize("options", [{"remove_extra_whitespaces": False},
+                                     {"add_dummy_prefix": False}])
+def test_retok_table_follows_the_normalizer_of_the_model(tmp_path: Path, options: dict) -> None:
+    import sentencepiece
+    with open(tmp_path / "other.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(retok_texts(100)), model_writer=file, vocab_size=300, pad_id=0,
+            model_type="bpe", byte_fallback=True, bos_id=1, eos_id=2, unk_id=3, minloglevel=2,
+            **options)
+    model = R.SentencePieceModel(tmp_path / "other.model")
+    space = model.processor.piece_to_id(R.SPACE_MARK)
+    rng = np.random.default_rng(2)
+    retok_check_table(model, [[1, *rng.choice([space, 0, 299, 298, 290, 69], 5).tolist()]
+                              for _ in range(300)])
+
+
+@needs_shared
+def test_retok_table_equals_sp_decode_on_every_real_document() -> None:
+    model = R.SentencePieceModel(SHARED / "data" / "fineweb_1024_bpe.model")
+    lines = (SHARED / "data" / "fineweb_docs.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    documents = [[1, *ids] for ids in model.processor.encode(texts)]
+    assert len(documents) == 120 and model.table is not None
+    retok_check_table(model, documents)
+    odd = model.table.join(np.concatenate(documents).astype(np.uint16), np.array(
+        np.cumsum([0] + [len(ids) for ids in documents])))[2]
+    assert not odd.any(), "real documents need no fall-back"
+
+
+# --- shards, ledger -------------------------------------------------------------------------
+
+
+def retok_check_output(case: RetokCase, shards: int = 4) -> None:
+    """Every output shard decodes to the documents that begin in its input shard, and so counts."""
+    vocabulary = R.load_vocabulary(case.vocab)
+    slow = RetokSlow([bytes([k]) for k in range(256)] + RETOK_TOKENS)
+    manifest, total = retok_manifest(case.output), dict.fromkeys(R.COUNTS, 0)
+    assert sorted(manifest["shards"]) == [case.shard(k).name for k in range(shards)]
+    base = np.load(case.output / "scylla.meta.npz")["base_bytes"]
+    for k in range(shards):
+        path, source = case.output / case.shard(k).name, case.source(k)
+        ids = retok_read_shard(path)
+        assert ids == [i for text in source for i in [vocabulary.bos_id, *slow.encode(text)]]
+        entry, size = manifest["shards"][path.name], sum(map(len, source))
+        assert entry["sha256"] == R.file_sha256(path) and entry["status"] == "exact"
+        counts = {"tokens": len(ids), "documents": len(source), "source_bytes": size,
+                  "decoded_bytes": size, "bad_documents": 0}
+        assert {key: entry[key] for key in R.COUNTS} == counts
+        assert size == base[ids].sum(dtype=np.int64)
+        total = {key: total[key] + counts[key] for key in R.COUNTS}
+    assert manifest["totals"]["all"] == manifest["totals"]["train"] == total
+
+
+def test_retok_shards_with_documents_across_borders(retok_case: RetokCase, retok_run,
+                                                    monkeypatch) -> None:
+    monkeypatch.setattr(R, "BLOCK_IDS", 97)
+    code, text = retok_run(retok_case.arguments())
+    assert code == 0 and "4 made" in text and "exact" in text
+    assert all(retok_read_shard(retok_case.shard(k))[0] != 1 for k in (1, 2, 3)), "must cross"
+    retok_check_output(retok_case)
+    manifest = retok_manifest(retok_case.output)
+    assert manifest["tokenizer"] == {
+        "kind": "tokenmonster", "path": "toy.yaml", "sha256": R.file_sha256(retok_case.vocab),
+        "vocab_size": 278, "byte_exact": True, "bos_id": 277}
+    assert manifest["source"] == {"kind": "sp-shards",
+                                  "model_sha256": R.file_sha256(retok_case.model)}
+    meta = np.load(retok_case.output / "scylla.meta.npz")
+    assert meta["is_boundary_token"].nonzero()[0].tolist() == [277]
+    assert not meta["has_leading_space"].any() and meta["base_bytes"].dtype == np.int16
+    assert (int(meta["format_version"]), str(meta["tokenizer_kind"]), int(meta["vocab_size"])) == (
+        1, "tokenmonster", 278)
+    assert (retok_case.output / "toy.yaml").read_bytes() == retok_case.vocab.read_bytes()
+
+
+def test_retok_document_longer_than_a_shard(tmp_path: Path, retok_run) -> None:
+    case = RetokCase(tmp_path / "long", documents=1, shards=3)
+    assert retok_run(case.arguments())[0] == 0
+    retok_check_output(case, shards=3)
+    assert retok_read_shard(case.output / case.shard(1).name) == []
+
+
+def test_retok_invalid_utf8_documents_take_the_slow_way(retok_case: RetokCase, retok_run) -> None:
+    retok_case.documents = [[1, 4 + 0xE2, 4 + 0x80, 290], [1, 291, 4 + 0xFF, 292], [1], [1, 290]]
+    for path in (retok_case.folder / "in").iterdir():
+        path.unlink()
+    retok_write_shard(retok_case.shard(0), [k for ids in retok_case.documents for k in ids])
+    retok_case.first_of_shard = [0, 4]
+    assert retok_run(retok_case.arguments())[0] == 0
+    retok_check_output(retok_case, shards=1)
+    assert b"\xef\xbf\xbd" in retok_case.source(0)[0]
+
+
+@needs_shared
+def test_retok_real_documents_are_exact_to_the_byte(tmp_path: Path, retok_run) -> None:
+    data = SHARED / "data"
+    model = ["--sp-model", data / "fineweb_1024_bpe.model"]
+    code, _ = retok_run(["--docs", data / "fineweb_docs.jsonl", "--split", "val", *model,
+                         "--output-dir", tmp_path / "sp", "--workers", "1"])
+    assert code == 0
+    ids = retok_read_shard(tmp_path / "sp" / "fineweb_val_000000.bin")
+    for k, cut in enumerate([0, 100_001, 250_003]):
+        end = [100_001, 250_003, len(ids)][k]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        retok_write_shard(tmp_path / "in" / f"fineweb_val_{k:06d}.bin", ids[cut:end])
+    code, _ = retok_run(["--sp-shards", tmp_path / "in" / "*.bin", *model, "--vocab",
+                         data / "scylla.yaml", "--output-dir", tmp_path / "out", "--workers", "1"])
+    totals = retok_manifest(tmp_path / "out")["totals"]["val"]
+    base = np.load(tmp_path / "out" / "scylla.meta.npz")["base_bytes"]
+    counted = sum(int(base[retok_read_shard(path)].sum(dtype=np.int64))
+                  for path in (tmp_path / "out").glob("*.bin"))
+    processor = R.SentencePieceModel(model[1]).processor
+    texts = [json.loads(line)["text"]
+             for line in (data / "fineweb_docs.jsonl").read_text().splitlines()]
+    source = sum(len(processor.decode(ids).encode()) for ids in processor.encode(texts))
+    assert code == 0 and totals["documents"] == 120 and totals["bad_documents"] == 0
+    assert totals["source_bytes"] == totals["decoded_bytes"] == counted == source
+    sp_totals = retok_manifest(tmp_path / "sp")["totals"]["val"]
+    assert sp_totals["source_bytes"] == sp_totals["decoded_bytes"] == source
+
+
+def test_retok_wrong_segmentation_is_never_published(retok_case: RetokCase, retok_run,
+                                                     monkeypatch) -> None:
+    original = R.Segmenter.segment
+
+    def damaged(self, text, starts):
+        ids = original(self, text, starts)
+        ids[np.flatnonzero(ids < 256)[-1]] ^= 1  # another token of the same length
+        return ids
+
+    monkeypatch.setattr(R.Segmenter, "segment", damaged)
+    code, text = retok_run(retok_case.arguments())
+    assert code == 1 and "does not decode to its source" in text
+    assert not list(retok_case.output.glob("*.bin"))
+
+
+# --- restart, signals -----------------------------------------------------------------------
+
+
+def test_retok_restart_skips_what_is_finished_and_redoes_the_rest(retok_case: RetokCase, retok_run
+                                                                  ) -> None:
+    assert retok_run(retok_case.arguments())[0] == 0
+    before = retok_folder(retok_case.output)
+    stamps = {path.name: path.stat().st_ino for path in retok_case.output.glob("*.bin")}
+    code, text = retok_run(retok_case.arguments())
+    assert code == 0 and "0 made, 4 skipped" in text
+    assert stamps == {path.name: path.stat().st_ino for path in retok_case.output.glob("*.bin")}
+    shards = [retok_case.output / retok_case.shard(k).name for k in range(4)]
+    data = bytearray(shards[0].read_bytes())
+    data[2000] ^= 1
+    shards[0].write_bytes(data)
+    shards[1].unlink()
+    (retok_case.output / ".ledger" / f"{shards[2].name}.json").write_text("torn {")
+    code, text = retok_run(retok_case.arguments())
+    assert code == 0 and "3 made, 1 skipped" in text
+    assert retok_folder(retok_case.output) == before
+
+
+def test_retok_restart_redoes_changed_sources_and_vocabularies(retok_case: RetokCase, retok_run
+                                                               ) -> None:
+    retok_run(retok_case.arguments())
+    last = retok_read_shard(retok_case.shard(3))
+    retok_write_shard(retok_case.shard(3), last[:-1])
+    assert "1 made, 3 skipped" in retok_run(retok_case.arguments())[1]
+    retok_write_shard(retok_case.shard(3), [299, *last[1:]])
+    assert "1 made, 3 skipped" not in retok_run(retok_case.arguments())[1], "2 has its tail there"
+    retok_case.vocab.write_bytes(retok_vocabulary(RETOK_TOKENS[:5]).data)
+    assert "4 made, 0 skipped" in retok_run(retok_case.arguments())[1]
+
+
+RETOK_KILL = """
+def kill_at(owner, name, number, after=False):
+    original, calls = getattr(owner, name), []
+    def patched(*arguments, **options):
+        calls.append(1)
+        if len(calls) == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **options)
+        if len(calls) == number and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, patched)
+"""
+
+
+@pytest.mark.parametrize("point", [
+    'R.ShardWriter, "append", 2', 'R.ShardWriter, "seal", 1', 'os, "fsync", 1', 'os, "replace", 1',
+    'os, "replace", 1, True', 'os, "replace", 2', 'os, "replace", 3, True', 'os, "replace", 6',
+    'R, "put_tokenizer", 1'])
+def test_retok_killed_at_any_point_ends_byte_identical(retok_case: RetokCase, retok_run, point: str
+                                                       ) -> None:
+    retok_run(retok_case.arguments())
+    undisturbed = retok_folder(retok_case.output)
+    retok_case.output = retok_case.folder / "killed"
+    process = retok_process(retok_case.arguments(), RETOK_KILL + f"kill_at({point})")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert retok_folder(retok_case.output) != undisturbed
+    if (retok_case.output / "manifest.json").exists():
+        for name, entry in retok_manifest(retok_case.output)["shards"].items():
+            assert R.file_sha256(retok_case.output / name) == entry["sha256"]
+    assert retok_run(retok_case.arguments())[0] == 0
+    assert retok_folder(retok_case.output) == undisturbed
+
+
+def test_retok_manifest_is_right_when_a_redo_is_killed(retok_case: RetokCase, retok_run) -> None:
+    retok_run(retok_case.arguments())
+    retok_write_shard(retok_case.shard(3), retok_read_shard(retok_case.shard(3))[:-1] + [290])
+    point = 'kill_at(os, "replace", 2, True)'  # the first is the manifest's without the shard
+    process = retok_process(retok_case.arguments(), RETOK_KILL + point)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    shards = retok_manifest(retok_case.output)["shards"]
+    assert len(shards) == 3 and all(
+        R.file_sha256(retok_case.output / name) == entry["sha256"]
+        for name, entry in shards.items())
+    assert "1 made, 3 skipped" in retok_run(retok_case.arguments())[1]
+    assert len(retok_manifest(retok_case.output)["shards"]) == 4
+
+
+RETOK_SLOW_APPEND = """
+original = R.ShardWriter.append
+def slow(self, block):
+    original(self, block)
+    print("appended", file=sys.stderr, flush=True)
+    time.sleep(60)
+R.ShardWriter.append = slow
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_retok_stop_leaves_no_partial_output(retok_case: RetokCase, retok_run, workers: str,
+                                             signum: signal.Signals) -> None:
+    process = retok_process(retok_case.arguments("--workers", workers), RETOK_SLOW_APPEND)
+    assert "appended" in process.stderr.readline()
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    _, error = process.communicate(timeout=30)
+    assert not list(retok_case.output.glob("*.bin"))
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum and "stopped" in error
+        assert "Traceback" not in error
+        assert [p.name for p in (retok_case.output / ".ledger").iterdir()] == ["lock"]
+    assert retok_run(retok_case.arguments())[0] == 0
+    assert not list((retok_case.output / ".ledger").glob("*.part"))
+    retok_check_output(retok_case)
+
+
+# --- workers, ranks -------------------------------------------------------------------------
+
+
+def test_retok_workers_and_ranks_make_the_same_folder(retok_case: RetokCase, retok_run, monkeypatch
+                                                      ) -> None:
+    retok_run(retok_case.arguments())
+    alone = retok_folder(retok_case.output)
+    retok_case.output = retok_case.folder / "workers"
+    assert retok_run(retok_case.arguments("--workers", "3"))[0] == 0
+    assert retok_folder(retok_case.output) == alone
+    retok_case.output = retok_case.folder / "ranks"
+    for rank in ("1", "0"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        code, text = retok_run(retok_case.arguments())
+        assert code == 0 and "2 made, 0 skipped" in text
+    assert retok_folder(retok_case.output) == alone
+    monkeypatch.setenv("RANK", "2")
+    code, text = retok_run(retok_case.arguments())
+    assert code == 1 and "RANK=2" in text
+
+
+def test_retok_manifest_grows_over_invocations(retok_case: RetokCase, retok_run) -> None:
+    source = retok_case.folder / "val.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in retok_texts(5)))
+    documents = ["--docs", source, "--split", "val", "--vocab", retok_case.vocab, "--workers", "1",
+                 "--output-dir", retok_case.output]
+    assert retok_run(documents)[0] == 0 and retok_run(retok_case.arguments())[0] == 0
+    manifest = retok_manifest(retok_case.output)
+    assert len(manifest["shards"]) == 5 and manifest["source"]["kind"] == "mixed"
+    totals = manifest["totals"]
+    assert totals["val"]["documents"] == 5 and totals["train"]["documents"] == 40
+    assert all(totals["all"][key] == totals["val"][key] + totals["train"][key] for key in R.COUNTS)
+    retok_case.vocab.write_bytes(retok_vocabulary(RETOK_TOKENS[:5]).data)
+    code, text = retok_run(documents)
+    assert code == 1 and "fineweb_train_000000.bin: was made with another vocabulary" in text
+
+
+def test_retok_manifest_sees_entries_that_come_while_it_is_written(tmp_path: Path, monkeypatch
+                                                                   ) -> None:
+    folder = R.OutputFolder(tmp_path / "out")
+    entry = {**dict.fromkeys(R.COUNTS, 0), "identity": {"kind": "docs", "model_sha256": None}}
+    original = R.OutputFolder.put
+
+    def late(self, target, data):
+        original(self, target, data)
+        if target.name == "manifest.json" and not (self.path / "b.bin").exists():
+            retok_write_shard(self.path / "b.bin", [])
+            self.record("b.bin", entry)
+
+    monkeypatch.setattr(R.OutputFolder, "put", late)
+    folder.publish({})
+    assert list(retok_manifest(folder.path)["shards"]) == ["b.bin"]
+
+
+def test_retok_a_dying_worker_is_reported(retok_case: RetokCase) -> None:
+    prelude = "R.ShardWriter.append = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    process = retok_process(retok_case.arguments("--workers", "2"), prelude)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "worker process died (exit code -9" in error
+    assert not list(retok_case.output.glob("*.bin"))
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+
+def retok_append(path: Path, data: bytes) -> None:
+    path.write_bytes(path.read_bytes() + data)
+
+
+RETOK_DAMAGE = {
+    "truncated": (lambda case: os.truncate(case.shard(1), 1500),
+                  "fineweb_train_000001.bin: truncated"),
+    "no header": (lambda case: os.truncate(case.shard(1), 100), "100 bytes are less than the 1024"),
+    "magic": (lambda case: retok_write_shard(case.shard(1), [1, 5], magic=7), "magic 7"),
+    "count": (lambda case: retok_write_shard(case.shard(1), [1, 5], count=1),
+              "too long: the header counts 1 tokens, the file holds 2"),
+    "odd length": (lambda case: retok_append(case.shard(0), b"x"), "too long"),
+    "range": (lambda case: retok_write_shard(case.shard(3), [1, 5, 300]),
+              "fineweb_train_000003.bin: id 300 is out of range: the model has 300 ids"),
+    "no BOS": (lambda case: case.shard(0).unlink(), "fineweb_train_000001.bin: the first id is"),
+    "gap": (lambda case: case.shard(2).unlink(),
+            "fineweb_train_000003.bin: the shard before it is missing"),
+    "empty shard": (lambda case: retok_write_shard(case.shard(0), []), "empty source"),
+    "no shard": (lambda case: [case.shard(k).unlink() for k in range(4)],
+                 "empty source: no file matches"),
+    "no model": (lambda case: case.model.unlink(), "sp.model: no such SentencePiece model"),
+    "bad model": (lambda case: case.model.write_bytes(b"x"), "not a SentencePiece model"),
+    "no vocabulary": (lambda case: case.vocab.unlink(), "toy.yaml: no such vocabulary"),
+    "output": (lambda case: case.output.write_text("a file"), "cannot write the output folder"),
+    "duplicate": (lambda case: ((case.folder / "in" / "x.bin").mkdir(), retok_write_shard(
+        case.folder / "in" / "x.bin" / case.shard(0).name, [1])), "duplicate shard name"),
+    "in place": (lambda case: (case.shard(0).rename(case.folder / "a_0.bin"), setattr(
+        case, "output", case.folder / "in")), "is the folder of the input"),
+}
+
+
+@pytest.mark.parametrize("kind", RETOK_DAMAGE)
+def test_retok_bad_shards_are_refused_by_name(retok_case: RetokCase, retok_run, kind: str) -> None:
+    damage, message = RETOK_DAMAGE[kind]
+    damage(retok_case)
+    arguments = retok_case.arguments()
+    if kind == "duplicate":
+        arguments[1] = str(retok_case.folder / "in" / "**" / "fineweb*.bin")
+        (retok_case.folder / "in" / "y").mkdir()
+        retok_write_shard(retok_case.folder / "in" / "y" / retok_case.shard(0).name, [1])
+    before = {path: path.read_bytes() for path in (retok_case.folder / "in").glob("*.bin")
+              if path.is_file()}
+    code, text = retok_run(arguments)
+    assert code == 1 and message in text and text.startswith("error: "), text
+    assert {path: path.read_bytes() for path in before} == before, "the input is never touched"
+    if kind in ("output", "in place"):
+        return
+    ledger = retok_case.output / ".ledger"
+    assert not list(ledger.glob("*.part"))
+    finished = {path.name for path in retok_case.output.glob("*.bin")}
+    assert finished == {path.name[:-5] for path in ledger.glob("*.json")}
+    assert not finished or kind == "range"
+
+
+def test_retok_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    retok_case = RetokCase(tmp_path / "case", documents=200)
+    prelude = "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))"
+    process = retok_process(retok_case.arguments(), prelude)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "make room and run again" in error
+    assert "cannot write" in error and "fineweb_train_000000.bin" in error
+    assert [path.name for path in retok_case.output.iterdir()] == [".ledger"]
+    assert [path.name for path in (retok_case.output / ".ledger").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ("", "empty source: no documents"), ("{\"text\": 3}\n", "bad.jsonl:1: no string \"text\""),
+    ("{\"text\": \"a\"}\n\n{\"body\": \"a\"}\n", "bad.jsonl:3: no \"text\""),
+    ("{\"text\": \"a\n", "bad.jsonl:1: not JSON"), ("[1]\n", "no string \"text\""),
+    ("{\"text\": \"a\\ud800\"}\n", "lone surrogate at character 1")])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_retok_bad_documents_are_refused_by_line(retok_case: RetokCase, retok_run, lines: str,
+                                                 message: str, workers: str) -> None:
+    path = retok_case.folder / "bad.jsonl"
+    path.write_text(lines)
+    code, text = retok_run(["--docs", path, "--vocab", retok_case.vocab, "--output-dir",
+                            retok_case.output, "--workers", workers])
+    assert code == 1 and message in text
+    assert not list(retok_case.output.glob("*.bin"))
+
+
+# --- documents ------------------------------------------------------------------------------
+
+
+def retok_compress(data: bytes, suffix: str) -> bytes:
+    """Data as a file of that suffix would hold it, in two concatenated parts."""
+    if suffix == ".zst":
+        pack = pytest.importorskip("zstandard").ZstdCompressor().compress
+    else:
+        pack = {"": bytes, ".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}[
+            suffix]
+    return pack(data[:1000]) + pack(data[1000:])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_retok_compressed_documents_and_shard_size(retok_case: RetokCase, retok_run, suffix: str,
+                                                   monkeypatch) -> None:
+    monkeypatch.setattr(R, "BLOCK_BYTES", 3000)
+    texts = [*retok_texts(60, 3), "", "caf\u00e9\n\x00 raw"]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path = retok_case.folder / f"docs.jsonl{suffix}"
+    path.write_bytes(retok_compress(data, suffix))
+    arguments = ["--docs", path, "--split", "val", "--vocab", retok_case.vocab, "--shard-tokens",
+                 "1500", "--output-dir", retok_case.output, "--workers", "2"]
+    code, text = retok_run(arguments)
+    shards = sorted(retok_case.output.glob("fineweb_val_*.bin"))
+    assert code == 0 and len(shards) > 2 and shards[0].name == "fineweb_val_000000.bin"
+    slow = RetokSlow([bytes([k]) for k in range(256)] + RETOK_TOKENS)
+    expected, stream = [[277, *slow.encode(text.encode())] for text in texts], []
+    for shard in shards:
+        ids = retok_read_shard(shard)
+        stream += ids
+        last_bos = len(ids) - 1 - ids[::-1].index(277)
+        assert ids[0] == 277 and last_bos < 1500, "a shard ends with the document that fills it"
+        assert shard == shards[-1] or len(ids) >= 1500
+    assert stream == [k for ids in expected for k in ids]
+    totals = retok_manifest(retok_case.output)["totals"]["val"]
+    size = sum(len(text.encode()) for text in texts)
+    assert [totals[key] for key in ("documents", "source_bytes", "decoded_bytes")] == [
+        62, size, size]
+    before = retok_folder(retok_case.output)
+    assert f"0 made, {len(shards)} skipped" in retok_run(arguments)[1]
+    shards[1].unlink()
+    assert f"{len(shards) - 1} made, 1 skipped" in retok_run(arguments)[1]
+    assert retok_folder(retok_case.output) == before
+    arguments[arguments.index("1500")] = "1000000"
+    assert "1 made, 0 skipped" in retok_run(arguments)[1]
+    assert [path.name for path in retok_case.output.glob("*.bin")] == ["fineweb_val_000000.bin"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_retok_truncated_archives_are_refused(retok_case: RetokCase, retok_run, suffix: str
+                                              ) -> None:
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in retok_texts(50))
+    path = retok_case.folder / f"docs.jsonl{suffix}"
+    whole = retok_compress(data, suffix)
+    for damaged in (whole[:-20], b"not an archive" * 9):
+        path.write_bytes(damaged)
+        code, text = retok_run(["--docs", path, "--vocab", retok_case.vocab, "--output-dir",
+                                retok_case.output, "--workers", "1"])
+        assert code == 1 and f"{path.name}: damaged or truncated" in text
+        assert not list(retok_case.output.glob("*.bin"))
+
+
+def test_retok_documents_to_sentencepiece_shards(retok_case: RetokCase, retok_run) -> None:
+    path = retok_case.folder / "docs.jsonl"
+    texts = [*retok_texts(30, 4), " two  spaces\nand a line", "\u2581\u00ff"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    code, _ = retok_run(["--docs", path, "--sp-model", retok_case.model, "--output-dir",
+                         retok_case.output, "--workers", "1"])
+    parts = [[1, *ids] for ids in retok_case.processor.encode(texts)]
+    assert retok_read_shard(retok_case.output / "fineweb_train_000000.bin") == sum(parts, [])
+    manifest = retok_manifest(retok_case.output)
+    source = sum(len(retok_case.processor.decode(ids).encode()) for ids in parts)
+    assert code == 0 and manifest["tokenizer"]["kind"] == "sentencepiece"
+    assert manifest["source"] == {"kind": "docs", "model_sha256": R.file_sha256(retok_case.model)}
+    assert manifest["totals"]["train"]["source_bytes"] == source
+    assert manifest["totals"]["train"]["decoded_bytes"] == source
+
+
+# --- lossy vocabularies ---------------------------------------------------------------------
+
+
+class RetokTokenmonster(types.ModuleType):
+    """A stand-in for the tokenmonster package: UTF-8, one id per byte, non-ASCII bytes dropped."""
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__("tokenmonster")
+        self.error, self.loaded = error, None
+
+    def load(self, path: str):
+        if self.error:
+            raise self.error
+        self.loaded = Path(path).read_bytes()
+        return self
+
+    def __len__(self) -> int:
+        return 998
+
+    def tokenize(self, text: bytes):
+        assert isinstance(text, bytes)
+        return np.array([k for k in text if k < 128], dtype=np.uint16) if text else None
+
+    def decode(self, ids):
+        return "".join(map(chr, (k if k < 128 else 63 for k in ids))) if len(ids) else None
+
+
+def retok_lossy_arguments(case: RetokCase, *more: str) -> list[str]:
+    case.vocab = case.folder / "candidate.vocab"
+    header = bytes.fromhex("0201010130000000ffffffe60300e60300cd040025000e01")
+    case.vocab.write_bytes(header + bytes(100))
+    return case.arguments(*more)
+
+
+def test_retok_lossy_vocabulary_is_refused_by_its_header(retok_case: RetokCase, retok_run) -> None:
+    code, text = retok_run(retok_lossy_arguments(retok_case))
+    assert code == 1 and "candidate.vocab: refused: not byte-exact" in text
+    assert "998 tokens with capcode 2, charset UTF-8, normalization NFD" in text
+    assert "--allow-lossy" in text and not retok_case.output.exists()
+
+
+@needs_shared
+def test_retok_the_published_lossy_vocabulary_is_recognised() -> None:
+    vocabulary = R.load_vocabulary(SHARED / "data" / "candidate.vocab")
+    assert "998 tokens with capcode 2, charset UTF-8, normalization NFD" in vocabulary.lossy
+    with pytest.raises(R.InputError, match="refused"):
+        R.make_engine(vocabulary, allow_lossy=False)
+
+
+def test_retok_lossy_yaml_is_refused_with_its_reasons() -> None:
+    data = R.vocabulary_yaml([bytes([k]) for k in range(200)])
+    data = data.replace(b"capcode: 0", b"capcode: 2").replace(b"charset: none", b"charset: utf-8")
+    vocabulary = R.load_vocabulary(data, "half.yaml")
+    for reason in ("capcode 2", "charset utf-8", "no token for 56 of the 256"):
+        assert reason in vocabulary.lossy
+    with pytest.raises(R.InputError, match="half.yaml: refused"):
+        R.make_engine(vocabulary, allow_lossy=False)
+
+
+def test_retok_allow_lossy_needs_the_package_and_its_helper(retok_case: RetokCase, retok_run,
+                                                            monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenmonster", None)
+    code, text = retok_run(retok_lossy_arguments(retok_case, "--allow-lossy"))
+    assert code == 1 and "pip install tokenmonster" in text
+    error = urllib.error.URLError(OSError(-2, "Name or service not known"))
+    monkeypatch.setitem(sys.modules, "tokenmonster", RetokTokenmonster(error))
+    code, text = retok_run(retok_lossy_arguments(retok_case, "--allow-lossy"))
+    assert code == 1 and "cannot load its helper" in text and "needs a network once" in text
+    assert "Name or service not known" in text and not retok_case.output.exists()
+
+
+def test_retok_allow_lossy_states_what_is_wrong(retok_case: RetokCase, retok_run, monkeypatch
+                                                ) -> None:
+    module = RetokTokenmonster()
+    monkeypatch.setitem(sys.modules, "tokenmonster", module)
+    code, text = retok_run(retok_lossy_arguments(retok_case, "--allow-lossy", "--workers", "2"))
+    assert code == 0 and "NOT EXACT" in text and module.loaded == retok_case.vocab.read_bytes()
+    manifest = retok_manifest(retok_case.output)
+    assert manifest["tokenizer"]["byte_exact"] is False
+    assert (manifest["tokenizer"]["bos_id"], manifest["tokenizer"]["vocab_size"]) == (998, 999)
+    source = [text for k in range(4) for text in retok_case.source(k)]
+    kept = [bytes(k for k in text if k < 128) for text in source]
+    bad = sum(a != b for a, b in zip(source, kept, strict=True))
+    totals = manifest["totals"]["all"]
+    assert (totals["bad_documents"], totals["source_bytes"], totals["decoded_bytes"]) == (
+        bad, sum(map(len, source)), sum(map(len, kept)))
+    assert 0 < bad and totals["source_bytes"] > totals["decoded_bytes"]
+    assert all(entry["status"] == "lossy" for entry in manifest["shards"].values())
+
+
+# --- demo, bench, memory --------------------------------------------------------------------
+
+
+def test_retok_demo_is_built_once_and_is_honest(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(R.DEMO, "packages", [])
+    monkeypatch.setitem(R.DEMO, "val_bytes", 30_000)
+    monkeypatch.setitem(R.DEMO, "sample_bytes", 100_000)
+    monkeypatch.setitem(R.DEMO, "vocabulary_ids", 400)
+    sources = R.demo_sources()
+    assert ("pydoc_data/topics.py" in dict(sources)) and not any(
+        {"test", "tests"} & set(name.split("/")) for name, _ in sources)
+    monkeypatch.setattr(R, "demo_sources", lambda: [source for source in sources
+                                                    if source[0][0] in "abcdefg"])
+    lines: list[str] = []
+    paths = R.build_demo(tmp_path / "demo", lines.append)
+    assert lines and all(path.exists() for path in paths.values())
+    before = retok_folder(tmp_path / "demo")
+    assert R.build_demo(tmp_path / "demo", lines.clear) == paths
+    texts = {}
+    for split in ("train", "val"):
+        texts[split] = [json.loads(line)["text"] for line in open(paths[f"{split}_text"])]
+        size = sum(len(text.encode()) for text in texts[split])
+        for folder in (paths["data_path"], paths["sp_data_path"]):
+            totals = retok_manifest(folder)["totals"][split]
+            assert (totals["source_bytes"], totals["decoded_bytes"], totals["bad_documents"]) == (
+                size, size, 0)
+        vocabulary = R.load_vocabulary(paths["tokenizer_path"])
+        ids = retok_read_shard(paths["data_path"] / f"fineweb_{split}_000000.bin")
+        decoded = b"".join(b"\0" if k == vocabulary.bos_id else vocabulary.tokens[k] for k in ids)
+        assert decoded.decode() == "".join("\0" + text for text in texts[split])
+    assert not set(texts["train"]) & set(texts["val"]) and len(texts["val"]) > 3
+    model = R.SentencePieceModel(paths["sp_model"])
+    assert [model.processor.id_to_piece(k) for k in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert model.vocab_size == 1024 and model.processor.piece_to_id("\u2581") > 258
+    monkeypatch.setitem(R.DEMO, "version", 2)
+    R.build_demo(tmp_path / "demo", lines.append)
+    after = retok_folder(tmp_path / "demo")
+    assert {name for name in before if before[name] != after[name]} == {"stamp"}
+
+
+def test_retok_demo_texts_are_never_in_both_splits(tmp_path: Path) -> None:
+    sources = []
+    for k in range(60):
+        path = tmp_path / f"m{k}.py"
+        shared = f"A docstring that several modules have,\nas number {k % 20} shows to readers."
+        path.write_text(f'"""Module {k} with a text of its own,\nwhich is long enough."""\n'
+                        f'def f():\n    """{shared}"""\n')
+        sources.append((path.name, path))
+    splits = R.demo_documents(sources, 1)
+    texts = [text for split in splits.values() for document in split
+             for text in document.decode().split("\n\n")]
+    assert len(texts) == len(set(texts)) == 80
+
+
+def test_retok_bench_reports_the_yardstick(retok_case: RetokCase, retok_run) -> None:
+    code, text = retok_run(retok_case.arguments("--bench"))
+    assert code == 0 and "sp.decode:" in text and "x sp.decode" in text
+    assert not list(retok_case.output.glob("*.bin"))
+
+
+def test_retok_import_is_light() -> None:
+    code = ("import sys, retokenize_scylla; print([name for name in ('numba', 'sentencepiece', "
+            "'tokenmonster', 'zstandard', 'torch') if name in sys.modules])")
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True) == "[]\n"
+
+
+@pytest.mark.slow
+def test_retok_memory_is_bounded_for_a_full_shard(retok_case: RetokCase) -> None:
+    ids = np.array([k for ids in retok_case.documents for k in ids], dtype=np.uint16)
+    for k in (1, 2, 3):
+        retok_case.shard(k).unlink()
+    retok_write_shard(retok_case.shard(0), np.resize(ids, 100_000_000))
+    prelude = ("import atexit, re\natexit.register(lambda: print(re.search("
+               "r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]))")
+    process = retok_process(retok_case.arguments(), prelude)
+    output, error = process.communicate(timeout=300)
+    peak = int(output.split()[-1]) / 1024
+    print(f"peak {peak:.0f} MiB; {error.splitlines()[-1]}")
+    assert process.returncode == 0 and peak < 1000
+
+
+# ==========================================================================================
+# the vocabulary builder
+# ==========================================================================================
+
+VOCAB_SYLLABLES = ("ba", "ke", "lin", "tor", "ma", "shi", "ed", "ing", "\u00e9t", "-", "'s", "qu")
+
+
+def vocab_made_up_documents(count: int, seed: int = 1) -> list[bytes]:
+    """Documents of words that follow Zipf's law, with stops, new lines and some invalid UTF-8."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(VOCAB_SYLLABLES, k=draw.randint(1, 4))) for _ in range(600)]
+    weights = [1 / rank for rank in range(1, len(words) + 1)]
+    documents = []
+    for _ in range(count):
+        chosen = draw.choices(words, weights, k=draw.randint(1, 120))
+        text = " ".join(word + draw.choice(("", "", "", ",", ".\n")) for word in chosen)
+        documents.append(text.encode() + draw.randbytes(draw.randint(0, 3)))
+    return documents
+
+
+def vocab_proxy_documents(limit: int) -> list[bytes]:
+    """The first `limit` bytes of the proxy corpus."""
+    with lzma.open(SHARED / "data" / "proxy_train.jsonl.xz", "rt", encoding="utf-8") as lines:
+        texts = (json.loads(line)["text"].encode() for line in lines)
+        documents, size = [], 0
+        while size < limit:
+            documents.append(next(texts))
+            size += len(documents[-1])
+    return documents
+
+
+def vocab_jsonl_documents(name: str) -> list[bytes]:
+    """Documents of an uncompressed file of ../shared/data."""
+    lines = (SHARED / "data" / name).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"].encode() for line in lines]
+
+
+def vocab_bytes_per_token(vocabulary: bytes | Path, documents: list[bytes]) -> float:
+    """Bytes per token of the exact segmenter, BOS not counted."""
+    segmenter = R.Segmenter(R.load_vocabulary(vocabulary))
+    return sum(map(len, documents)) / sum(len(segmenter.encode(one)) for one in documents)
+
+
+def vocab_byte_pair_vocabulary(documents: list[bytes], size: int) -> bytes:
+    """Plain byte-pair encoding over words with their leading space: the baseline to beat."""
+    words = Counter(tuple(bytes([value]) for value in word)
+                    for document in documents for word in re.split(rb"(?= )", document))
+    tokens = [bytes([value]) for value in range(256)]
+    while len(tokens) < size - 1:
+        pairs: Counter[tuple[bytes, bytes]] = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += count
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        if left + right not in tokens:
+            tokens.append(left + right)
+        words = Counter({vocab_joined(word, left, right): count for word, count in words.items()})
+    return R.vocabulary_yaml(tokens)
+
+
+def vocab_joined(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
+    """`word` with every adjacent `left`, `right` as one piece."""
+    pieces: list[bytes] = []
+    for piece in word:
+        if pieces and pieces[-1] == left and piece == right:
+            pieces[-1] = left + right
+        else:
+            pieces.append(piece)
+    return tuple(pieces)
+
+
+@pytest.mark.parametrize("size", [257, 300, 700])
+def test_built_vocabulary_loads_with_every_id_alive(size):
+    documents = vocab_made_up_documents(300)
+    vocabulary = R.load_vocabulary(R.build_vocab(documents, size, rounds=3))
+    assert vocabulary.vocab_size == size and vocabulary.bos_id == size - 1 and not vocabulary.lossy
+    tokens = vocabulary.tokens
+    assert tokens[:256] == tuple(bytes([value]) for value in range(256)) and tokens[-1] == b""
+    assert len(set(tokens)) == size and max(map(len, tokens)) <= R.MAX_TOKEN_BYTES
+    segmenter = R.Segmenter(vocabulary)
+    for identity, token in enumerate(tokens[:-1]):
+        assert segmenter.encode(token) == [identity]
+
+
+def test_building_is_deterministic_and_ignores_empty_documents():
+    documents = vocab_made_up_documents(200)
+    built = R.build_vocab(documents, 500, rounds=4)
+    assert built == R.build_vocab(iter([b"", *documents, b""]), 500, rounds=4)
+    assert built != R.build_vocab(documents[100:], 500, rounds=4)
+
+
+def test_built_vocabulary_is_lossless_on_random_bytes():
+    vocabulary = R.load_vocabulary(R.build_vocab(vocab_made_up_documents(200), 600, rounds=2))
+    segmenter, draw = R.Segmenter(vocabulary), random.Random(2)
+    for document in [draw.randbytes(draw.randint(0, 300)) for _ in range(50)]:
+        ids = segmenter.encode(document)
+        assert b"".join(vocabulary.tokens[identity] for identity in ids) == document
+
+
+def test_built_vocabulary_beats_byte_pairs_on_unseen_text():
+    documents = vocab_made_up_documents(500)
+    train, unseen = documents[:350], documents[350:]
+    built = vocab_bytes_per_token(R.build_vocab(train, 500), unseen)
+    assert built > 1.03 * vocab_bytes_per_token(vocab_byte_pair_vocabulary(train, 500), unseen)
+
+
+def test_more_rounds_never_make_it_worse_on_the_text_it_is_built_from():
+    documents = vocab_made_up_documents(200)
+    reached = [vocab_bytes_per_token(R.build_vocab(documents, 500, rounds), documents)
+               for rounds in (0, 12)]
+    assert reached[0] <= reached[1]
+
+
+def test_losses_are_the_tokens_that_removal_costs():
+    draft = R._Draft([b"abab abab", b"ab"])
+    draft.take((*R.BYTES, b"ab", b"abab"))
+    assert draft.ids.tolist() == [258, 257, 32, 257, 258, 256]
+    losses = draft.losses()
+    assert losses[256:].tolist() == [1, 2]  # "ab" once -> 2 bytes; "abab" twice -> 2 x "ab"
+    assert losses[ord("a")] == 0
+
+
+def test_pairs_count_what_can_join():
+    draft = R._Draft([b"aaaa", b"xyxyxy", b"xy"])
+    assert draft.pairs(258) == [b"xy", b"yx"]
+    assert draft.pairs(300) == [b"xy", b"yx"]  # "aaaa" holds "aa" three times, but one can join
+
+
+def test_log_reports_every_round():
+    lines: list[str] = []
+    documents = vocab_made_up_documents(100)
+    R.build_vocab(documents, 400, 3, lines.append)
+    assert [line.split(":")[0] for line in lines] == [
+        f"vocabulary round {number}/3" for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("documents, size, told", [
+    ([b"some text"], 256, "size must be 257"),
+    ([b"some text"], 70000, "size must be 257"),
+    ([], 300, "holds no text"),
+    ([b"", b""], 300, "holds no text"),
+    ([b"too little text"], 300, "repeat too little for more than"),
+])
+def test_impossible_vocabularies_are_refused(documents, size, told):
+    with pytest.raises(R.InputError, match=told):
+        R.build_vocab(documents, size)
+
+
+def test_command_line_builds_a_vocabulary(tmp_path, capsys):
+    source, output = tmp_path / "docs.jsonl", tmp_path / "vocab.yaml"
+    texts = [document.decode("latin-1") for document in vocab_made_up_documents(150)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    arguments = ["--docs", str(source), "--output", str(output), "--build-rounds", "2"]
+    assert R.main(["--build-vocab", "400", *arguments]) == 0
+    assert R.load_vocabulary(output).vocab_size == 400
+    assert output.read_bytes() == R.build_vocab([text.encode() for text in texts], 400, 2)
+    before = output.read_bytes()
+    assert R.main(["--build-vocab", "400", "--build-bytes", "50", *arguments]) == 1
+    assert "error: --build-vocab 400" in capsys.readouterr().err
+    assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [source, output]
+
+
+@needs_shared
+def test_small_build_beats_scylla_on_unseen_text():
+    vocabulary = R.build_vocab(vocab_proxy_documents(1_000_000), 1254, rounds=4)
+    unseen = vocab_jsonl_documents("proxy_val.jsonl")[:100]
+    assert vocab_bytes_per_token(vocabulary, unseen) > 1.1 * vocab_bytes_per_token(
+        SHARED / "data" / "scylla.yaml", unseen)
+
+
+@needs_shared
+@pytest.mark.slow
+@pytest.mark.parametrize("size, bar", [(998, 2.45), (1254, 2.60)])
+def test_build_reaches_its_bar_on_real_documents(size, bar):
+    vocabulary = R.build_vocab(vocab_proxy_documents(6_000_000), size)
+    assert vocab_bytes_per_token(vocabulary, vocab_jsonl_documents("fineweb_docs.jsonl")) >= bar
+    assert np.all(R.load_vocabulary(vocabulary).base_bytes()[:-1] > 0)
+
+
+# ==========================================================================================
+# records/one_h100/run.py
+# ==========================================================================================
+
+C_SCRIPT = ROOT / "records" / "one_h100" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def c_run():
+    spec = importlib.util.spec_from_file_location("one_h100_run", C_SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name, stage, expected", [
+    ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_TNT", "model", "matmul"),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "model", "matmul"),
+    ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "optimizer", "optimizer matmul"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "model", "attention"),
+    ("void cutlass::device_kernel<flash::FlashAttnFwdSm90>", "model", "attention"),
+    ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "model", "attention"),
+    ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "model", "attention"),
+    ("triton_red_fused__scaled_dot_product_cudnn_attention_mm_3", "model", "elementwise"),
+    ("triton_tem_fused_mm_12", "model", "matmul"),
+    ("triton_poi_fused_add_mul_1", "optimizer", "optimizer other"),
+    ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "", "optimizer other"),
+    ("Memcpy DtoD (Device -> Device)", "model", "copy"),
+    ("void at::native::CatArrayBatchedCopy<...>", "optimizer", "optimizer other"),
+    ("void at::native::vectorized_elementwise_kernel<4>", "model", "elementwise"),
+    ("aten::mm", "model", "matmul"),
+    ("aten::copy_", "model", "copy"),
+    ("a_kernel_nobody_knows", "model", "other"),
+])
+def test_c_kernel_class(c_run, name, stage, expected):
+    assert c_run.kernel_class(name, stage) == expected
+
+
+def c_event(name, cat, ts, dur, tid=1, **args):
+    return dict(ph="X", name=name, cat=cat, ts=ts, dur=dur, tid=tid, args=args)
+
+
+def test_c_kernels_belong_to_the_stage_that_launched_them(c_run):
+    events = [
+        c_event("stage:model", "user_annotation", 0, 10),
+        c_event("stage:optimizer", "user_annotation", 10, 10),
+        c_event("stage:model", "gpu_user_annotation", 100, 90),  # on the device: no kernel
+        c_event("cudaLaunchKernel", "cuda_runtime", 5, 1, tid=2, correlation=7),
+        c_event("cuLaunchKernel", "cuda_driver", 15, 1, correlation=8),
+        c_event("nvjet_a", "kernel", 100, 30, correlation=7),
+        c_event("nvjet_b", "kernel", 130, 10, correlation=8),
+        c_event("aten::mm", "cpu_op", 4, 5),
+        dict(ph="i", name="instant"),
+    ]
+    assert c_run.kernels_of(events) == [("nvjet_a", "model", 30), ("nvjet_b", "optimizer", 10)]
+    table = c_run.kernel_table(c_run.kernels_of(events), steps=2)
+    assert [(c["name"], c["ms"], c["share"]) for c in table["classes"]] == [
+        ("matmul", 0.015, 0.75), ("optimizer matmul", 0.005, 0.25)]
+    assert table["launches_per_step"] == 1 and table["busy_ms_per_step"] == 0.02
+
+
+def test_c_operators_without_gpu_count_their_own_time(c_run):
+    events = [c_event("aten::linear", "cpu_op", 0, 10), c_event("aten::mm", "cpu_op", 2, 6),
+              c_event("aten::mul", "cpu_op", 20, 3), c_event("aten::add", "cpu_op", 1, 4, tid=2)]
+    own = {name: time for name, _, time in c_run.kernels_of(events)}
+    assert own == {"aten::linear": 4, "aten::mm": 6, "aten::mul": 3, "aten::add": 4}
+
+
+def test_c_utilisation_is_that_of_the_bars(c_run):
+    work = c_run.train_gpt.operations_per_token
+    config = c_run.train_gpt.Config()
+    for recur, name, share in ((False, "off", 0.38), (True, "on", 0.37)):
+        rate = c_run.BATCH_TOKENS / (c_run.BARS[name][0] / 1e3)
+        used = c_run.utilisation(work(config, 1254, recur), rate)
+        assert used == pytest.approx(share, abs=0.006)
+
+
+def test_c_epochs_are_bounded(c_run):
+    assert c_run.most_steps(90_000_000, 98304) == 3662
+    assert c_run.most_steps(90_000_000, 98304) * 98304 <= 4 * 90_000_000
+    with pytest.raises(c_run.train_gpt.RunError, match="less than one step"):
+        c_run.most_steps(1000, 98304)
+
+
+def c_summary(c_run, name, **values):
+    return dict(piece=name, ok=True, rehearsal=False, timed_out=False, error="", date="2030-01-02",
+                machine=dict(gpu="made-up GPU"), settings={"SEED": "1"}, seconds=1.0,
+                train_gpt_sha256="0" * 64) | values
+
+
+def c_write(folder, *summaries):
+    for summary in summaries:
+        (folder / f"{summary['piece']}.json").write_text(json.dumps(summary))
+
+
+C_PHASE = dict(ms_per_step=55.5, median_ms=55.4, tokens_per_second=1771243, utilisation=0.41,
+               peak_allocated_mib=40000, compile_seconds=50.0)
+
+
+def test_c_report_takes_its_numbers_from_the_summaries(c_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(c_run, "__file__", str(tmp_path / "records" / "run.py"))
+    profile = dict(busy_ms_per_step=50.0, step_ms_under_profiler=56.0, launches_per_step=900,
+                   stages={"model": 40.0}, classes=[dict(name="matmul", ms=30.0, share=0.6)],
+                   top=[{"name": "a|b", "class": "matmul", "calls": 3, "ms": 1.25, "share": 0.1}])
+    variant = dict(attention="cudnn (forced)", micro_batch_tokens=98304,
+                   phases=dict(off=C_PHASE, on=C_PHASE | dict(ms_per_step=66.6)),
+                   profiles=dict(on=profile))
+    c_write(tmp_path, c_summary(c_run, "speed", variants=[variant]),
+            c_summary(c_run, "proxy", tokenizer="scylla", steps=3600, post_ema_bpb=1.25,
+                      roundtrip_bpb=1.26, sliding_bpb=1.23, bytes_total=15_900_000))
+    folder = c_run.run_report(c_run.parse(["report", "--from", str(tmp_path)]))
+    assert folder == tmp_path / "records" / "2030-01-02_uncommitted"
+    text = (folder / "README.md").read_text()
+    for expected in ("| 55.5 | 55.4 | 60.0 | 51.0 |", "| 66.6 | 55.4 | 72.0 | 60.0 |", "`a/b`",
+                     "| roundtrip_bpb | 1.26 |", "made-up GPU"):
+        assert expected in text
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "proxy.json", "speed.json"]
+    row = "| 2030-01-02 | uncommitted | made-up GPU | 55.5 / 66.6 | 0.41 / 0.41 | 40000 | scylla |"
+    assert row in capsys.readouterr().out
+
+
+def test_c_report_refuses_what_would_mislead(c_run, tmp_path):
+    options = c_run.parse(["report", "--from", str(tmp_path)])
+    error = c_run.train_gpt.RunError
+    with pytest.raises(error, match="no summaries"):
+        c_run.run_report(options)
+    c_write(tmp_path, c_summary(c_run, "proxy", rehearsal=True))
+    with pytest.raises(error, match="rehearsal"):
+        c_run.run_report(options)
+    c_write(tmp_path, c_summary(c_run, "speed", train_gpt_sha256="1" * 64))
+    with pytest.raises(error, match="different versions"):
+        c_run.run_report(options)
+
+
+def test_c_preflight_answers_from_events(c_run, tmp_path):
+    options = c_run.parse(["preflight", "--rehearse", "--out", str(tmp_path)])
+    piece = c_run.Piece("preflight", options, tmp_path, 0.0, {})
+    facts = dict(graphs=6, graph_breaks=0, limit_hits=0)
+    events = [dict(event="train", step=i, loss=7.0 - 0.3 * i) for i in range(12)]
+    events += [dict(event="phase", name="recur", step=6), dict(event="phase", name="qat", step=9)]
+    answers, evidence = c_run.training_answers(piece, events, facts)
+    assert all(answers.values()) and evidence["phases_from_step"] == {"recur": 6, "qat": 9}
+    answers, _ = c_run.training_answers(piece, events[:-1], facts | dict(graph_breaks=1))
+    assert not answers["qat_switches_on"] and not answers["compiles_without_graph_breaks"]
+    assert not any(c_run.training_answers(piece, [], {})[0].values())
+    score = dict(event="final", mode="roundtrip", nats=100.0, val_bpb=2.0)
+    assert c_run.roundtrip_answers([score], [score])[1]["identical"]
+    assert not c_run.roundtrip_answers([score], [score | dict(nats=101.0)])[0][
+        "roundtrip_is_the_same"]
+    assert not c_run.roundtrip_answers([score], [])[0]["roundtrip_is_the_same"]
+
+
+def test_c_children_end_when_their_time_is_up(c_run, tmp_path):
+    options = c_run.parse(["preflight", "--rehearse", "--out", str(tmp_path)])
+    piece = c_run.Piece("preflight", options, tmp_path, c_run.time.monotonic() + 0.5,
+                        dict(children={}))
+    assert not piece.run("sleeper", [sys.executable, "-c", "import time; time.sleep(60)"], {})
+    child = piece.summary["children"]["sleeper"]
+    assert child["timed_out"] and child["seconds"] < 5
+    assert json.loads((tmp_path / "preflight.json").read_text())["children"]["sleeper"] == child
+
+
+def test_c_settings_of_the_environment_do_not_leak_in(c_run, monkeypatch):
+    monkeypatch.setenv("MATRIX_LR", "9")
+    seen = c_run.environment({"SEED": "3"}, hide_gpu=True)
+    assert "MATRIX_LR" not in seen and seen["SEED"] == "3" and seen["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pieces", [("preflight",), ("speed",), ("data", "proxy", "report")])
+def test_c_rehearsal(c_run, tmp_path, pieces):
+    command = [sys.executable, str(C_SCRIPT), *pieces, "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    for piece in set(pieces) - {"report"}:
+        summary = json.loads((tmp_path / f"{piece}.json").read_text())
+        assert summary["ok"] and summary["rehearsal"] and not summary["timed_out"]
+
+
+def test_c_summaries_name_no_folder_of_the_machine(c_run, tmp_path):
+    options = c_run.parse(["data", "--out", str(tmp_path / "out")])
+    settings = dict(A=f"{tmp_path}/work/x", B=f"{c_run.ROOT}/data/y")
+    piece = c_run.Piece("data", options, tmp_path / "work", 0.0, dict(settings=settings))
+    piece.save()
+    saved = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert saved["settings"] == dict(A="WORK/x", B="./data/y")
