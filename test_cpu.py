@@ -1429,7 +1429,7 @@ A_TAMPERED = [
     (("model", "BIGRAM_DIM"), 10**12), (("model", "VE_DIM"), "x"), (("model", "VE_LAYERS"), [0, 1]),
     (("model", "VE_LAYERS"), ["x"]), (("model", "VE_LAYERS"), [9]), (("model", "XSA_LAST_N"), "x"),
     (("model", "PARALLEL_START_LAYER"), 9), (("model", "PARALLEL_START_LAYER"), "x"),
-    (("model", "RECUR_LAYERS"), [5]), (("model", "RECUR_LAYERS"), 0),
+    (("model", "RECUR_LAYERS"), [5]), (("model", "RECUR_LAYERS"), [0, 1]),
     (("model", "ARTIFACT_PATH"), "/etc/passwd"), (("model", "NO_SUCH"), 1),
     (("vocab_size",), 299), (("vocab_size",), None), (("vocab_sha256",), "6" * 64),
     (("format",), None), (("format",), "1"),
