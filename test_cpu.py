@@ -4920,3 +4920,107 @@ def test_c_summaries_name_no_folder_of_the_machine(c_run, tmp_path):
     piece.save()
     saved = json.loads((tmp_path / "out" / "data.json").read_text())
     assert saved["settings"] == dict(A="WORK/x", B="./data/y")
+
+
+# ==========================================================================================
+# the re-tokenizer and the trainer together; the other tools of records/
+# ==========================================================================================
+
+@pytest.mark.parametrize("engine", ["vocab", "sp-model"])
+def test_d_trainer_calls_these_shards_exact(engine, tmp_path):
+    """Shards, byte table and manifest satisfy the audit; a manifest one byte off does not."""
+    texts, out = retok_texts(30), tmp_path / "out"
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = tmp_path / ("v.yaml" if engine == "vocab" else "v.model")
+    source.write_bytes(retok_model_bytes() if engine == "sp-model" else R.vocabulary_yaml(
+        [bytes([k]) for k in range(256)] + RETOK_TOKENS))
+    assert R.main(["--docs", str(documents), f"--{engine}", str(source), "--split", "val",
+                   "--output-dir", str(out), "--workers", "1"]) == 0
+    config = replace(t.Config(), data_path=str(out))
+    val = t.load_validation(config, t.load_byte_table(config))
+    assert val.audit == "exact" and len(val.ids) == len(val.bytes) + 1
+    if engine == "vocab":
+        assert val.bytes.sum() == sum(len(text.encode()) for text in texts)
+        assert val.vocab_sha256 == t.sha256_file(source)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert val.bytes.sum() == manifest["totals"]["val"]["source_bytes"]
+    next(iter(manifest["shards"].values()))["source_bytes"] += 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(t.RunError, match="byte audit failed"):
+        t.load_validation(config, t.load_byte_table(config))
+
+
+def test_d_byte_model_is_witten_bell(tmp_path):
+    """The yardstick's closed form, by hand on a few bytes: contexts, orders, what is scored."""
+    train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
+    train.write_text(json.dumps({"text": "ab"}) + "\n" + json.dumps({"text": "ac"}) + "\n")
+    val.write_text(json.dumps({"text": "ab"}) + "\n")
+
+    def mixed(count, total, kinds, lower):
+        return (count + kinds * lower) / (total + kinds)
+
+    # counted symbols after the two leading zeros: a b 0 0 a c; in contexts of 0, 1 and 2 bytes
+    a0, b0 = mixed(2, 6, 4, 1 / 256), mixed(1, 6, 4, 1 / 256)
+    a1 = mixed(2, 3, 2, a0)  # after 0: a, 0, a
+    b1 = mixed(1, 2, 2, b0)  # after a: b, c
+    a2 = mixed(2, 2, 1, a1)  # after 0 0: a, a
+    b2 = mixed(1, 2, 2, b1)  # after 0 a: b, c
+    expected = -np.log2([a2, b2]).mean()
+    assert R.byte_model_bpb(train, val) == pytest.approx(expected, abs=1e-12)
+
+
+def d_tool(name):
+    """A script of records/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "records" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_d_ablation_table_and_plans():
+    """Means, spread and change against the first variant; every plan names only settings."""
+    ablate = d_tool("ablate")
+    runs = {"base": [dict(post_ema_bpb=1.0, roundtrip_bpb=r, bytes_total=10, steps=4, train_ms=40)
+                     for r in (2.0, 2.2)],
+            "less": [dict(post_ema_bpb=1.5, roundtrip_bpb=2.5, bytes_total=8, steps=5,
+                          train_ms=100)]}
+    rows = ablate.table(runs).splitlines()
+    assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | - | 0.2000 | +0.0000 | 10 | 4 | 10 |"
+    assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | 8 | 5 | 20 |"
+    plans = sorted((ROOT / "records" / "plans").glob("*.json"))
+    assert plans
+    for path in plans:
+        plan = json.loads(path.read_text())
+        assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
+        for changes in plan["variants"].values():
+            texts = {k: str(v).format(root=ROOT) for k, v in (plan["base"] | changes).items()}
+            t.Config.from_env(texts, cuda=True)
+
+
+@pytest.mark.slow
+def test_d_ablation_runs_and_resumes(tmp_path):
+    """Two variants of a tiny run; a second call repeats none of them and gives the same table."""
+    out, data = tmp_path / "out", tmp_path / "data"
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": x}) + "\n" for x in retok_texts(300)))
+    vocabulary = tmp_path / "v.yaml"
+    vocabulary.write_bytes(R.vocabulary_yaml([bytes([k]) for k in range(256)] + RETOK_TOKENS))
+    for split in ("train", "val"):
+        assert R.main(["--docs", str(documents), "--vocab", str(vocabulary), "--split", split,
+                       "--output-dir", str(data), "--workers", "1"]) == 0
+    base = dict(PRESET="demo", DATA_PATH=str(data), ITERATIONS=3, VAL_TOKENS_LIMIT=2000,
+                MODEL_DIM=16, TRAIN_BATCH_TOKENS=256, EVAL_MODES="roundtrip", ROPE_DIMS=4)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(dict(base=base, seeds=[1, 2], seeds_of={"flat": 1}, variants={
+        "all": {}, "flat": {"PARALLEL_START_LAYER": 11}})))
+    command = [sys.executable, ROOT / "records" / "ablate.py", plan, "--out", out, "--jobs", "2"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    times = {p: p.stat().st_mtime_ns for p in out.glob("*/console.txt")}
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(times) == 3 and times == {p: p.stat().st_mtime_ns for p in times}
+    assert first.splitlines()[-4:] == again.splitlines()[-4:]
+    assert (out / "table.md").read_text().splitlines() == again.splitlines()[-4:]
+    (out / "train_gpt.py").write_text("another version")
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "another train_gpt.py" in refused.stderr

@@ -5,8 +5,9 @@
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
 "variants": {name: {settings against the base}}}; the first variant is the baseline, and the
 optional "seeds_of": {name: n} gives a variant only the first n seeds. "{root}" in a value is this
-repository. Each run is a `python train_gpt.py` in a folder of its own, with an equal share of the
-processor cores, pinned where the system can. A run whose log holds a summary is not repeated.
+repository. All runs use the copy of train_gpt.py that the first one made, each in a folder of its
+own, with an equal share of the processor cores, pinned where the system can. A run whose log holds
+a summary is not repeated.
 """
 
 from __future__ import annotations
@@ -47,14 +48,24 @@ def run_one(folder: Path, settings: dict[str, str], cores: list[int]) -> dict:
             os.sched_setaffinity(0, cores)
 
     with open(folder / "console.txt", "w", encoding="utf-8") as console:
-        subprocess.run([sys.executable, ROOT / "train_gpt.py"], cwd=folder, env=env, check=False,
-                       stdout=console, stderr=subprocess.STDOUT, preexec_fn=pin)
+        subprocess.run([sys.executable, folder.parent / "train_gpt.py"], cwd=folder, env=env,
+                       check=False, stdout=console, stderr=subprocess.STDOUT, preexec_fn=pin)
     done = summary_of(folder)
     if done is None:
         tail = (folder / "console.txt").read_text(encoding="utf-8").splitlines()[-3:]
         raise SystemExit(f"{folder}: the run failed; its console ends: {' | '.join(tail)}")
     print(f"{folder.name}: " + " ".join(f"{k}:{done.get(k)}" for k in SCORES), flush=True)
     return done
+
+
+def keep_code(out: Path) -> None:
+    """Copy train_gpt.py beside the runs; another version's runs there are an error."""
+    code, kept = (ROOT / "train_gpt.py").read_bytes(), out / "train_gpt.py"
+    out.mkdir(parents=True, exist_ok=True)
+    if not kept.exists():
+        kept.write_bytes(code)
+    elif kept.read_bytes() != code:
+        raise SystemExit(f"{out} holds runs of another train_gpt.py; remove it or give --out")
 
 
 def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
@@ -86,20 +97,20 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
 
 
 def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: mean of each score over the seeds, spread, and the change against the first."""
-    rows = ["| variant | seeds | post-EMA | roundtrip | sliding | max-min of roundtrip "
-            "| roundtrip against baseline | artifact + code bytes | steps | ms/step |",
+    """Markdown: means over the seeds, spread, and the change against the first, seed by seed."""
+    rows = ["| variant | seeds | post-EMA | roundtrip | sliding | roundtrip, max - min "
+            "| roundtrip - baseline, same seeds | artifact + code bytes | steps | ms/step |",
             "|--|--|--|--|--|--|--|--|--|--|"]
-    baseline = None
+    baseline = [run["roundtrip_bpb"] for run in next(iter(results.values()))]
     for name, runs in results.items():
         means = [statistics.mean(run[score] for run in runs) if score in runs[0] else None
                  for score in SCORES]
         trips = [run["roundtrip_bpb"] for run in runs]
-        baseline = means[1] if baseline is None else baseline
+        change = statistics.mean(trip - base for trip, base in zip(trips, baseline, strict=False))
         steps = statistics.mean(run["steps"] for run in runs)
         milliseconds = statistics.mean(run["train_ms"] for run in runs)
         cells = [name, str(len(runs)), *("-" if m is None else f"{m:.4f}" for m in means),
-                 f"{max(trips) - min(trips):.4f}", f"{means[1] - baseline:+.4f}",
+                 f"{max(trips) - min(trips):.4f}" if len(trips) > 1 else "-", f"{change:+.4f}",
                  f"{statistics.mean(run['bytes_total'] for run in runs):.0f}", f"{steps:.0f}",
                  f"{milliseconds / steps:.0f}"]
         rows.append("| " + " | ".join(cells) + " |")
@@ -115,6 +126,7 @@ def main() -> int:
     options = parser.parse_args()
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
     out = options.out or ROOT / "data" / "ablations" / options.plan.stem
+    keep_code(out)
     results = run_plan(plan, out.resolve(), options.jobs)
     text = table(results)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
