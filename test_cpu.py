@@ -720,6 +720,7 @@ def test_empty_shards_change_nothing(tmp_path):
     steps = [load(t.find_shards(config, "train")).read(step) for step in range(40)]
     for name in ("train_0000005", "val_0000005"):
         a_write_shard(data / f"fineweb_{name}.bin", [])
+    a_manifest(data, lambda m: m["shards"].update({"fineweb_val_0000005.bin": {"source_bytes": 0}}))
     loader = load(t.find_shards(config, "train"))
     assert all(torch.equal(loader.read(step), want) for step, want in enumerate(steps))
     assert t.load_validation(config, table).ids.tolist() == before.ids.tolist()
@@ -1045,7 +1046,7 @@ def a_audit(data, **settings):
 
 
 def test_byte_audit_states(tmp_path):
-    """exact, partial, unverified (no or half a manifest, or a lossy tokenizer), and the bytes."""
+    """exact, partial, unverified (no manifest, or a lossy tokenizer), and the bytes."""
     data = a_dataset(tmp_path / "d")
     ids = [np.fromfile(p, "<u2")[512:] for p in sorted(data.glob("fineweb_val_*"))]
     exact = a_audit(data)
@@ -1059,7 +1060,8 @@ def test_byte_audit_states(tmp_path):
     for limit in (700, 10000):
         assert a_audit(data, val_tokens_limit=limit).audit == "exact"
     a_manifest(data, lambda m: m["shards"].pop("fineweb_val_000001.bin"))
-    assert a_audit(data).audit == "unverified"
+    with pytest.raises(t.RunError, match="manifest.json.*fineweb_val_000001.bin"):
+        a_audit(data)
     lossy = a_dataset(tmp_path / "lossy", byte_exact=False)
     assert a_audit(lossy).audit == "unverified"
     assert a_audit(lossy, val_tokens_limit=450).audit == "unverified"
@@ -1088,7 +1090,7 @@ def test_bad_documents_and_bad_manifests_stop_the_run(tmp_path):
     with pytest.raises(t.RunError, match="byte audit failed.*1 bad documents"):
         a_audit(data)
     entry = '{"shards": {"fineweb_val_000000.bin": {"x": 1}, "fineweb_val_000001.bin": {"x": 1}}, '
-    for text in ("{", "[]", '{"tokenizer": 3}', '{"shards": 3}',
+    for text in ("{", "[]", '{"tokenizer": 3}', '{"shards": 3, "tokenizer": {"byte_exact": true}}',
                  entry + '"tokenizer": {"byte_exact": true}}'):
         (data / "manifest.json").write_text(text)
         with pytest.raises(t.RunError, match=r"manifest\.json: no manifest of retokenize_scylla"):
@@ -1946,7 +1948,7 @@ def test_the_wallclock_cap_stops_early(a_made, tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(data_path="nowhere", run_id="bad"), "no single tokenizer"),
+    (dict(data_path="nowhere", run_id="bad"), "no shards match"),
     (dict(num_kv_heads="3"), "NUM_KV_HEADS=3"),
     (dict(load_artifact="none.ptz"), "none.ptz: No such file"),
     (dict(artifact_path=""), "ARTIFACT_PATH"),
@@ -2024,15 +2026,16 @@ def test_imports_are_torch_numpy_and_the_standard_library():
     imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
     inner = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name) for n in imports
              if n not in tree.body}
-    assert inner <= {"sentencepiece", "zstandard", "flash_attn_interface", "retokenize_scylla",
-                     "resource"}
+    assert {name.split(".")[0] for name in inner} <= {
+        "sentencepiece", "zstandard", "flash_attn_interface", "retokenize_scylla", "resource",
+        "torch"}
 
 
 def test_the_file_keeps_its_shape():
     """About 2,200 lines and 100 kB, 100 columns, ASCII; main under 100 lines, functions 75."""
     data = (ROOT / "train_gpt.py").read_bytes()
     lines = data.decode("ascii").splitlines()
-    assert len(lines) < 2200 and len(data) < 105_000
+    assert len(lines) < 2200 and len(data) < 106_000
     assert max(map(len, lines)) <= 100
     long = {}
     for node in ast.walk(ast.parse(data)):
@@ -2057,7 +2060,8 @@ B_BOUNDARY = np.arange(B_VOCAB) == 0
 def b_runtime(device: str = "cpu") -> SimpleNamespace:
     """What GPT, Muon and Optimizer need of a Runtime, without a log or process group."""
     return SimpleNamespace(device=torch.device(device), dtype=torch.float32, cuda=False,
-                           compiles=False, attention=t.sdpa, rank=0, world=1)
+                           compiles=False, attention=t.sdpa, rank=0, world=1,
+                           on_first_rank=lambda work: work())
 
 
 def b_config(**settings) -> t.Config:
@@ -2851,7 +2855,7 @@ def test_b_train_clock():
     assert (clock.steps, clock.elapsed_ms, runtime.waits) == (0, 0, 0)
     runtime.now = 1150
     clock.poll()
-    assert (clock.steps, clock.elapsed_ms, clock.step_ms) == (1, 100, 100)
+    assert (clock.steps, clock.elapsed_ms, clock.step_ms) == (1, 100, 0)
     assert clock.expected_ms(2) == 100 + 2 * 100
     assert runtime.waits == 0
     clock.pause()
@@ -2862,7 +2866,7 @@ def test_b_train_clock():
     runtime.now = runtime.done = 9050.0
     clock.mark()
     assert (clock.steps, clock.elapsed_ms) == (3, 350)
-    assert clock.step_ms == pytest.approx((100 + 200 + 50) / 3)
+    assert clock.step_ms == 100  # the median: no single slow step moves the schedules
     assert clock.expected_ms(3) == 350 + 200 and clock.expected_ms(4) == 350 + 400
     clock.pause()
     clock.pause()
@@ -3200,7 +3204,7 @@ def test_preflight_05_code_size(capsys):
     data = (ROOT / "train_gpt.py").read_bytes()
     b_report(capsys, f"train_gpt.py {len(data)} bytes, {data.count(10)} lines")
     size, is_ascii = len(data), data.isascii()
-    assert is_ascii and size < 105_000
+    assert is_ascii and size < 106_000
 
 
 def b_export(c: t.Config, model: t.GPT, folder: Path) -> tuple[int, list, t.GPT]:
@@ -3362,7 +3366,10 @@ def b_compile_phases(backend) -> tuple[list, list]:
     """(eager, compiled) losses and gradients of two passes over the four phases."""
     torch._dynamo.reset()
     model = b_model(b_config(**B_SHALLOW))
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    if backend == "inductor":  # as a run on CUDA compiles
+        compiled = t.Runtime.compile(SimpleNamespace(compiles=True), model)
+    else:
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     ids, results = b_ids((2, 17)), ([], [])
     for phase in B_PHASES * 2:
         model.set_phase(phase)
@@ -3420,6 +3427,19 @@ def test_b_inductor_equals_eager():
     for (a, ga), (b, gb) in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ga, gb, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("bits", [5, 6, 8])
+def test_b_inductor_keeps_the_export_grid(bits):
+    """Compiled fake quantization is the stored grid bit for bit: fp16 scales are not fused away."""
+    weight = b_matrices((96, 64))[0]
+    scales = t.row_scales(weight, bits)
+    stored = t.round_to_grid(weight, scales, bits) * scales
+    fake = t.Runtime.compile(SimpleNamespace(compiles=True),
+                             lambda w: t.fake_quantize(w, bits))  # fmt: skip
+    assert torch.equal(fake(weight), stored)
 
 
 # ---------------------------------------------------------------------------- attention
@@ -4949,6 +4969,28 @@ def test_d_trainer_calls_these_shards_exact(engine, tmp_path):
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(t.RunError, match="byte audit failed"):
         t.load_validation(config, t.load_byte_table(config))
+
+
+def test_d_weights_start_as_rank_0s(monkeypatch):
+    """With several ranks every tensor is broadcast from rank 0; with one nothing is sent."""
+    sent = []
+    monkeypatch.setattr(t.dist, "broadcast", lambda tensor, src: sent.append((tensor, src)))
+    weights = [torch.ones(2, requires_grad=True), torch.zeros(3, requires_grad=True)]
+    a_runtime().broadcast(weights)
+    assert not sent
+    a_runtime(rank=1, world=2).broadcast(weights)
+    assert [(x.data_ptr(), src) for x, src in sent] == [(w.data_ptr(), 0) for w in weights]
+
+
+def test_d_out_of_memory_names_the_settings(monkeypatch, capsys):
+    """Exit code 1 and the settings to lower, no traceback."""
+    def fail(config):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(t, "run", fail)
+    assert t.main([]) == 1
+    error = capsys.readouterr().err
+    assert all(n in error for n in ("MICRO_BATCH_TOKENS", "TRAIN_BATCH_TOKENS", "VAL_BATCH_SIZE"))
 
 
 def test_d_byte_model_is_witten_bell(tmp_path):

@@ -32,8 +32,8 @@ import math
 import os
 import platform
 import re
+import statistics
 import struct
-import subprocess
 import sys
 import time
 import uuid
@@ -203,9 +203,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "published": {},  # plain rounding without fit: the yardstick; record moves on by measured gains
     "demo": dict(
-        data_path="./data/demo/scylla", model_dim=64, num_heads=2, num_kv_heads=1, rope_dims=16,
-        bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=2048,
-        train_seq_len=256, iterations=900, warmdown_iters=360, warmup_steps=4,
+        data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz", model_dim=64,
+        num_heads=2, num_kv_heads=1, rope_dims=16, bigram_dim=32, ve_dim=32,
+        recur_start_step=0.4, train_batch_tokens=2048, train_seq_len=256, iterations=900,
+        warmdown_iters=360, warmup_steps=4,
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
         val_batch_size=16384, val_loss_every=0, train_log_every=50,
@@ -443,7 +444,8 @@ class Runtime:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiles = self.cuda and not c.torch_compile_disable
         if self.world > 1:
-            dist.init_process_group("nccl" if self.cuda else "gloo")
+            device = self.device if self.cuda else None
+            dist.init_process_group("nccl" if self.cuda else "gloo", device_id=device)
         self.attention, self.attention_name = select_attention(self.device, c)
         self.log = RunLog(c.run_id, self.rank)
 
@@ -461,17 +463,23 @@ class Runtime:
         dist.all_reduce(shared)
         return shared.to(tensor.device)
 
+    def broadcast(self, tensors: list[Tensor]) -> None:
+        """Rank 0's values to every rank, in place."""
+        for tensor in tensors if self.world > 1 else []:
+            dist.broadcast(tensor.detach(), 0)
+
     def on_first_rank(self, work: Callable[[], Any]) -> Any:
         """Result of `work` on rank 0, given to every rank; its RunError stops every rank."""
-        outcome = [None, ""]
+        outcome = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = work()
             except RunError as error:
-                outcome[1] = str(error)
+                outcome[1] = error
         if self.world > 1:
             dist.broadcast_object_list(outcome)
-        require(not outcome[1], outcome[1])
+        if outcome[1]:
+            raise outcome[1]
         return outcome[0]
 
     def share_of(self, count: int) -> slice:
@@ -493,7 +501,11 @@ class Runtime:
         """`module`, on CUDA as one graph for each phase, shape and grad mode."""
         if not self.compiles:
             return module
-        torch._dynamo.config.recompile_limit = 64
+        from torch._dynamo import config as dynamo
+        from torch._inductor import config as inductor
+
+        dynamo.recompile_limit = 64
+        inductor.emulate_precision_casts = True  # else QAT's scales are not those of the export
         return torch.compile(module, fullgraph=True, dynamic=False)
 
     def peak_memory_mib(self) -> tuple[int, int]:
@@ -530,16 +542,17 @@ def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
     reasons = []
     for name in ("flash_attention_3", *switches):
         attend = flash_attention_3 if name == "flash_attention_3" else sdpa
+        probe = attend if c.torch_compile_disable else torch.compile(attend, fullgraph=True)
         for other, enable in switches.items():
             enable(other == name)
         try:
-            q, k, v = (torch.ones(1, 256, n, c.head_dim, device=device, dtype=torch.bfloat16,
-                                  requires_grad=True)
-                       for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
-            attend(q, k, v).sum().backward()
+            q, k, v = (torch.ones(1, c.train_seq_len, heads, c.head_dim, device=device,
+                                  dtype=torch.bfloat16, requires_grad=True)
+                       for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+            probe(q, k, v).sum().backward()
             torch.cuda.synchronize()
             return attend, f"{name} ({'; '.join(reasons) or 'installed'})"
-        except (ImportError, OSError, RuntimeError) as error:
+        except Exception as error:  # of any kind: the next one is tried, and the log says why
             reasons.append(f"{name}: {str(error).splitlines()[0][:80]}")
     raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
 
@@ -760,9 +773,9 @@ def audit_bytes(manifest: dict[str, Any], paths: list[Path], counted: int) -> st
 
     Raises RunError if a byte-exact tokenizer's source bytes differ from the count.
     """
-    entries = [manifest.get("shards", {}).get(path.name) for path in paths]
-    if not all(entries) or not manifest.get("tokenizer", {}).get("byte_exact"):
+    if not manifest.get("tokenizer", {}).get("byte_exact"):
         return "unverified"
+    entries = [manifest["shards"][path.name] for path in paths]
     source = sum(entry["source_bytes"] for entry in entries)
     bad = sum(entry.get("bad_documents", 0) for entry in entries)
     require(source == counted and not bad,
@@ -774,8 +787,7 @@ def audit_bytes(manifest: dict[str, Any], paths: list[Path], counted: int) -> st
 
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # --- 5 model ------------------------------------------------------------------------------
@@ -1382,7 +1394,7 @@ def quantize(state: Mapping[str, Tensor], c: Config) -> dict[str, Stored]:
     stored = {}
     for name, tensor in state.items():
         require(torch.isfinite(tensor).all(), f"{name} is not finite; nothing was exported")
-        kind, bits = param_spec(name, c).kind, param_spec(name, c).bits
+        kind, _, _, bits = param_spec(name, c)
         values, scales = tensor.float(), None
         if bits <= 8:
             rows = row_scales(values, bits)
@@ -1474,7 +1486,6 @@ class Stream(NamedTuple):
     codec: str
     data: bytes
     weights: int
-    raw_bytes: int
     floor: float  # bytes: order-0 entropy of codes, tensor by tensor; raw size of the rest
 
 
@@ -1491,7 +1502,7 @@ def pack_streams(stored: Mapping[str, Stored], compressor: str) -> list[Stream]:
         # all first bytes, then all second bytes, ...: codecs see like with like
         raw = flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
         floor = sum(map(entropy_bytes, arrays)) if flat.itemsize == 1 else float(len(raw))
-        streams.append(Stream(name, *smallest(raw, compressor), flat.size, len(raw), floor))
+        streams.append(Stream(name, *smallest(raw, compressor), flat.size, floor))
     return streams
 
 
@@ -1602,7 +1613,7 @@ def export_model(model: GPT, val: Validation, runtime: Runtime, c: Config) -> in
 
 def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c: Config) -> GPT:
     """The model of an artifact on disk; raises ArtifactError if it does not fit the data."""
-    header, stored = read_artifact(path)
+    header, stored = runtime.on_first_rank(lambda: read_artifact(path))  # others lack the file
     texts, problems = header.get("model"), []
     require(isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values())
             and set(texts) == {name.upper() for name in MODEL_FIELDS},
@@ -1668,6 +1679,7 @@ class Evaluator:
         self.length = min(c.eval_seq_len, self.targets)
         wanted, most = c.val_batch_size // self.length, self.targets // c.eval_stride
         self.batch_windows = max(1, min(wanted, most) // runtime.world)
+        self.began = time.perf_counter()  # of evaluate_artifact, once it runs
 
     def score(self, forward: Callable, stride: int, label: str = "") -> tuple[Score, np.ndarray]:
         """(Score, nats of every target); `label` names a mode whose progress is logged."""
@@ -1697,10 +1709,10 @@ class Evaluator:
 
     def report(self, label: str, done: int, total: int, seconds: float) -> None:
         """A line of progress with an ETA, and a warning beyond 600 s."""
-        expected = seconds * total / done
-        warning = " warning: this will pass 600 s" if expected > 600 else ""
-        self.runtime.log.line(
-            f"eval {label} windows:{done}/{total} eta:{expected - seconds:.0f}s{warning}")
+        left = seconds * (total / done - 1)
+        over = time.perf_counter() - self.began + left > 600
+        self.runtime.log.line(f"eval {label} windows:{done}/{total} eta:{left:.0f}s"
+                              + " warning: evaluation will pass 600 s" * over)
 
     def save_scores(self, mode: str, nats: np.ndarray) -> None:
         """SCORES_PATH/<mode>.npz: ids, nats and bytes of every scored token in stream order."""
@@ -1714,7 +1726,7 @@ FINAL_LINES = {"roundtrip": "final_int6_roundtrip", "sliding": "final_int6_slidi
 
 def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict[str, Score]:
     """Every mode of EVAL_MODES on the model reloaded from disk."""
-    runtime, config = evaluator.runtime, evaluator.config
+    runtime, config, evaluator.began = evaluator.runtime, evaluator.config, time.perf_counter()
     forward = runtime.compile(load_model(path, evaluator.val, table, runtime, config))
     strides = {"roundtrip": config.eval_seq_len, "sliding": config.eval_stride}
     scores = {}
@@ -1747,43 +1759,37 @@ class TrainClock:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.paused_ms = self.running_ms = 0.0  # before the last pause, since the last resume
-        self.marks: deque[Any] = deque()
-        self.steps = 0  # that the device has finished
-        self.recent: deque[float] = deque(maxlen=20)  # their last durations
+        self.elapsed_ms, self.steps = 0.0, 0  # of the steps that the device has finished
+        self.marks: deque[Any] = deque()  # ends of the steps that it has not
+        self.recent: deque[float] = deque(maxlen=20)  # last durations
 
     def resume(self) -> None:
         """Start, or go on."""
-        self.origin = self.runtime.event()
+        self.last = self.runtime.event()
 
-    def mark(self) -> None:
-        """The step that was just launched ends here; never waits."""
+    def mark(self) -> Any:
+        """The event at which the step that was just launched ends; never waits."""
         self.marks.append(self.runtime.event())
         self.poll()
+        return self.marks[-1] if self.marks else self.last
 
     def poll(self) -> None:
         """Take in the steps that the device has finished."""
         while self.marks and self.marks[0].query():
-            now = self.origin.elapsed_time(self.marks.popleft())
-            self.recent.append(now - self.running_ms)
-            self.running_ms = now
+            begin, self.last = self.last, self.marks.popleft()
+            self.recent.append(begin.elapsed_time(self.last))
+            self.elapsed_ms += self.recent[-1]
             self.steps += 1
 
     def pause(self) -> None:
         """Wait for the device and stand still."""
         self.runtime.synchronize()
         self.poll()
-        self.paused_ms, self.running_ms = self.elapsed_ms, 0.0
-
-    @property
-    def elapsed_ms(self) -> float:
-        """Of the finished steps."""
-        return self.paused_ms + self.running_ms
 
     @property
     def step_ms(self) -> float:
-        """Mean of the recent steps, or 0."""
-        return sum(self.recent) / len(self.recent) if self.recent else 0.0
+        """Median of the recent steps; 0 while there are fewer than three."""
+        return statistics.median(self.recent) if len(self.recent) > 2 else 0.0
 
     def expected_ms(self, step: int) -> float:
         """When `step` ends if each from now on takes as long as the slowest recent one."""
@@ -1796,15 +1802,15 @@ class Facts(NamedTuple):
     loss: float = 0.0
     stop: float = 0.0  # ranks whose clock says that the run must end
     elapsed_ms: float = 0.0  # rank 0's clock when the step was launched
-    step_ms: float = 0.0  # rank 0's mean step time
+    step_ms: float = 0.0  # rank 0's median step time
     grad_norm: float = 0.0
 
 
 class Trainer:
     """The training loop: phases, schedules, averages, clock and log.
 
-    The host never waits for the device: the decisions of step s use the facts of step s - lag,
-    which are the same on every rank.
+    The host runs up to `lag` steps ahead of the device: the decisions of step s use the facts of
+    step s - lag, which are the same on every rank.
     """
 
     def __init__(self, model: GPT, loader: Loader, evaluator: Evaluator) -> None:
@@ -1813,6 +1819,7 @@ class Trainer:
         self.log = self.runtime.log
         self.forward = self.runtime.compile(model)
         self.params = list(model.parameters())
+        self.runtime.broadcast(self.params)
         self.average = Average(model, self.config)
         self.phase = Phase()
         self.clock = TrainClock(self.runtime)
@@ -1854,20 +1861,15 @@ class Trainer:
                          self.phase.qat or scale < c.late_qat_threshold), step)
         late = cap_ms and clock.expected_ms(step + self.lag) > cap_ms - CLOCK_RESERVE_MS
         loss = self.backward(*self.loader.batch(step)) / self.runtime.world
-        rank_0 = self.runtime.rank == 0
-        facts = torch.tensor([bool(late), clock.elapsed_ms * rank_0, clock.step_ms * rank_0])
-        facts = torch.cat((loss.view(1), facts.to(self.runtime.device, non_blocking=True)))
-        gradients = [p.grad for p in self.params if p.grad is not None]
-        self.reduce_over_ranks(gradients, facts)
-        grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if c.grad_clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.params, c.grad_clip_norm, grad_norm)
+        rank_0, pin = self.runtime.rank == 0, self.runtime.cuda
+        facts = torch.tensor([bool(late), clock.elapsed_ms * rank_0, clock.step_ms * rank_0],
+                             pin_memory=pin).to(self.runtime.device, non_blocking=True)
+        facts = self.reduce_and_clip(torch.cat((loss.view(1), facts)))
         self.optimizer.step(scale, muon_momentum(step, c))
         self.average.update(step, scale)
-        host = torch.empty(5, pin_memory=self.runtime.cuda)
-        host.copy_(torch.cat((facts, grad_norm.view(1))), non_blocking=True)
-        self.unread.append((step, scale, host, self.runtime.event()))
-        clock.mark()
+        host = torch.empty(facts.shape, pin_memory=pin)
+        host.copy_(facts, non_blocking=True)
+        self.unread.append((step, scale, host, clock.mark()))
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
@@ -1880,15 +1882,21 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def reduce_over_ranks(self, gradients: list[Tensor], facts: Tensor) -> None:
-        """Mean of the gradients and sum of `facts`, in place, in one packed all-reduce."""
+    def reduce_and_clip(self, facts: Tensor) -> Tensor:
+        """Mean of the gradients over ranks, clipped; returns the sum of `facts` and their norm.
+
+        All travel in one packed all-reduce.
+        """
         world = self.runtime.world
+        tensors = [*(p.grad for p in self.params if p.grad is not None), facts]
         if world > 1:
-            tensors = [*gradients, facts]
-            packed = torch.cat([g.flatten() / world for g in gradients] + [facts])
+            packed = torch.cat([g.flatten() / world for g in tensors[:-1]] + [facts])
             parts = self.runtime.all_reduce(packed).split([t.numel() for t in tensors])
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
+        most = self.config.grad_clip_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.params, most)
+        return torch.cat((facts, grad_norm.view(1)))
 
     def read_facts(self, last: int) -> None:
         """Take in the facts of the steps up to `last`; a value that is not finite ends the run."""
@@ -1938,15 +1946,18 @@ class Trainer:
         random = torch.Generator().manual_seed(c.seed)
         shape = (self.micro_seqs * self.accumulation, c.train_seq_len + 1)
         optimizer = Optimizer(self.model, c, self.runtime)
+        first = recurrence_due(0, 0.0, c)  # then no step runs without recurrence
         phases = [Phase(recur, qat) for qat in (False, True)[: 1 + bool(c.late_qat_threshold)]
-                  for recur in (False, True)[: 1 + bool(c.recur_layers)]]
+                  for recur in (False, True)[first : 1 + bool(c.recur_layers)]]
         for phase in phases:
             self.model.set_phase(phase)
             for _ in range(math.ceil(c.warmup_steps / len(phases))):
                 ids = torch.randint(self.model.vocab_size, shape, generator=random)
                 ids = ids.to(self.runtime.device)
-                self.backward(ids[:, :-1], ids[:, 1:])
+                loss = self.backward(ids[:, :-1], ids[:, 1:])
+                self.reduce_and_clip(loss.repeat(4))
                 optimizer.step(1.0, c.muon_momentum)
+                Average(self.model, c).update(0, 1.0)
         with torch.no_grad():
             torch._foreach_copy_(self.params, saved)
         self.model.set_phase(self.phase)
@@ -1972,7 +1983,7 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
                 f"the {rank_seqs * c.train_seq_len} tokens of a rank's step")
         return most
     tokens = 16384
-    if runtime.cuda:  # measured for the record model on 80 GB, scaled to others
+    if runtime.cuda:  # estimated for the record model on 80 GB, scaled to others
         memory = torch.cuda.get_device_properties(runtime.device).total_memory
         tokens = int(98304 * min(1.0, memory / 75e9) * 512 / c.model_dim)
     most = min(rank_seqs, max(1, tokens // c.train_seq_len))
@@ -1992,17 +2003,17 @@ def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
 
 
 def predicted_bytes(model: GPT, c: Config) -> dict[str, float]:
-    """Artifact bytes by kind: n weights of b bits take n (2.05 + b - 1 - log2 k) / 8 as codes,
+    """Artifact bytes by kind: a code of b bits takes 2.05 + b - 1 - log2 k bits.
 
-    where k, the largest code in row standard deviations, is 6 for trained rows, rounded plainly:
-    then the published artifact (its repeats at INT5) comes out at its 15.8 MB.
+    k, the largest code in row standard deviations, is 6 for trained rows, rounded plainly: then
+    the published artifact (its repeats at INT5) comes out at its 15.8 MB.
     """
     expected: dict[str, float] = {}
     for name, p in model.named_parameters():
-        spec = param_spec(name, c)
-        bits = 2.05 + spec.bits - 1 - math.log2(6) if spec.bits <= 8 else spec.bits
-        scales = 2 * p.size(0) if spec.bits <= 8 else 0
-        expected[spec.kind] = expected.get(spec.kind, 0) + p.numel() * bits / 8 + scales
+        kind, _, _, bits = param_spec(name, c)
+        coded = bits <= 8
+        size = p.numel() * (bits - 1.535 if coded else bits) / 8 + 2 * p.size(0) * coded
+        expected[kind] = expected.get(kind, 0) + size
     return expected
 
 
@@ -2040,8 +2051,7 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     log.line(Path(__file__).read_text(encoding="utf-8"), console=False)
     log.line(f"python {sys.version} torch {torch.__version__} on {platform.platform()}", False)
     if runtime.cuda:
-        smi = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False)
-        log.line(smi.stdout, console=False)
+        log.line(f"cuda {torch.version.cuda} {torch.cuda.get_device_properties(0)}", console=False)
     log.event("config", **asdict(c))
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
@@ -2098,7 +2108,10 @@ def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
     """Build the demo's shards unless they are there; returns its yardstick."""
     import retokenize_scylla  # the one import from this repository, in the demo only
 
-    built = retokenize_scylla.build_demo(Path(c.data_path).parent, runtime.log.line)
+    try:
+        built = retokenize_scylla.build_demo(Path(c.data_path).parent, runtime.log.line)
+    except (ImportError, OSError, ValueError) as error:
+        raise RunError(f"cannot build the demo's data: {error}") from error
     yardstick = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
     return {"order2_byte_model_bpb": round(yardstick, 4)}
 
@@ -2114,6 +2127,7 @@ def run(c: Config) -> None:
         if c.dry_run:
             vocab_size = c.vocab_size or len(load_byte_table(c).base_bytes)
             return dry_run(GPT(c, np.zeros(vocab_size, bool), runtime), runtime, c)
+        find_shards(c, "val")  # its message tells a newcomer what to do
         table = load_byte_table(c)
         val = load_validation(c, table)
         log_start(runtime, c, val, table)
@@ -2136,6 +2150,10 @@ def main(arguments: list[str]) -> int:
         run(Config.from_env(os.environ, torch.cuda.is_available()))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except torch.OutOfMemoryError as error:
+        print(f"error: {error}\nout of memory: lower MICRO_BATCH_TOKENS (then TRAIN_BATCH_TOKENS), "
+              "or in evaluation VAL_BATCH_SIZE", file=sys.stderr, flush=True)
         return 1
     return 0
 
