@@ -5063,6 +5063,10 @@ def test_d_ablation_runs_and_resumes(tmp_path):
     assert len(times) == 3 and times == {p: p.stat().st_mtime_ns for p in times}
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
     assert (out / "table.md").read_text().splitlines() == again.splitlines()[-4:]
+    kept = next(out.glob("flat_*")) / "settings.json"
+    kept.write_text(kept.read_text().replace("11", "10"))
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "other settings" in refused.stderr
     (out / "train_gpt.py").write_text("another version")
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and "another train_gpt.py" in refused.stderr

@@ -13,6 +13,8 @@ a summary is not repeated.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -23,6 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+
 SCORES = ("post_ema_bpb", "roundtrip_bpb", "sliding_bpb")
 
 
@@ -31,17 +37,30 @@ def summary_of(folder: Path) -> dict | None:
     log = folder / "logs" / "run.jsonl"
     if not log.exists():
         return None
-    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return next((event for event in reversed(events) if event["event"] == "summary"), None)
+    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
+        with contextlib.suppress(ValueError):  # a killed run may leave half a line
+            event = json.loads(line)
+            if event["event"] == "summary":
+                return event
+    return None
 
 
 def run_one(folder: Path, settings: dict[str, str], cores: list[int]) -> dict:
-    """Run train_gpt.py in `folder` on `cores` unless it is done; returns its summary."""
+    """Run train_gpt.py in `folder` on `cores` unless it is done; returns its summary.
+
+    Settings in this process's environment are ignored: only the plan's count.
+    """
+    kept, text = folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True)
+    if kept.exists() and kept.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{folder} holds a run with other settings; remove it or give --out")
     done = summary_of(folder)
     if done is not None:
         return done
     folder.mkdir(parents=True, exist_ok=True)
-    env = os.environ | settings | {"RUN_ID": "run", "OMP_NUM_THREADS": str(len(cores))}
+    kept.write_text(text, encoding="utf-8")
+    names = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)}
+    env = {name: value for name, value in os.environ.items() if name not in names}
+    env |= settings | {"RUN_ID": "run", "OMP_NUM_THREADS": str(len(cores))}
 
     def pin() -> None:
         if hasattr(os, "sched_setaffinity"):
