@@ -52,7 +52,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- 1 configuration: field `train_seq_len` <=> variable TRAIN_SEQ_LEN ---------------------
+# --- 1 configuration: field `train_seq_len` <=> variable TRAIN_SEQ_LEN 
 
 
 class RunError(RuntimeError):
@@ -375,7 +375,7 @@ def settings_table() -> str:
     return "\n".join(rows)
 
 
-# --- 2 runtime and log: ranks, device, collectives (no-ops on one rank), attention, RunLog 
+# --- 2 runtime and log ------------------------------------------------
 
 
 class RunLog:
@@ -541,8 +541,9 @@ def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
                 for name in ("cudnn", "flash", "mem_efficient", "math")}
     reasons = []
     for name in ("flash_attention_3", *switches):
-        attend = flash_attention_3 if name == "flash_attention_3" else sdpa
-        probe = attend if c.torch_compile_disable else torch.compile(attend, fullgraph=True)
+        attend = probe = flash_attention_3 if name == "flash_attention_3" else sdpa
+        if attend is flash_attention_3 and not c.torch_compile_disable:
+            probe = torch.compile(attend, fullgraph=True)  # some builds cannot be traced
         for other, enable in switches.items():
             enable(other == name)
         try:
@@ -557,7 +558,7 @@ def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
     raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
 
 
-# --- 3 data: memory-mapped shards; what step `s` reads depends on (seed, s) only ----------
+# --- 3 data -----------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256 * 4
 
@@ -655,7 +656,7 @@ class Loader:
         return block[:, :-1], block[:, 1:]
 
 
-# --- 4 byte accounting: the only denominator in the file ----------------------------------
+# --- 4 byte accounting: the only denominator in the file --------------
 
 
 class ByteTable(NamedTuple):
@@ -790,7 +791,7 @@ def sha256_file(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# --- 5 model ------------------------------------------------------------------------------
+# --- 5 model ----------------------------------------------------------
 
 RMS_EPS = torch.finfo(torch.float32).eps
 
@@ -1178,7 +1179,7 @@ def param_spec(name: str, c: Config) -> ParamSpec:
     raise AssertionError(f"parameter {name} is in no row of PARAM_TABLE")
 
 
-# --- 6 optimization: pure schedules, Newton-Schulz, Muon and AdamW, averages of the weights 
+# --- 6 optimization ---------------------------------------------------
 
 
 def lr_scale(step: float, elapsed_ms: float, step_ms: float, c: Config) -> float:
@@ -1318,7 +1319,7 @@ class Average:
         return "swa" if self.swa else "ema" if self.ema else "last"
 
 
-# --- 7 quantization and artifact: weights -> integer codes -> one file -> weights ---------
+# --- 7 quantization and artifact --------------------------------------
 
 QUANTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of |row|, candidates for the largest code
 SMALLEST_SCALE = 2.0**-24  # of fp16; the scale of a row of zeros
@@ -1431,7 +1432,7 @@ def decompress(data: bytes, codec: str, size: int) -> bytes:
             require(zstd, "a stream is zstd: pip install zstandard to load it", ArtifactError)
             raw = zstd.ZstdDecompressor().stream_reader(data).read(size)
         else:
-            raise ArtifactError(f"unknown codec {codec!r}; known are {', '.join(CODECS)}")
+            raise ArtifactError(f"unknown codec {codec!r}; known are {show(CODECS)}")
     except (lzma.LZMAError, zlib.error, getattr(zstandard_module(), "ZstdError", OSError)) as error:
         raise ArtifactError(f"a {codec} stream is damaged: {error}") from error
     require(len(raw) == size, f"a {codec} stream ends after {len(raw)} of {size} bytes",
@@ -1638,7 +1639,7 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
     return model.to(runtime.device)
 
 
-# --- 8 evaluation: one window plan, one scoring loop, one Score for every mode ------------
+# --- 8 evaluation -----------------------------------------------------
 
 
 def plan_windows(targets: int, seq_len: int, stride: int) -> np.ndarray:
@@ -1749,7 +1750,7 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
     return scores
 
 
-# --- 9 training ---------------------------------------------------------------------------
+# --- 9 training -------------------------------------------------------
 
 CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
 
@@ -1990,7 +1991,7 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
     return max(n for n in range(1, most + 1) if rank_seqs % n == 0)
 
 
-# --- 10 main ------------------------------------------------------------------------------
+# --- 10 main ----------------------------------------------------------
 
 
 def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
