@@ -2150,6 +2150,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Stopped as stop:
+        if options.output_dir:  # a signal may fall between the making and the guarding of a file
+            with contextlib.suppress(InputError):
+                OutputFolder(options.output_dir).clean()
         print("stopped: finished shards are kept; run again to go on", file=sys.stderr)
         return 128 + int(stop.args[0])
     return 0
