@@ -4177,6 +4177,23 @@ def test_retok_stop_leaves_no_partial_output(retok_case: RetokCase, retok_run, w
     retok_check_output(retok_case)
 
 
+def test_retok_stop_between_making_and_guarding(retok_case: RetokCase, retok_run, monkeypatch
+                                                ) -> None:
+    """A partial file that nothing guards yet is cleared by the stop itself."""
+    part = R.OutputFolder.part
+
+    def stopped(self, name):
+        file, path = part(self, name)
+        if name.endswith(".bin"):
+            file.close()
+            raise R.Stopped(int(signal.SIGTERM))
+        return file, path
+
+    monkeypatch.setattr(R.OutputFolder, "part", stopped)
+    assert retok_run(retok_case.arguments("--workers", "1"))[0] == 128 + signal.SIGTERM
+    assert not list((retok_case.output / ".ledger").glob("*.part"))
+
+
 # --- workers, ranks -------------------------------------------------------------------------
 
 
