@@ -121,7 +121,16 @@ def a_write_shard(path, ids, magic=20240520, version=1, count=None):
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids) if count is None else count
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(header.tobytes() + np.asarray(ids).astype("<u2").tobytes())
+    return a_replace(path, header.tobytes() + np.asarray(ids).astype("<u2").tobytes())
+
+
+def a_replace(path, data):
+    """Put a new file in the place of one that a loader's thread may still have mapped.
+
+    Truncating a mapped file under its reader is a bus error, whoever does it.
+    """
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
     return path
 
 
@@ -757,7 +766,7 @@ def test_ids_out_of_range_name_the_file(tmp_path):
                 t.load_validation(config, table)
             for step in range(40):
                 t.Loader(t.find_shards(config, "train"), config, runtime, A_VOCAB).batch(step)
-        path.write_bytes(good)
+        a_replace(path, good)
 
 
 def a_loader(folder, rank=0, world=1, **changes):
@@ -2113,7 +2122,7 @@ def b_write_shard(path: Path, ids: np.ndarray) -> None:
     """A token shard as SCYLLA.md section 3 says."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, len(ids)
-    path.write_bytes(header.tobytes() + ids.astype("<u2").tobytes())
+    a_replace(path, header.tobytes() + ids.astype("<u2").tobytes())
 
 
 def b_write_data(folder: Path) -> Path:
