@@ -2472,7 +2472,7 @@ def test_b_forward_equals_reference(settings, recur):
 def test_b_bigram_rows_int32():
     """The hash wraps as int32 does, for ids whose products pass 2^31."""
     c = b_config(bigram_vocab_size=2048)
-    bigram = t.BigramHash(c, torch.float32)
+    bigram = t.BigramHash(c)
     ids = torch.tensor([[1, 1253, 65535, 60000, 0, 59137, 65535, 65534]])
     starts = torch.zeros_like(ids, dtype=torch.bool)
     starts[0, [0, 4]] = True

@@ -214,15 +214,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 DROPPED = {  # spellings of published scripts -> what to set here
-    "N_INT6_MLP_LAYERS": "N_INT6_LAYERS",
-    "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
+    "N_INT6_MLP_LAYERS": "N_INT6_LAYERS", "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
     "EMA_ENABLED": "EMA_DECAY (0: none)",
     "EMA_EVERY": "EMA_DECAY (0: none); the average is updated every step",
-    "QAT_ENABLED": "LATE_QAT_THRESHOLD (0: never)",
-    "LATE_QAT": "LATE_QAT_THRESHOLD (0: never)",
-    "SMEAR_GATE": "SMEAR_ENABLED",
-    "TRAIN_FILES": "DATA_PATH",
-    "VAL_FILES": "DATA_PATH",
+    "QAT_ENABLED": "LATE_QAT_THRESHOLD (0: never)", "LATE_QAT": "LATE_QAT_THRESHOLD (0: never)",
+    "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
 }
 ABSENT = ("TTT_", "NGRAM_", "SLOT_", "GPTQ_", "CHECKPOINT_", "QUANT", "RESUME")  # of the design
@@ -230,10 +226,10 @@ ABSENT = ("TTT_", "NGRAM_", "SLOT_", "GPTQ_", "CHECKPOINT_", "QUANT", "RESUME") 
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
     """A line for each variable that looks like a setting but is none."""
-    names = {f.name.upper(): f.name.upper() for f in fields(Config)}
+    names = [f.name.upper() for f in fields(Config)]
     squashed = {name.replace("_", ""): name for name in names}
     problems = []
-    for name in sorted(set(environ) - set(names) - {"SEEDS"}):  # SEEDS is run_8xh100.sh's
+    for name in sorted({*environ} - {*names, "SEEDS"}):  # SEEDS is run_8xh100.sh's
         close = difflib.get_close_matches(name, names, 1, 0.88)
         near = squashed.get(name.replace("_", "")) or (close[0] if close else None)
         reason = f"no such setting; did you mean {near}?" if near else ""
@@ -243,11 +239,6 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
             reason = "not in this version; unset it"
         problems += [f"{name}={environ[name]}: {reason}"] if reason else []
     return problems
-
-
-def parse_bool(text: str) -> bool:
-    """0, 1, false, true -> bool."""
-    return {"0": False, "1": True, "false": False, "true": True}[text.lower()]
 
 
 def parse_float(text: str) -> float:
@@ -266,7 +257,7 @@ def split_list(text: str) -> list[str]:
 PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "int": ("a whole number", int),
     "float": ("a finite number", parse_float),
-    "bool": ("0 or 1", parse_bool),
+    "bool": ("0 or 1", lambda t: {"0": False, "1": True, "false": False, "true": True}[t.lower()]),
     "str": ("text", str),
     "tuple[int, ...]": ("a comma list of whole numbers", lambda t: tuple(map(int, split_list(t)))),
     "tuple[str, ...]": ("a comma list of names", lambda t: tuple(split_list(t))),
@@ -674,10 +665,10 @@ class ByteTable(NamedTuple):
 
 def table_from_meta(path: Path) -> ByteTable:
     """Byte table from a `.meta.npz`; raises RunError for what is missing or inconsistent."""
-    names = ("base_bytes", "has_leading_space", "is_boundary_token", "vocab_size")
     try:
         with np.load(path, allow_pickle=False) as meta:
-            base, space, boundary, vocab_size = (meta[name] for name in names)
+            base, space, boundary, vocab_size = (meta[name] for name in (
+                "base_bytes", "has_leading_space", "is_boundary_token", "vocab_size"))
     except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise RunError(f"{path}: {error}; write it with retokenize_scylla.py") from error
     require({len(base), len(space), len(boundary)} == {int(vocab_size)},
@@ -698,34 +689,23 @@ def table_from_sentencepiece(path: Path) -> ByteTable:
     require(model.piece_to_id("\u2581") != model.unk_id(),
             f"{path}: has no piece for a lone U+2581 (space), so its bytes would be miscounted by "
             "up to 20 %; train the model with byte_fallback and U+2581 in its alphabet")
-    size = model.vocab_size()
-    base, space, boundary = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
-    for i in range(size):
-        if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
-            boundary[i] = True
-        elif model.is_byte(i):
-            base[i] = 1
-        else:
-            text = model.id_to_piece(i)
-            space[i] = text.startswith("\u2581")
-            base[i] = len(text.replace("\u2581", " ").encode("utf-8")) - space[i]
-    return ByteTable(base, space, boundary, path)
+    ids = range(model.vocab_size())
+    boundary = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
+    texts = ["." if model.is_byte(i) else "" if boundary[i] else model.id_to_piece(i) for i in ids]
+    space = np.array([text.startswith("\u2581") for text in texts])
+    base = np.array([len(text.replace("\u2581", " ").encode()) for text in texts]) - space
+    return ByteTable(base, space, np.array(boundary), path)
 
 
 def load_byte_table(c: Config) -> ByteTable:
     """The run's byte table: of the tokenizer named by the settings, or the one in DATA_PATH."""
-    if c.tokenizer_meta_path:
-        found = [Path(c.tokenizer_meta_path)]
-    elif c.tokenizer_path:
-        path = Path(c.tokenizer_path)
-        given = path.name.endswith((".model", ".meta.npz"))
-        found = [path if given else path.with_suffix(".meta.npz")]
-    else:
-        folder = Path(c.data_path)
-        found = sorted([*folder.glob("*.meta.npz"), *folder.glob("*.model")])
-    named = [Path(c.tokenizer_path)] if c.tokenizer_path else []
+    named, folder = [Path(p) for p in (c.tokenizer_path, c.tokenizer_meta_path) if p], c.data_path
+    found = [*Path(folder).glob("*.meta.npz"), *Path(folder).glob("*.model")]
+    if named:  # a vocabulary's table stands beside it
+        found = [named[-1] if named[-1].suffix in (".model", ".npz") else
+                 named[-1].with_suffix(".meta.npz")]
     require(len(found) == 1 and all(path.is_file() for path in found + named),
-            f"no single tokenizer: {show((*named, *found)) or 'none in ' + c.data_path}; set "
+            f"no single tokenizer: {show((*named, *sorted(found))) or 'none in ' + folder}; set "
             "TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
     kind = table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta
     table = kind(found[0])
@@ -751,8 +731,9 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
         check_ids(part, len(table.base_bytes), path)
     ids = np.concatenate(parts)
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
-    pieces = [slice(i, i + (1 << 22)) for i in range(0, len(ids) - 1, 1 << 22)]  # bounds memory
-    scored = np.concatenate([table.count(ids[:-1][p], ids[1:][p]).astype(np.int16) for p in pieces])
+    cuts = range(1 << 22, len(ids) - 1, 1 << 22)  # bounds memory
+    pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
+    scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
     total = int(table.base_bytes[ids[0]]) + int(scored.sum(dtype=np.int64))
     path = Path(c.data_path) / "manifest.json"
     try:
@@ -824,11 +805,7 @@ class Linear(nn.Linear):
 class Table(nn.Embedding):
     """Embedding table: fp32 master weight, looked up in `dtype`."""
 
-    qat_bits = 0  # set by GPT.set_phase
-
-    def __init__(self, rows: int, width: int, dtype: torch.dtype) -> None:
-        super().__init__(rows, width)
-        self.dtype = dtype
+    qat_bits, dtype = 0, torch.float32  # set by GPT.set_phase and GPT
 
     def values(self) -> Tensor:
         """The weight that this phase computes with."""
@@ -846,9 +823,9 @@ def vector(*shape: int, value: float = 1.0) -> nn.Parameter:
 class BigramHash(nn.Module):
     """Embedding of the hashed pair (previous id, id); the last row where there is no pair."""
 
-    def __init__(self, c: Config, dtype: torch.dtype) -> None:
+    def __init__(self, c: Config) -> None:
         super().__init__()
-        self.table = Table(c.bigram_vocab_size, c.bigram_dim, dtype)
+        self.table = Table(c.bigram_vocab_size, c.bigram_dim)
         self.proj = Linear(c.bigram_dim, c.model_dim)
         self.scale = vector(1, value=0.05)
 
@@ -878,9 +855,9 @@ class SmearGate(nn.Module):
 class ValueEmbedding(nn.Module):
     """One table of value embeddings shared by VE_LAYERS, with a scalar for each layer."""
 
-    def __init__(self, c: Config, vocab_size: int, dtype: torch.dtype) -> None:
+    def __init__(self, c: Config, vocab_size: int) -> None:
         super().__init__()
-        self.table = Table(vocab_size, c.ve_dim, dtype)
+        self.table = Table(vocab_size, c.ve_dim)
         self.proj = Linear(c.ve_dim, c.kv_dim)
         self.scale = vector(1, value=0.1)
         self.layer_scale = vector(len(c.ve_layers))
@@ -1043,11 +1020,11 @@ class GPT(nn.Module):
                  initialize: bool = True) -> None:
         super().__init__()
         self.config, self.vocab_size = c, len(is_boundary)
-        self.embed = Table(self.vocab_size, c.model_dim, runtime.dtype)
+        self.embed = Table(self.vocab_size, c.model_dim)
         self.head = None if c.tie_embeddings else Linear(c.model_dim, self.vocab_size)
-        self.bigram = BigramHash(c, runtime.dtype) if c.bigram_vocab_size else None
+        self.bigram = BigramHash(c) if c.bigram_vocab_size else None
         self.smear = SmearGate(c) if c.smear_enabled else None
-        self.value = ValueEmbedding(c, self.vocab_size, runtime.dtype) if c.ve_enabled else None
+        self.value = ValueEmbedding(c, self.vocab_size) if c.ve_enabled else None
         self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
         repeats = len(c.recur_layers) if c.recur_untie_mlp else 0
         self.repeat_mlps = nn.ModuleList(MLP(c) for _ in range(repeats))
@@ -1061,6 +1038,8 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin.to(runtime.dtype), persistent=False)
         boundary = torch.from_numpy(np.ascontiguousarray(is_boundary))
         self.register_buffer("is_boundary", boundary, persistent=False)
+        for table in filter(lambda module: isinstance(module, Table), self.modules()):
+            table.dtype = runtime.dtype
         if initialize:
             self.init_weights()
             self.to(runtime.device)
