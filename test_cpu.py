@@ -567,6 +567,8 @@ def a_see_compile(c, made):
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(t, "select_attention", lambda *_: (t.sdpa, "sdpa"))
+        patch.setattr(torch, "ones", lambda *_, **__: None)
+        patch.setattr(torch, "compile", lambda function, **_: lambda x: x)
         runtime = t.Runtime(c)
         runtime.close()
         module = torch.nn.Identity()
@@ -3404,6 +3406,52 @@ def test_b_compiles_to_one_graph_for_each_phase():
     assert len({float(a) for a, _ in eager}) == 4  # the phases are different functions
 
 
+def test_b_backward_keeps_the_logits_once_in_bf16():
+    """What the compiled forward saves for backward holds no fp32 array of logits."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    saved = []
+
+    def keep_saved(graph, inputs):
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        saved.extend(node.meta["val"] for node in outputs if hasattr(node, "meta"))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    runtime = b_runtime()
+    runtime.dtype = torch.bfloat16
+    model = t.GPT(b_config(**B_SHALLOW), np.arange(B_VOCAB) == 0, runtime)
+    forward = torch.compile(model, fullgraph=True, dynamic=False, backend=aot_autograd(
+        fw_compiler=keep_saved, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table()))
+    ids = b_ids((3, 17), bos=())
+    forward(ids[:, :-1], ids[:, 1:]).mean().backward()
+    logits = [x.dtype for x in saved if x.numel() == 3 * 16 * B_VOCAB]
+    assert logits == [torch.bfloat16]
+
+
+def test_b_a_broken_compiler_means_eager_with_the_reason(monkeypatch):
+    """Inductor is probed once on the GPU; the log says what it answered."""
+    gpu = torch.device("meta")  # stands for a device that is no CPU
+
+    def broken(function):
+        def compiled(x):
+            raise RuntimeError("Python.h: no such file\nand a long trace")
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", broken)
+    works, reason = t.select_compiler(gpu, b_config())
+    assert not works and reason == "inductor is broken: Python.h: no such file"
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert t.select_compiler(gpu, b_config()) == (True, "inductor")
+    disabled = b_config(torch_compile_disable=True)
+    assert t.select_compiler(gpu, disabled) == (False, "TORCH_COMPILE_DISABLE=1")
+    assert t.select_compiler(torch.device("cpu"), b_config()) == (False, "no CUDA")
+
+
 @pytest.mark.slow
 def test_b_compilations_of_a_whole_run_fit_the_limit():
     """Training phases, validations in every phase and the reloaded model: no limit is hit."""
@@ -3449,6 +3497,51 @@ def test_b_inductor_keeps_the_export_grid(bits):
     fake = t.Runtime.compile(SimpleNamespace(compiles=True),
                              lambda w: t.fake_quantize(w, bits))  # fmt: skip
     assert torch.equal(fake(weight), stored)
+
+
+# ---------------------------------------------------------------------------- cost model
+
+
+@functools.cache
+def b_cost_model():
+    """records/cost_model.py as a module."""
+    return d_tool("cost_model")
+
+
+@pytest.mark.parametrize("recur", [False, True])
+def test_b_costs_have_the_operations_of_the_dry_run(recur):
+    """The parts' operations are those per token that DRY_RUN prints, plus Newton-Schulz's."""
+    c, cost = t.Config(), b_cost_model()
+    model = cost.record_model(c, 1254)
+    costs = cost.step_costs(model, c, 98304, recur, 8)
+    total = sum(costs[part].operations for part in ("matrices", "head", "attention"))
+    assert total == pytest.approx(98304 * t.operations_per_token(c, 1254, recur), rel=1e-9)
+    assert total == pytest.approx(26.57e12 if recur else 22.55e12, rel=2e-3)
+    assert costs["optimizer"].operations * 8 == pytest.approx(sum(
+        10 * min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape))
+        for name, p in model.named_parameters() if t.param_spec(name, c).optimizer == "muon"))
+
+
+def test_b_cost_of_a_chain_counts_reads_and_writes():
+    """By hand: x * y + x of width 6, bf16; fused 3 x inputs + 2 x outputs, eager by operation."""
+    cost = b_cost_model()
+    chain = cost.Chain("by hand", 5, lambda x, y: x * y + x, (6, 6))
+    assert chain.fused_bytes() == 5 * 2 * (3 * 12 + 2 * 6)
+    # forward: 3 + 3; backward: two products of 3; one addition of gradients of 3
+    assert chain.eager_bytes() == 5 * 2 * 6 * (3 + 3 + 3 + 3 + 3)
+    assert all(c.eager_bytes() > c.fused_bytes() > 0 or "add" in c.name or "skip" in c.name
+               for c in cost.chains(cost.record_model(t.Config(), 1254), True))
+
+
+def test_b_cost_model_report_stands():
+    """The report's sums are the sums of its rows, and records/ quotes the script's own output."""
+    cost, c = b_cost_model(), t.Config()
+    lines = cost.report(cost.record_model(c, 1254), c, 98304, 8)
+    rows = [line.split(" | ") for line in lines if re.match(r"\| [a-zE\*]", line)]
+    floors = [float(row[3]) for row in rows if len(row) == 5 and re.match(r"[\d.]+$", row[3])]
+    sums = [float(row[3].strip("*")) for row in rows if row[0] == "| **sum**"]
+    assert len(sums) == 2 and sum(floors) == pytest.approx(sum(sums), abs=0.2)
+    assert "\n".join(lines) in (ROOT / "records" / "README.md").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- attention

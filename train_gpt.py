@@ -433,11 +433,12 @@ class Runtime:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
-        self.compiles = self.cuda and not c.torch_compile_disable
+        self.compiles, self.compiler = select_compiler(self.device, c)
         if self.world > 1:
             device = self.device if self.cuda else None
             dist.init_process_group("nccl" if self.cuda else "gloo", device_id=device)
-        self.attention, self.attention_name = select_attention(self.device, c)
+        eager = replace(c, torch_compile_disable=not self.compiles)
+        self.attention, self.attention_name = select_attention(self.device, eager)
         self.log = RunLog(c.run_id, self.rank)
 
     def close(self) -> None:
@@ -506,6 +507,17 @@ class Runtime:
         import resource  # Unix only
 
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
+
+
+def select_compiler(device: torch.device, c: Config) -> tuple[bool, str]:
+    """Whether models are compiled on this device, and by what or why not."""
+    if device.type == "cpu" or c.torch_compile_disable:
+        return False, "no CUDA" if device.type == "cpu" else "TORCH_COMPILE_DISABLE=1"
+    try:
+        torch.compile(torch.square)(torch.ones(8, device=device))
+    except Exception as error:  # of any kind: no Triton, no headers, a chip it does not know
+        return False, f"inductor is broken: {str(error).splitlines()[0][:160]}"
+    return True, "inductor"
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -2036,7 +2048,8 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
     log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}")
-    log.line(f"attention:{runtime.attention_name} compile:{int(runtime.compiles)}")
+    log.line(f"attention:{runtime.attention_name} compile:{int(runtime.compiles)} "
+             f"({runtime.compiler})")
     log.line(f"seed:{c.seed}")
     inside = not table.is_boundary[val.ids[0]]
     note = " (the first id is context only: its bytes are not counted)" if inside else ""
