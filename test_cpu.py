@@ -40,6 +40,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import retokenize_scylla as R
 import train_gpt as t
@@ -3404,6 +3405,68 @@ def test_b_compiles_to_one_graph_for_each_phase():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
         torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
     assert len({float(a) for a, _ in eager}) == 4  # the phases are different functions
+
+
+class BWatch(TorchDispatchMode):
+    """Names every operation that hands a tensor's value to the host."""
+
+    asking = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.seen += [name] if name in self.asking else []
+        return operation(*args, **(kwargs or {}))
+
+
+B_SWITCHING = dict(**B_SHALLOW, iterations=10, warmup_steps=4, recur_start_step=3.0,
+                   warmdown_iters=6, late_qat_threshold=0.5, micro_batch_tokens=32)
+
+
+def b_around_steps(trainer, monkeypatch, around) -> None:
+    """Run to the end with every step launched by `around(launch, step)`."""
+    launch = trainer.train_step
+    monkeypatch.setattr(trainer, "train_step", lambda step: around(launch, step))
+    trainer.run()
+    assert trainer.phase == t.Phase(True, True) and trainer.accumulation > 1
+    assert trainer.steps == 10
+
+
+def test_b_steps_compile_nothing_that_warm_up_has_not(b_make, monkeypatch):
+    """One graph for each phase, all of them before the first step."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, counts = CompileCounter(), []
+    monkeypatch.setattr(t.Runtime, "compile", lambda self, module: torch.compile(
+        module, fullgraph=True, dynamic=False, backend=counter))
+
+    def around(launch, step):
+        launch(step)
+        counts.append(counter.frame_count)
+
+    b_around_steps(b_make(**B_SWITCHING), monkeypatch, around)
+    assert set(counts) == {len(B_PHASES)}
+
+
+def test_b_steps_never_wait_for_a_value(b_make, monkeypatch):
+    """No operation of a step hands a value of the device to the host."""
+    watch, adam_step = BWatch(), torch.optim.AdamW.step
+
+    def unwatched(adam):  # its step count lives on the host; on CUDA it is fused and has none
+        with torch.utils._python_dispatch._disable_current_modes():
+            adam_step(adam)
+
+    def around(launch, step):
+        monkeypatch.setattr(torch.optim.AdamW, "step", unwatched)
+        with watch:
+            launch(step)
+
+    b_around_steps(b_make(**B_SWITCHING), monkeypatch, around)
+    assert not watch.seen
 
 
 def test_b_backward_keeps_the_logits_once_in_bf16():
