@@ -5040,7 +5040,7 @@ def test_c_report_takes_its_numbers_from_the_summaries(c_run, tmp_path, monkeypa
     profile = dict(busy_ms_per_step=50.0, step_ms_under_profiler=56.0, launches_per_step=900,
                    stages={"model": 40.0}, classes=[dict(name="matmul", ms=30.0, share=0.6)],
                    top=[{"name": "a|b", "class": "matmul", "calls": 3, "ms": 1.25, "share": 0.1}])
-    variant = dict(attention="cudnn (forced)", micro_batch_tokens=98304,
+    variant = dict(attention="cudnn (forced)", micro_batch_tokens=98304, without="smear",
                    phases=dict(off=C_PHASE, on=C_PHASE | dict(ms_per_step=66.6)),
                    profiles=dict(on=profile))
     c_write(tmp_path, c_summary(c_run, "speed", variants=[variant]),
@@ -5050,6 +5050,7 @@ def test_c_report_takes_its_numbers_from_the_summaries(c_run, tmp_path, monkeypa
     assert folder == tmp_path / "records" / "2030-01-02_uncommitted"
     text = (folder / "README.md").read_text()
     for expected in ("| 55.5 | 55.4 | 60.0 | 51.0 |", "| 66.6 | 55.4 | 72.0 | 60.0 |", "`a/b`",
+                     "| cudnn | 98304 | smear | recurrence on |",
                      "| roundtrip_bpb | 1.26 |", "made-up GPU"):
         assert expected in text
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "proxy.json", "speed.json"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -466,23 +467,35 @@ def utilisation(operations: float, tokens_per_second: float) -> float:
     return operations * tokens_per_second / (PEAK_TFLOPS * 1e12)
 
 
+WITHOUT = dict(  # the settings that turn a feature off: its price is the difference in step time
+    none={}, lanes=dict(PARALLEL_START_LAYER="NUM_LAYERS"), xsa=dict(XSA_LAST_N=0),
+    bigram=dict(BIGRAM_VOCAB_SIZE=0), value_embeddings=dict(VE_ENABLED=0),
+    smear=dict(SMEAR_ENABLED=0),
+)
+
+
 def run_speed(piece: Piece) -> None:
-    """Times of every variant of attention and micro-batch; the first one in full."""
+    """Times of every variant of attention, micro-batch and features; the first one in full."""
     data = text_data(piece)
-    variants = [(a, m) for a in piece.options.attention for m in piece.options.micro_batch]
+    variants = [(a, m, w) for a in piece.options.attention for m in piece.options.micro_batch
+                for w in piece.options.without]
     piece.summary["variants"] = []
-    for number, (attention, micro) in enumerate(variants):
+    for number, (attention, micro, without) in enumerate(variants):
         facts = piece.work / f"variant{number}.json"
         micro_setting = {"MICRO_BATCH_TOKENS": micro} if micro else {}
+        layers = record_settings(piece).get("NUM_LAYERS", train_gpt.Config().num_layers)
+        off = {k: layers if v == "NUM_LAYERS" else v for k, v in WITHOUT[without].items()}
         settings = record_settings(
             piece, DATA_PATH=data, ITERATIONS=1_000_000, WARMDOWN_ITERS=0, MAX_WALLCLOCK_SECONDS=0,
             RECUR_START_STEP=1_000_000, TRAIN_LOG_EVERY=1000, RUN_ID=f"speed_{number}",
-            **micro_setting)
+            **micro_setting, **off)
         command = piece.inner("speed", attention, str(facts), "all" if number == 0 else "steps")
-        good = piece.run(f"{attention}_{micro or 'auto'}", command, settings)
-        found = read_json(facts) | dict(complete=good, settings=settings)
+        good = piece.run(f"{attention}_{micro or 'auto'}_without_{without}", command, settings)
+        found = read_json(facts) | dict(complete=good, settings=settings, without=without)
         piece.summary["variants"].append(found)
         piece.save()
+    for trace in piece.work.glob("*.trace.json.gz"):
+        shutil.copyfile(trace, piece.path(trace.name))
     first = piece.summary["variants"][0]
     piece.summary["settings"] = first["settings"]
     piece.summary["ok"] = {"off", "on"} <= set(first.get("phases", {}))
@@ -605,10 +618,10 @@ class Speed:
         count = 2 if self.rehearse else 4
         with torch.profiler.profile(activities=activities) as profiler:
             times = self.steps(count)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "trace.json"
-            profiler.export_chrome_trace(str(path))
-            events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+        path = self.path.parent / f"recurrence_{name}.trace.json.gz"
+        profiler.export_chrome_trace(str(path))
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            events = json.load(stream)["traceEvents"]
         table = kernel_table(kernels_of(events), count)
         table["step_ms_under_profiler"] = round(sum(times) / count, 3)
         self.result["profiles"][name] = table
@@ -788,14 +801,15 @@ def preflight_tables(summary: dict[str, Any]) -> list[str]:
 
 def speed_tables(summary: dict[str, Any]) -> list[str]:
     """Step times beside the bars, evaluation, and the profile of the first variant."""
-    head = ["attention", "micro-batch", "phase", "ms/step", "median", "bar", "goal", "tokens/s",
-            "utilisation", "peak MiB", "compile s"]
+    head = ["attention", "micro-batch", "without", "phase", "ms/step", "median", "bar", "goal",
+            "tokens/s", "utilisation", "peak MiB", "compile s"]
     rows = []
     for variant in summary.get("variants", []):
         for name, p in variant.get("phases", {}).items():
             bar, goal = (None, None) if summary["rehearsal"] else BARS.get(name, (None, None))
             rows.append([variant["attention"].split(" ")[0], variant["micro_batch_tokens"],
-                         f"recurrence {name.replace('_', ' ')}", p["ms_per_step"], p["median_ms"],
+                         variant.get("without"), f"recurrence {name.replace('_', ' ')}",
+                         p["ms_per_step"], p["median_ms"],
                          bar, goal, p["tokens_per_second"], p["utilisation"],
                          p["peak_allocated_mib"], p["compile_seconds"]])
     lines = ["## Speed", "", *table(head, rows), ""]
@@ -1007,6 +1021,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--tokenizer", choices=("scylla", "sp1024"), default="scylla", help="of data and proxy")
     add("--attention", nargs="+", choices=ATTENTION, default=["auto"],
         help="backend; speed takes several")
+    add("--without", nargs="+", choices=list(WITHOUT), default=["none"], metavar="FEATURE",
+        help=f"speed: variants without a feature: {', '.join(WITHOUT)}")
     add("--micro-batch", nargs="+", type=int, default=[0], metavar="TOKENS",
         help="tokens per forward pass, 0 by memory; speed takes several")
     add("--test-seconds", type=float, default=400, help="limit of preflight's pytest (400)")
