@@ -20,13 +20,16 @@ import json
 import lzma
 import math
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
 import unicodedata
 import urllib.error
@@ -65,7 +68,7 @@ A_TINY = dict(
     iterations=8, warmdown_iters=20, warmup_steps=2, max_wallclock_seconds=0.0,
     muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=4,
     ema_decay=0.9, swa_every=1, late_qat_threshold=0.25, n_int6_layers=2, eval_seq_len=32,
-    eval_stride=8, val_batch_size=512, val_loss_every=0, train_log_every=1,
+    eval_stride=8, val_batch_size=512, val_loss_every=0, train_log_every=1, ttt_freeze_blocks=1,
 )  # fmt: skip
 A_MODEL_BITS = {"embed": 8, "attn": 6, "mlp": 5, "repeat": 6, "projection": 16, "vector": 32}
 
@@ -241,7 +244,11 @@ A_RECORD = dict(  # SPEC section 1
     n_int6_layers=4, eval_stride=64, torch_compile_disable=False, preset="record",
     micro_batch_tokens=0, compressor="auto", size_limit=16_000_000, min_lr=0.0,
     muon_row_norm=False, load_artifact="", artifact_path="final_model.int6.ptz", scores_path="",
-    eval_modes=("roundtrip", "sliding"), val_tokens_limit=0, dry_run=False, smear_enabled=True,
+    eval_modes=("roundtrip", "sliding", "ttt", "ngram", "slot"), val_tokens_limit=0, dry_run=False,
+    smear_enabled=True, ttt_enabled=True, ttt_lr=0.005, ttt_epochs=3, ttt_chunk_tokens=32768,
+    ttt_freeze_blocks=2, ttt_momentum=0.9, ttt_batch_seqs=32, ttt_grad_clip=1.0,
+    ngram_enabled=False, ngram_order=5, ngram_weight=0.05, slot_enabled=False, slot_steps=8,
+    slot_lr=0.005,
 )  # fmt: skip
 
 
@@ -346,7 +353,11 @@ def test_ranges_include_their_ends():
     (dict(BIGRAM_VOCAB_SIZE="1"), "BIGRAM_VOCAB_SIZE=1: .*at least 2"),
     (dict(EVAL_MODES=""), "EVAL_MODES=: .*roundtrip, ?sliding"),
     (dict(EVAL_MODES="sliding,sliding"), "EVAL_MODES=sliding,sliding: .*once"),
-    (dict(EVAL_MODES="roundtrip,ttt"), "EVAL_MODES=roundtrip,ttt: .*roundtrip, ?sliding"),
+    (dict(EVAL_MODES="roundtrip,swa"), "EVAL_MODES=roundtrip,swa: .*roundtrip, ?sliding"),
+    (dict(EVAL_MODES="slot", SLOT_ENABLED="1"), "EVAL_MODES=slot: .*besides slot"),
+    (dict(EVAL_MODES="ngram"), "EVAL_MODES=ngram: .*enabled"),
+    (dict(TTT_CHUNK_TOKENS=1000), "TTT_CHUNK_TOKENS=1000: smaller than a window.*2048"),
+    (dict(TTT_FREEZE_BLOCKS=11), "TTT_FREEZE_BLOCKS=11: .*TTT_ENABLED=0"),
     (dict(CLASS_BITS="mlp=9"), r"CLASS_BITS=mlp=9: .*CLASS=2\.\.8"),
     (dict(CLASS_BITS="vector=4"), "CLASS_BITS=vector=4: .*embed"),
     (dict(CLASS_BITS="mlp"), "CLASS_BITS=mlp: "),
@@ -373,9 +384,9 @@ def test_what_is_possible_is_allowed(environ):
 def test_all_problems_are_reported_at_once():
     """One ConfigError for values, ranges, contradictions, near misses and unknown names."""
     text = a_problems(dict(ITERATIONS="x", SEED="-1", NUM_KV_HEADS="3", TRAIN_SEQLEN="9",
-                           EMA_ENABLED="1", PRESET="fast", TTT_LR="1"), cuda=False)
+                           EMA_ENABLED="1", PRESET="fast", RESUME="1"), cuda=False)
     for name in ("ITERATIONS", "SEED", "NUM_KV_HEADS", "TRAIN_SEQLEN", "EMA_ENABLED", "PRESET",
-                 "TTT_LR"):
+                 "RESUME"):
         assert sum(line.strip().startswith(f"{name}=") or f" {name}=" in line
                    for line in text.splitlines()) >= 1, name
     assert len(text.splitlines()) == 8
@@ -403,8 +414,7 @@ def test_published_names_are_answered():
         assert names & set(re.findall(r"[A-Z][A-Z0-9_]+", remedy)), name
 
 
-@pytest.mark.parametrize("name", ["TTT_ENABLED", "NGRAM_ORDER", "SLOT_ENABLED", "CHECKPOINT_EVERY",
-                                  "GPTQ_CALIBRATION_SEQS", "QUANT", "RESUME"])  # fmt: skip
+@pytest.mark.parametrize("name", ["CHECKPOINT_EVERY", "GPTQ_CALIBRATION_SEQS", "QUANT", "RESUME"])
 def test_settings_of_later_versions_are_refused(name):
     """A mode that this version lacks is an error, never silence."""
     text = a_problems({name: "1"})
@@ -581,6 +591,8 @@ def a_see_preset(c, made):
     return t.Config.from_env({"PRESET": c.preset}, cuda=True).model_dim
 
 
+A_TTT = dict(load_artifact="made.ptz", ttt_chunk_tokens=128, ttt_lr=0.1)
+A_NGRAM, A_SLOT = A_TTT | {"ngram_enabled": True}, A_TTT | {"slot_enabled": True}
 A_FLIPS = {  # field: (observable, value, what must be set too)
     "preset": (a_see_preset, "demo", {}),
     "run_id": (a_see_run, "another", {}),
@@ -651,6 +663,20 @@ A_FLIPS = {  # field: (observable, value, what must be set too)
     "eval_seq_len": (a_see_run, 16, {}),
     "eval_stride": (a_see_run, 16, {}),
     "eval_modes": (a_see_run, ("roundtrip",), {}),
+    "ttt_enabled": (a_see_run, False, A_TTT),
+    "ttt_lr": (a_see_run, 0.2, A_TTT),
+    "ttt_epochs": (a_see_run, 1, A_TTT),
+    "ttt_chunk_tokens": (a_see_run, 64, A_TTT),
+    "ttt_freeze_blocks": (a_see_run, 0, A_TTT),
+    "ttt_momentum": (a_see_run, 0.5, A_TTT),
+    "ttt_batch_seqs": (a_see_run, 2, A_TTT),
+    "ttt_grad_clip": (a_see_run, 0.01, A_TTT),
+    "ngram_enabled": (a_see_run, True, A_TTT),
+    "ngram_order": (a_see_run, 2, A_NGRAM),
+    "ngram_weight": (a_see_run, 0.3, A_NGRAM),
+    "slot_enabled": (a_see_run, True, A_TTT),
+    "slot_steps": (a_see_run, 2, A_SLOT),
+    "slot_lr": (a_see_run, 0.05, A_SLOT),
     "val_batch_size": (a_see_batch, 1024, {}),
     "val_loss_every": (a_see_run, 4, {}),
     "val_tokens_limit": (a_see_run, 500, {}),
@@ -1718,12 +1744,12 @@ def test_dumped_scores_recompute_the_result(a_made, tmp_path):
     with a_inside(tmp_path) as console:
         t.run(config)
     files = a_score_files(tmp_path / "dumped")
-    assert set(files) == {"roundtrip", "sliding"}
+    assert set(files) == {"roundtrip", "sliding", "ttt"}
     lines = dict(re.findall(r"(\S+_exact) val_loss:\S+ val_bpb:(\S+)", console.getvalue()))
     loss = dict(re.findall(r"(\S+_exact) val_loss:(\S+)", console.getvalue()))
     want = a_audit(a_made[1])
     for mode, name in (("roundtrip", "final_int6_roundtrip_exact"),
-                       ("sliding", "final_int6_sliding_window_exact")):
+                       ("sliding", "final_int6_sliding_window_exact"), ("ttt", "legal_ttt_exact")):
         scores = files[mode]
         assert scores["ids"].tolist() == want.ids[1:].tolist()
         assert scores["bytes"].tolist() == want.bytes.tolist()
@@ -1804,6 +1830,9 @@ A_LOG_LINES = [  # STYLE.md, "Log lines are an API", in the order of a run
     r"final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
     r"final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:\d+ eval_time:\d+ms",
     r"final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"ttt_chunk \[1/1\] bpb=\d+\.\d{6} time=\d+\.\ds",
+    r"legal_ttt val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+    r"legal_ttt_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
     r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
 ]  # fmt: skip
 A_STOP_LINE = r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/\d+"
@@ -1866,7 +1895,7 @@ def test_the_log_files_hold_everything(a_process):
     kinds = [event["event"] for event in events]
     assert {"config", "bytes", "train", "phase", "val", "post_ema", "stream", "size", "final",
             "summary"} == set(kinds)
-    assert kinds[-1] == "summary" and kinds.count("train") == 8 and kinds.count("final") == 2
+    assert kinds[-1] == "summary" and kinds.count("train") == 8 and kinds.count("final") == 3
     train = [event for event in events if event["event"] == "train"]
     shown = re.findall(r"train_loss:(\S+)", out)
     assert [f"{event['loss']:.4f}" for event in train] == shown
@@ -1880,13 +1909,14 @@ def test_the_summary_is_a_block_for_grep(a_process):
     block = out.split("\n---\n")[1].splitlines()
     values = dict(line.split(": ", 1) for line in block[:-1])
     assert {"steps", "train_ms", "weights", "post_ema_bpb", "roundtrip_bpb", "sliding_bpb",
+            "ttt_bpb", "seconds_ttt", "ttt_us_per_token_and_device",
             "headline_mode", "val_bpb", "bytes_total", "peak_memory_mib", "byte_audit",
             "seconds_train", "seconds_export", "seconds_eval"} <= set(values)
     assert values["steps"] == "8" and values["weights"] == "ema"
-    assert values["headline_mode"] == "sliding" and values["byte_audit"] == "exact"
+    assert values["headline_mode"] == "ttt" and values["byte_audit"] == "exact"
     exact = float(re.search(r"val_bpb:(\S+)", block[-1])[1])
     assert abs(float(values["val_bpb"]) - exact) < 1e-6
-    assert values["val_bpb"] == values["sliding_bpb"]
+    assert values["val_bpb"] == values["ttt_bpb"]
 
 
 def test_training_learns_and_the_gap_is_small(a_process):
@@ -2047,7 +2077,7 @@ def test_the_file_keeps_its_shape():
     """About 2,200 lines and 100 kB, 100 columns, ASCII; main under 100 lines, functions 75."""
     data = (ROOT / "train_gpt.py").read_bytes()
     lines = data.decode("ascii").splitlines()
-    assert len(lines) < 2200 and len(data) < 106_000
+    assert len(lines) < 2410 and len(data) < 120_000
     assert max(map(len, lines)) <= 100
     long = {}
     for node in ast.walk(ast.parse(data)):
@@ -2085,7 +2115,7 @@ def b_config(**settings) -> t.Config:
         train_seq_len=16, eval_seq_len=16, eval_stride=8, train_batch_tokens=64,
         val_batch_size=256, iterations=8, warmdown_iters=4, warmup_steps=0,
         max_wallclock_seconds=0.0, recur_start_step=3.0, val_loss_every=0, train_log_every=1,
-        muon_momentum_warmup_steps=4, compressor="zlib",
+        muon_momentum_warmup_steps=4, compressor="zlib", ttt_freeze_blocks=1,
     )  # fmt: skip
     c = t.Config(**(t.PRESETS["demo"] | base | settings))
     assert t.contradictions(c) == []
@@ -2404,10 +2434,14 @@ def b_ref_mlp(p: dict, c: t.Config, prefix: str, x: np.ndarray) -> np.ndarray:
 
 
 def b_ref_logits(model: t.GPT, ids: torch.Tensor, recur: bool) -> np.ndarray:
-    """SPEC section 3 from ids to logits in float64 NumPy."""
-    c, ids = model.config, ids.numpy()
+    """Logits of a model in one of its phases, by `b_ref_scores`."""
     p = {n: x.detach().double().numpy() for n, x in model.named_parameters()}
-    x0 = b_ref_input(p, c, model.is_boundary.numpy(), ids)
+    return b_ref_scores(p, model.config, model.is_boundary.numpy(), ids.numpy(), recur)
+
+
+def b_ref_scores(p: dict, c, boundary: np.ndarray, ids: np.ndarray, recur: bool) -> np.ndarray:
+    """SPEC section 3 from ids to logits in float64 NumPy; p: arrays by name, c: the settings."""
+    x0 = b_ref_input(p, c, boundary, ids)
     order = [(i, None) for i in range(c.num_layers)]
     if recur and c.recur_layers:
         after = order.index((c.recur_layers[-1], None)) + 1
@@ -3216,7 +3250,7 @@ def test_preflight_05_code_size(capsys):
     data = (ROOT / "train_gpt.py").read_bytes()
     b_report(capsys, f"train_gpt.py {len(data)} bytes, {data.count(10)} lines")
     size, is_ascii = len(data), data.isascii()
-    assert is_ascii and size < 106_000
+    assert is_ascii and size < 120_000
 
 
 def b_export(c: t.Config, model: t.GPT, folder: Path) -> tuple[int, list, t.GPT]:
@@ -5253,3 +5287,846 @@ def test_d_ablation_runs_and_resumes(tmp_path):
     (out / "train_gpt.py").write_text("another version")
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode == 1 and "another train_gpt.py" in refused.stderr
+
+
+# ==========================================================================================
+# evaluation: legality of every mode, test-time training, n-gram cache, independent scorer
+# ==========================================================================================
+
+# --- a scoring procedure: ids -> nats of every target, and what happened on the way ----------
+
+E_VOCAB = 24  # its last id is the boundary
+E_TINY = dict(
+    num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, xsa_last_n=1,
+    bigram_vocab_size=16, bigram_dim=4, ve_dim=4, ve_layers=(2,), parallel_start_layer=2,
+    recur_layers=(1,), eval_seq_len=16, eval_stride=4, val_batch_size=64, ttt_chunk_tokens=24,
+    ttt_freeze_blocks=1, ttt_lr=0.5, ttt_epochs=2, ttt_batch_seqs=1, ngram_weight=0.3,
+    ngram_order=3, scores_path="kept by the harness", slot_lr=0.1,
+)  # fmt: skip
+E_MODES = {  # name: settings of a run whose last mode is the one meant
+    "roundtrip": dict(eval_modes=("roundtrip",)),
+    "sliding": dict(eval_modes=("sliding",)),
+    "ttt": dict(eval_modes=("ttt",)),
+    "ngram_sliding": dict(eval_modes=("ngram",), ngram_enabled=True, ttt_enabled=False),
+    "ngram_ttt": dict(eval_modes=("ngram",), ngram_enabled=True),
+}
+E_PLANS = [dict(), dict(eval_stride=16, ttt_chunk_tokens=16), dict(
+    eval_seq_len=8, eval_stride=3, ttt_chunk_tokens=20, ttt_batch_seqs=2)]
+
+
+def e_stream(count=75, seed=0):
+    """Random ids in documents of 4 to 12; no two windows are alike."""
+    random, ids = np.random.default_rng(seed), []
+    while len(ids) < count:
+        ids += [E_VOCAB - 1, *random.integers(0, E_VOCAB - 1, int(random.integers(4, 12)))]
+    return np.array(ids[:count], np.uint16)
+
+
+def e_score(mode, ids, runtime=None, watch=True, **settings):
+    """Run evaluate_artifact itself on a random model: (last nats dumped, events, scores).
+
+    Events, in order: ("plan", windows), ("score" or "train", starts, nats), ("update",), ("read" or
+    "count", targets, n). Rows that are no window of the stream are left out, n is the number of
+    targets in the counts. What happens before the evaluation's clock starts is not recorded.
+    """
+    runtime = runtime or a_runtime()
+    c = a_config(**(E_TINY | E_MODES[mode] | settings))
+    table, events, dumps = a_table(E_VOCAB), [], {}
+    model = a_random_model(c, table=table)
+    evaluator = t.Evaluator(runtime, c, t.Validation(
+        ids, np.ones(len(ids) - 1, np.int16), "unverified", ""))
+    places = {tuple(ids[i : i + evaluator.length].tolist()): i
+              for i in range(len(ids) - evaluator.length)}
+
+    def begin(to_come, start=evaluator.start_clock):
+        events.clear()
+        start(to_come)
+
+    def hook(module, inputs, outputs):
+        kind = "score" if torch.is_inference_mode_enabled() else "train"
+        starts = [places.get(tuple(row)) for row in inputs[0].tolist()]
+        rows = [i for i, start in enumerate(starts) if start is not None]
+        events.append((kind, [starts[i] for i in rows], outputs.detach().numpy()[rows].copy()))
+
+    def recorded(kind, function):
+        def wrapped(self, part):
+            result = function(self, part)
+            counted = int(self.levels[0][2].sum())  # all targets that any count holds
+            events.append((kind, list(range(*part.indices(len(ids) - 1))), counted))
+            return result
+        return wrapped
+
+    def plan(*arguments, original=t.plan_windows):
+        windows = original(*arguments)
+        events.append(("plan", windows))
+        return windows
+
+    step = torch.optim.SGD.step
+    with pytest.MonkeyPatch.context() as patch:
+        if watch:
+            evaluator.start_clock, _ = begin, model.register_forward_hook(hook)
+        evaluator.save_scores = lambda label, nats: dumps.update({label: nats.copy()})
+        patch.setattr(t, "load_model", lambda *_: model)
+        patch.setattr(t, "plan_windows", plan)
+        patch.setattr(t.NgramCache, "probabilities", recorded("read", t.NgramCache.probabilities))
+        patch.setattr(t.NgramCache, "update", recorded("count", t.NgramCache.update))
+        patch.setattr(torch.optim.SGD, "step",
+                      lambda self: events.append(("update",)) or step(self))
+        scores = t.evaluate_artifact("", evaluator, table)
+    return list(dumps.values())[-1], events, scores
+
+
+# --- the four conditions, each for any procedure; a breach is an AssertionError that names it --
+
+
+def e_condition_1(score, ids, places):
+    """Altering all tokens after a place, boundaries kept, changes no score up to it by a bit."""
+    before, random = score(ids)[0], np.random.default_rng(1)
+    for place in places:
+        other, boundary = ids.copy(), ids == E_VOCAB - 1
+        new = (ids + random.integers(1, E_VOCAB - 1, len(ids))) % (E_VOCAB - 1)  # never the same
+        other[place + 1 :] = np.where(boundary, ids, new)[place + 1 :]
+        after = score(other)[0]  # target k is ids[k + 1]
+        assert after[:place].tobytes() == before[:place].tobytes(), f"condition 1 at {place}"
+        assert not np.array_equal(after, before)  # else nothing was altered
+
+
+def e_condition_2(score, ids, places):
+    """exp(-nats) over every id put in as the target sums to 1."""
+    for place in places:
+        total = 0.0
+        for v in range(E_VOCAB):
+            other = ids.copy()
+            other[place] = v
+            total += math.exp(-float(score(other)[0][place - 1]))
+        assert abs(total - 1) < 1e-4, f"condition 2 at {place}: {total}"
+
+
+def e_condition_3(ranks, length, targets):
+    """No weight or count sees a target before its final score; `ranks`: (nats, events) of each.
+
+    The final score is the one that the first forward pass over a target gave.
+    """
+    updates = max(sum(event[0] == "update" for event in events) for _, events in ranks)
+    first, mixed = {}, any(event[0] == "read" for _, events in ranks for event in events)
+    for _, events in ranks:
+        assert sum(event[0] == "update" for event in events) == updates, "condition 3: ranks"
+    for number in range(updates + 1):  # weights change when all ranks have come to the update
+        scored, trained = set(), set()
+        for _, events in ranks:
+            seen = 0
+            for event in events:
+                seen += event[0] == "update"
+                if seen > number:
+                    break
+                if event[0] == "score":
+                    for start, row in zip(event[1], event[2], strict=True):
+                        for place, value in enumerate(row):
+                            first.setdefault(start + place, (value, number))
+                            scored.add(start + place)
+                if event[0] == "train":
+                    trained |= {s + i for s in event[1] for i in range(length)}
+        assert trained <= scored, f"condition 3: trained on {sorted(trained - scored)} too early"
+    for nats, events in ranks:
+        assert mixed or len(ranks) > 1 or all(
+            nats[target] == first[target][0] for target in range(targets)), "condition 3: replaced"
+        for event in events:  # counts hold what was read before, and never more
+            assert event[0] != "read" or event[2] <= event[1][0], "condition 3: counted too early"
+
+
+def e_condition_4(ranks, targets):
+    """Each target is scored exactly once, left to right."""
+    for _, events in ranks:
+        windows = next(event[1] for event in events if event[0] == "plan")
+        length = len(next(event[2] for event in events if event[0] == "score")[0])
+        scored = [place for start, first in windows.tolist()
+                  for place in range(start + first, start + length)]
+        assert scored == list(range(targets)), "condition 4: not each target once, in order"
+        starts = dict.fromkeys(s for event in events if event[0] == "score" for s in event[1])
+        assert list(starts) == sorted(starts), "condition 4: not from left to right"
+        read = [target for event in events if event[0] == "read" for target in event[1]]
+        assert read in ([], list(range(targets))), "condition 4: cache"
+
+
+def e_check(mode, seed=0, places=(20, 37, 66), sums=(), **settings):
+    """All conditions on one process; the sums only at some places, as they take V runs each."""
+    ids = e_stream(seed=seed)
+    score = functools.partial(e_score, mode, **settings)
+    nats, events, _ = score(ids)
+    assert len(nats) == len(ids) - 1 and np.isfinite(nats).all()
+    length = a_config(**(E_TINY | settings)).eval_seq_len
+    e_condition_4([(nats, events)], len(nats))
+    e_condition_3([(nats, events)], length, len(nats))
+    e_condition_1(score, ids, places)
+    e_condition_2(score, ids, sums)
+    return nats, events
+
+
+@pytest.mark.parametrize("settings", E_PLANS, ids=["sliding", "plain", "uneven"])
+@pytest.mark.parametrize("mode", E_MODES)
+def test_e_every_mode_is_legal(mode, settings):
+    """The four conditions; the events that they are about did happen."""
+    sums = (58,) if settings == E_PLANS[-1] else ()
+    nats, events = e_check(mode, sums=sums, **settings)
+    kinds = Counter(event[0] for event in events)
+    chunks = math.ceil(74 / a_config(**(E_TINY | settings)).ttt_chunk_tokens)
+    assert kinds["read"] == kinds["count"] == (chunks if "ngram" in mode else 0)
+    assert kinds["train"] == kinds["update"]
+    assert kinds["update"] >= 2 * (chunks - 1) if "ttt" in mode else kinds["update"] == 0
+    # the last chunk is not trained on
+    last = max((s for event in events if event[0] == "train" for s in event[1]), default=0)
+    assert last < 74 - (74 % a_config(**(E_TINY | settings)).ttt_chunk_tokens)
+
+
+def test_e_modes_differ():
+    """Training and counting do change scores, or the conditions would say nothing of them."""
+    nats = [e_score(mode, e_stream())[0] for mode in E_MODES]
+    for i, one in enumerate(nats):
+        assert all(not np.array_equal(one, other) for other in nats[:i])
+
+
+# --- mutants: every condition has teeth -----------------------------------------------------
+
+
+def e_mutant_two_pass(patch):
+    def init(self, *arguments, original=t.NgramCache.__init__):
+        original(self, *arguments)
+        self.update(slice(0, len(arguments[0]) - 1))
+    patch.setattr(t.NgramCache, "__init__", init)
+
+
+def e_mutant_count_one_more(patch):
+    def update(self, part, original=t.NgramCache.update):
+        original(self, slice(part.start, min(part.stop + 1, 74)))
+    patch.setattr(t.NgramCache, "update", update)
+
+
+def e_mutant_count_first(patch):
+    def probabilities(self, part, original=t.NgramCache.probabilities):
+        self.update(part)
+        return original(self, part)
+    patch.setattr(t.NgramCache, "probabilities", probabilities)
+
+
+def e_mutant_train_first(patch):
+    def learn(self, number, edges, nats, original=t.TTT.learn):
+        if number + 2 < len(edges):
+            original(self, number + 1, edges, nats)
+    patch.setattr(t.TTT, "learn", learn)
+
+
+def e_mutant_tail_twice(patch):
+    def plan(*arguments, original=t.plan_windows):
+        windows = original(*arguments)
+        windows[-1, 1] = 0
+        return windows
+    patch.setattr(t, "plan_windows", plan)
+
+
+def e_mutant_score_again(patch):
+    def score(self, original=t.TTT.score):
+        first, nats = original(self)
+        with torch.no_grad():
+            self.params[-1].add_(0.1)
+        return self.evaluator.score(self.forward, self.config.eval_stride)
+    patch.setattr(t.TTT, "score", score)
+
+
+def e_mutant_unnormalised(patch):
+    def probabilities(self, part, original=t.NgramCache.probabilities):
+        return np.maximum(original(self, part), 0.1)
+    patch.setattr(t.NgramCache, "probabilities", probabilities)
+
+
+@pytest.mark.parametrize("mode, mutant, condition", [
+    ("ngram_sliding", e_mutant_two_pass, "1"), ("ngram_sliding", e_mutant_two_pass, "3"),
+    ("ngram_ttt", e_mutant_count_one_more, "2"), ("ngram_ttt", e_mutant_count_one_more, "3"),
+    ("ngram_sliding", e_mutant_count_first, "2"), ("ngram_sliding", e_mutant_unnormalised, "2"),
+    ("ttt", e_mutant_train_first, "1"), ("ttt", e_mutant_train_first, "3"),
+    ("ttt", e_mutant_score_again, "3"), ("sliding", e_mutant_tail_twice, "4"),
+    ("ttt", e_mutant_tail_twice, "4"),
+])  # fmt: skip
+def test_e_mutants_are_caught(mode, mutant, condition, monkeypatch):
+    """Each illegal procedure breaks the condition that forbids it."""
+    mutant(monkeypatch)
+    ids, score = e_stream(), functools.partial(e_score, mode)
+    with pytest.raises(AssertionError, match=f"condition {condition}"):
+        if condition == "1":
+            e_condition_1(score, ids, range(20, 70, 7))
+        if condition == "2":
+            e_condition_2(score, ids, (25,))  # the first target of a chunk
+        ranks = [score(ids)[:2]]
+        if condition == "3":
+            e_condition_3(ranks, 16, 74)
+        if condition == "4":
+            e_condition_4(ranks, 74)
+
+
+@pytest.mark.parametrize("condition", [e_condition_1, e_condition_2])
+def test_e_slot_is_caught(condition):
+    """SLOT fits what it scores: later targets of a batch and the target itself move a score."""
+    def score(ids):
+        return e_score("roundtrip", ids, eval_modes=("slot", "roundtrip"), slot_enabled=True)
+    number = condition.__name__[-1]
+    with pytest.raises(AssertionError, match=f"condition {number}"):
+        condition(score, e_stream(), (58,))
+
+
+def e_check_documents(mode):
+    """With attention muted, a document's tokens change no score of another document's."""
+    ids = e_stream()
+    starts = np.flatnonzero(ids == E_VOCAB - 1)
+
+    def random_model(c, *arguments, original=a_random_model, **more):
+        model = original(c, *arguments, **more)
+        with torch.no_grad():
+            for block in model.blocks:
+                block.attn.out.weight.zero_()  # SmearGate and bigram are what is left
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "a_random_model", random_model)
+        before = e_score(mode, ids)[0]
+        for begin in starts[2:6]:
+            other = ids.copy()
+            other[begin - 1] = (ids[begin - 1] + 1) % (E_VOCAB - 1)
+            after = e_score(mode, other)[0]
+            assert after[begin:].tobytes() == before[begin:].tobytes(), "documents leak"
+            assert after[begin - 1] != before[begin - 1]  # the boundary is predicted from inside
+
+
+@pytest.mark.parametrize("mode", ["roundtrip", "sliding"])
+@pytest.mark.parametrize("broken", [None, t.SmearGate, t.BigramHash])
+def test_e_documents_do_not_leak(mode, broken, monkeypatch):
+    """SmearGate and bigram stop at boundaries in scoring; one that does not is caught."""
+    if broken is None:
+        return e_check_documents(mode)
+    method = "forward" if broken is t.SmearGate else "rows"
+    original = getattr(broken, method)
+
+    def crossing(self, x, starts):
+        edge = torch.zeros_like(starts)
+        edge[:, 0] = True  # a window's first position has no previous one
+        return original(self, x, edge)
+
+    monkeypatch.setattr(broken, method, crossing)
+    with pytest.raises(AssertionError, match="documents leak"):
+        e_check_documents(mode)
+
+
+# --- two ranks ------------------------------------------------------------------------------
+
+E_RANK_CODE = """
+import json, os, pickle, sys
+sys.path.insert(0, {root!r})
+import test_cpu as T
+runtime = T.t.Runtime(T.a_config(run_id="rank"))
+runtime.on_first_rank = lambda work: work()  # every rank keeps what it would dump
+jobs, out = json.load(open("jobs.json")), []
+for mode, seed, altered, settings in jobs:
+    ids = T.e_stream(seed=seed)
+    if altered:
+        ids[altered + 1 :] = T.np.where(ids == T.E_VOCAB - 1, ids, (ids + 5) % (T.E_VOCAB - 1))[
+            altered + 1 :]
+    nats, events, scores = T.e_score(mode, ids, runtime, **settings)
+    out.append((nats, events))
+pickle.dump(out, open("rank%d.pickle" % runtime.rank, "wb"))
+runtime.close()
+"""
+
+
+def test_e_two_ranks_are_legal_and_equal_one(tmp_path):
+    """One pair of gloo processes: the conditions, equal scores on both, those of one process."""
+    plans = [E_PLANS[0] | dict(ttt_batch_seqs=2), E_PLANS[2], E_PLANS[2] | dict(ttt_lr=0.0)]
+    jobs = [(mode, 0, place, plan) for plan in plans for mode in E_MODES for place in (0, 37)]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+    environ = dict(MASTER_ADDR="127.0.0.1", WORLD_SIZE="2", OMP_NUM_THREADS="1",
+                   CUDA_VISIBLE_DEVICES="")
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        environ["MASTER_PORT"] = str(free.getsockname()[1])
+    names = {f.name.upper() for f in fields(t.Config)}
+    clean = {k: v for k, v in os.environ.items() if k not in names}
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", E_RANK_CODE.format(root=str(ROOT))], cwd=tmp_path, text=True,
+        env=clean | environ | dict(RANK=str(rank), LOCAL_RANK="0"), stderr=subprocess.PIPE)
+        for rank in range(2)]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    ranks = [pickle.loads((tmp_path / f"rank{rank}.pickle").read_bytes()) for rank in range(2)]
+    results = {}
+    for (mode, _, place, plan), *both in zip(jobs, *ranks, strict=True):
+        nats = both[0][0]
+        assert nats.tobytes() == both[1][0].tobytes()
+        length = a_config(**(E_TINY | plan)).eval_seq_len
+        e_condition_3(both, length, len(nats))
+        e_condition_4(both, len(nats))
+        results[mode, place, plan["ttt_batch_seqs"], plan.get("ttt_lr")] = nats
+        if not place:
+            alone = e_score(mode, e_stream(), **plan)[0]
+            np.testing.assert_allclose(nats, alone, rtol=1e-3, atol=1e-3)
+            untrained = e_score("sliding", e_stream(), **plan)[0]
+            if mode == "ttt" and plan.get("ttt_lr") is None:
+                assert np.abs(nats - untrained).max() > 0.02  # far more than ranks differ
+    for (mode, place, *plan), nats in results.items():
+        assert nats[:place].tobytes() == results[mode, 0, *plan][:place].tobytes(), "condition 1"
+    assert results["ttt", 0, 2, 0.0].tobytes() == results["sliding", 0, 2, 0.0].tobytes()
+
+
+# --- test-time training ---------------------------------------------------------------------
+
+
+def e_ttt(ids=None, runtime=None, **settings):
+    """A TTT on a random model and stream, with its optimizer, and the config."""
+    c = a_config(**(E_TINY | settings))
+    ids = e_stream() if ids is None else ids
+    model = a_random_model(c, table=a_table(E_VOCAB))
+    evaluator = t.Evaluator(runtime or a_runtime(), c, t.Validation(
+        ids, np.ones(len(ids) - 1, np.int16), "unverified", ""))
+    ttt = t.TTT(model, evaluator)
+    ttt.optimizer, ttt.began = torch.optim.SGD(ttt.params, c.ttt_lr, c.ttt_momentum), 0.0
+    return ttt, c
+
+
+@pytest.mark.parametrize("settings", [*E_PLANS, dict(val_batch_size=32), dict(eval_stride=5)])
+def test_e_ttt_without_learning_rate_is_sliding(settings):
+    """Bit for bit; with a learning rate it is not."""
+    nats = {lr: e_score("ttt", e_stream(), ttt_lr=lr, **settings)[0] for lr in (0.0, 0.01)}
+    sliding = e_score("sliding", e_stream(), **settings)[0]
+    assert nats[0.0].tobytes() == sliding.tobytes() != nats[0.01].tobytes()
+
+
+@pytest.mark.parametrize("freeze, frozen", [
+    (0, ""), (1, r"embed|bigram|smear|blocks\.0\."),
+    (2, r"embed|bigram|smear|blocks\.[01]\.|skip_weights"),
+    (3, r"embed|bigram|smear|blocks\.[012]\.|skip_weights|value\."),
+])  # fmt: skip
+@pytest.mark.parametrize("more", [dict(), dict(recur_untie_mlp=False), dict(tie_embeddings=False)])
+def test_e_frozen_is_frozen(freeze, frozen, more):
+    """Not a bit of what is frozen moves; everything else does; afterwards all is as before."""
+    ttt, c = e_ttt(num_layers=4, ve_layers=(2, 3), parallel_start_layer=3, recur_layers=(1, 2),
+                   ttt_freeze_blocks=freeze, **more)
+    assert ttt.model.config.num_layers // 2 == 2  # skips are added from layer 2 on
+    before = {n: p.detach().clone() for n, p in ttt.model.named_parameters()}
+    frozen = frozen.replace("|skip_weights", "" if freeze == 2 else "|skip_weights")
+    ttt.learn(0, [0, 24, 48, 74], torch.zeros(74))
+    for name, parameter in ttt.model.named_parameters():
+        still = bool(frozen and re.match(frozen, name))
+        assert torch.equal(parameter, before[name]) == still, name
+    ttt.model.load_state_dict(before, strict=False)
+    ttt.score()
+    for name, parameter in ttt.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_e_training_is_the_formula(world, clip, monkeypatch):
+    """Plain SGD on the mean over each batch's targets, however many ranks share the sequences."""
+    settings = dict(ttt_chunk_tokens=40, ttt_batch_seqs=2, ttt_grad_clip=clip, ttt_freeze_blocks=0,
+                    ttt_lr=0.5 if clip else 0.02)
+    edges, ids = [0, 40, 80, 99], e_stream(100)
+    ttt, c = e_ttt(ids, **settings)
+    model, momentum = ttt.model, {}
+    for chunk in (0, 1):
+        lr = c.ttt_lr * 0.5 * (1 + math.cos(math.pi * chunk / 2))
+        for _ in range(c.ttt_epochs):
+            for batch in ([(0, 0), (16, 0)], [(24, 8)]):  # (start, first counted): 16 + 16 + 8
+                model.zero_grad()
+                total, count = 0.0, 0
+                for start, first in batch:
+                    row = torch.from_numpy(ids[edges[chunk] + start :][:17].astype(np.int64))
+                    nats = model(row[None, :-1], row[None, 1:])[0, first:]
+                    total, count = total + nats.sum(), count + len(nats)
+                (total / count).backward()
+                norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+                factor = min(1.0, clip / float(norm)) if clip else 1.0
+                with torch.no_grad():
+                    for p in model.parameters():
+                        momentum[p] = c.ttt_momentum * momentum.get(p, 0) + factor * p.grad
+                        p -= lr * momentum[p]
+    wanted = {n: p.detach() for n, p in model.named_parameters()}
+    barrier, sums = threading.Barrier(world), {}
+
+    def all_reduce(tensor):  # sums over the threads that stand for ranks
+        place = threading.current_thread().name
+        sums[place] = tensor.clone()
+        barrier.wait()
+        total = sum(sums[f"e{rank}"] for rank in range(world))
+        barrier.wait()
+        return total
+
+    shapes, steps, results = set(), Counter(), {}
+
+    def work(rank):
+        runtime = a_runtime(rank, world)
+        runtime.all_reduce = all_reduce if world > 1 else (lambda tensor: tensor)
+        mine = ttts[rank]
+        mine.runtime = mine.evaluator.runtime = runtime
+        mine.model.register_forward_hook(lambda m, x, y: shapes.add(tuple(x[0].shape)) or
+                                         steps.update([rank]))
+        for chunk in (0, 1, 2):
+            mine.learn(chunk, edges, torch.zeros(99))
+        results[rank] = a_digest(mine.model.named_parameters())
+
+    ttts = [e_ttt(ids, a_runtime(rank, world), **settings)[0] for rank in range(world)]
+    threads = [threading.Thread(target=work, args=(rank,), name=f"e{rank}") for rank in
+               range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == world and len({str(r) for r in results.values()}) == 1
+    assert set(steps.values()) == {2 * 2 * c.ttt_epochs}  # the same on every rank
+    assert shapes == {(math.ceil(2 / world), 16)}
+    for name, parameter in ttts[0].model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), wanted[name], rtol=1e-4, atol=2e-5)
+
+
+def test_e_modes_do_not_influence_each_other():
+    """Each mode alone, and all in one evaluation: the same nats, bit for bit."""
+    alone = {mode: e_score(mode, e_stream())[0] for mode in ("roundtrip", "sliding", "ttt")}
+    for last in alone:
+        order = dict(eval_modes=tuple(mode for mode in alone if mode != last) + (last,))
+        both, _, scores = e_score("ttt", e_stream(), **(order | dict(ngram_enabled=True)))
+        assert set(scores) == set(alone) and both.tobytes() == alone["ttt"].tobytes()
+        for mode, nats in alone.items():
+            assert scores[mode].nats == float(nats.astype(np.float64).sum())
+
+
+def test_e_bf16():
+    """Computed in bf16, trained in fp32: learns on a stream that repeats itself."""
+    runtime, ids = a_runtime(), np.tile(e_stream(25), 8).astype(np.uint16)
+    runtime.dtype = torch.bfloat16
+    ttt, _ = e_ttt(ids, runtime, ttt_freeze_blocks=0, ttt_chunk_tokens=50, ttt_lr=0.1)
+    model = t.GPT(ttt.config, a_table(E_VOCAB).is_boundary, runtime)
+    model.load_state_dict(ttt.model.state_dict())
+    ttt = t.TTT(model, ttt.evaluator)
+    plain, _ = ttt.evaluator.score(model, 4, chunk=50)
+    ttt.config = ttt.evaluator.config = replace(ttt.config, ttt_epochs=4)
+    learned, nats = ttt.score()
+    assert learned.nats < 0.97 * plain.nats and nats.dtype == np.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_e_everything_is_compiled_before_the_clock(monkeypatch):
+    """One graph for scoring, one for training, both on random tokens; none after the clock."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, runtime, frames = CompileCounter(), a_runtime(), []
+    runtime.compile = functools.partial(torch.compile, fullgraph=True, dynamic=False,
+                                        backend=counter)
+    monkeypatch.setattr(t.Evaluator, "start_clock", lambda self, to_come: (
+        frames.append(counter.frame_count), setattr(self, "to_come", to_come),
+        setattr(self, "began", 0.0), setattr(self, "reported", math.inf)))
+    nats, _, _ = e_score("ttt", e_stream(), runtime, watch=False,
+                         eval_modes=("roundtrip", "sliding", "ttt"))
+    assert frames == [0, counter.frame_count] and counter.frame_count == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    eager = e_score("ttt", e_stream())[0]
+    np.testing.assert_allclose(nats, eager, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_e_priming_sees_no_validation_token_and_moves_nothing():
+    """Random ids in the shapes of scoring and training; weights as they were."""
+    ttt, _ = e_ttt()
+    seen, before = [], a_digest(ttt.model.named_parameters())
+    ttt.model.register_forward_hook(lambda m, x, y: seen.append(x[0]))
+    ttt.prime()
+    assert [tuple(x.shape) for x in seen] == [
+        (ttt.evaluator.batch_windows, 16), (ttt.rank_seqs, 16)]
+    stream = ttt.evaluator.val.ids.astype(int)
+    windows = {tuple(stream[i : i + 16]) for i in range(len(stream) - 16)}
+    assert not windows & {tuple(row.tolist()) for x in seen for row in x}
+    assert a_digest(ttt.model.named_parameters()) == before and len(stream) == 75
+
+
+# --- n-gram cache ---------------------------------------------------------------------------
+
+
+def e_witten_bell(ids, boundary, order, chunk, vocab):
+    """Probability of each target by dictionaries, one target at a time."""
+    counts, out = {}, []
+    for target in range(len(ids) - 1):
+        if target % chunk == 0:  # all before this chunk have been scored
+            for done in range(max(0, target - chunk), target):
+                for context in e_contexts(ids, boundary, done, order):
+                    counts.setdefault(context, Counter())[int(ids[done + 1])] += 1
+        p = 1 / vocab
+        for context in e_contexts(ids, boundary, target, order):
+            seen = counts.get(context, Counter())
+            if seen:
+                n, kinds = sum(seen.values()), len(seen)
+                p = (seen[int(ids[target + 1])] + kinds * p) / (n + kinds)
+        out.append(p)
+    return np.array(out)
+
+
+def e_contexts(ids, boundary, target, order):
+    """Contexts of a target, the empty one first; none reaches over a boundary."""
+    for k in range(order):
+        context = tuple(int(i) for i in ids[max(0, target + 1 - k) : target + 1])
+        if len(context) < k or any(boundary[i] for i in context[1:]):
+            return
+        yield context
+
+
+@pytest.mark.parametrize("order, chunk, vocab", [
+    (1, 10, 24), (2, 1, 24), (3, 24, 24), (5, 50, 24), (5, 1000, 24), (16, 20, 65536)])
+def test_e_ngram_is_witten_bell(order, chunk, vocab):
+    """Equal to a dictionary of contexts, ids up to 65,535 at order 16 included."""
+    ids = np.tile(e_stream(60), 4).astype(np.int64)
+    boundary = np.arange(vocab) == vocab - 1
+    ids = np.where(ids == E_VOCAB - 1, vocab - 1, (ids * (vocab // E_VOCAB)) % (vocab - 1))
+    cache, p = t.NgramCache(ids, boundary, order), []
+    for begin in range(0, len(ids) - 1, chunk):
+        part = slice(begin, min(begin + chunk, len(ids) - 1))
+        p.append(cache.probabilities(part))
+        cache.update(part)
+    wanted = e_witten_bell(ids, boundary, order, chunk, vocab)
+    np.testing.assert_allclose(np.concatenate(p), wanted, rtol=1e-12)
+    assert len(set(wanted.round(9))) > 5 or chunk == 1000  # then nothing was counted in time
+
+
+def test_e_ngram_mixture():
+    """The log of the weighted sum; weight 0 is the base, weight 1 the cache alone."""
+    ids = e_stream(200)
+    base, _, _ = e_score("sliding", ids)
+    p = e_witten_bell(ids, np.arange(E_VOCAB) == E_VOCAB - 1, 3, 24, E_VOCAB)
+    for weight in (0.0, 0.3, 1.0):
+        nats, _, scores = e_score("ngram_sliding", ids, ngram_weight=weight)
+        wanted = -np.log((1 - weight) * np.exp(-base.astype(float)) + weight * p)
+        np.testing.assert_allclose(nats, wanted, rtol=1e-5)
+        assert set(scores) == {"ngram"} and scores["ngram"].tokens == 199
+
+
+# --- settings, labels, clocks ---------------------------------------------------------------
+
+
+def test_e_slot_is_labelled_everywhere(a_made, tmp_path):
+    """Every line, event, file and key that it makes says so; it is no headline."""
+    with a_inside(tmp_path) as console:
+        t.run(a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]), run_id="x",
+                       slot_enabled=True, scores_path="s", slot_lr=0.5))
+    lines = console.getvalue().splitlines()
+    slot = [line for line in lines if "slot" in line.lower()]
+    assert len(slot) == 5 and all("non_compliant" in line for line in slot)
+    assert sorted(a_score_files(tmp_path / "s")) == [
+        "non_compliant_slot", "roundtrip", "sliding", "ttt"]
+    bpb = {line.split(": ")[0]: line.split(": ")[1] for line in lines if "_bpb: " in line}
+    assert float(bpb["non_compliant_slot_bpb"]) < float(bpb["ttt_bpb"]) == float(bpb["val_bpb"])
+    events = map(json.loads, (tmp_path / "logs/x.jsonl").read_text().splitlines())
+    for event in events:
+        if event["event"] == "final" and "slot" in json.dumps(event):
+            assert event["mode"] == event["line"] == "non_compliant_slot"
+
+
+@pytest.mark.parametrize("settings, headline", [
+    (dict(), "ttt"), (dict(ttt_enabled=False), "sliding"), (dict(ngram_enabled=True), "ngram"),
+    (dict(ngram_enabled=True, ttt_enabled=False), "ngram"),
+    (dict(eval_modes=("roundtrip", "ttt"), ttt_enabled=False), "roundtrip"),
+    (dict(eval_modes=("slot", "sliding"), slot_enabled=True), "sliding"),
+])
+def test_e_the_headline_follows_from_the_settings(settings, headline):
+    """n-gram, else TTT, else sliding, else roundtrip; slot never; worse scores or not."""
+    c, lines, runtime = a_config(**settings), [], a_runtime()
+    assert [mode for mode in c.modes if mode != "slot"][-1] == headline
+    runtime.log.line = lambda text, *_: lines.append(text)
+    labels = ["non_compliant_slot" if mode == "slot" else mode for mode in c.modes]
+    t.summarize(runtime, {}, {label: t.Score(100.0 + i * (label == headline), 50, 100, 2.0)
+                              for i, label in enumerate(labels)})
+    assert f"headline_mode: {headline}" in lines
+    assert f"{headline}_us_per_token_and_device: 40000.0" in lines
+
+
+def test_e_an_evaluation_over_600_s_is_announced():
+    """By the first line of progress, counting the modes to come at the rate of this one."""
+    ttt, _ = e_ttt()
+    evaluator, lines = ttt.evaluator, []
+    evaluator.runtime.log.line = lines.append
+    for to_come, warns in (({"sliding": 100, "ttt": 850}, False), ({"ttt": 980}, True)):
+        evaluator.start_clock(to_come)
+        evaluator.report("roundtrip", 5, 10, 3.0)  # soon after the last line: silent
+        evaluator.reported -= 25
+        evaluator.began -= 25
+        evaluator.report("", 5, 10, 3.0)  # validation during training: silent
+        assert not lines
+        evaluator.report("roundtrip", 5, 10, 3.0)  # 25 s, 3 s left, 0.6 s a window
+        assert lines.pop() == "eval roundtrip windows:5/10 eta:3s" + (
+            " warning: evaluation will pass 600 s" * warns)
+
+
+def test_e_work_to_come_is_that_of_the_modes(monkeypatch):
+    """Windows of each mode; training on a sequence costs three windows."""
+    seen, start = [], t.Evaluator.start_clock
+    monkeypatch.setattr(t.Evaluator, "start_clock", lambda self, to_come: seen.append(
+        dict(to_come)) or start(self, to_come))
+    e_score("ttt", e_stream(), eval_modes=("roundtrip", "sliding", "ttt", "ngram"),
+            ngram_enabled=True)
+    assert seen[-1] == {"roundtrip": 74 / 16, "sliding": 74 / 4, "ngram": 0,
+                        "ttt": 74 / 4 + 3 * 2 * 74 / 16}
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 17, 18])
+def test_e_short_validation_works(count):
+    """One token, less than a window, a window and one more: every mode scores each target."""
+    for mode in E_MODES:
+        nats, _, _ = e_score(mode, e_stream(count))
+        assert len(nats) == count - 1 and (nats > 0).all()
+
+
+def test_e_scores_that_are_not_finite_are_no_result():
+    """A learning rate that destroys the model ends the run, naming the setting."""
+    with pytest.raises(t.RunError, match="legal_ttt: .*lower TTT_LR"):
+        e_score("ttt", e_stream(), ttt_lr=1e30, ttt_grad_clip=0.0)
+
+
+def test_e_freezing_all_layers_of_a_loaded_artifact_is_refused(a_made):
+    """The artifact decides the number of layers, so it is asked too."""
+    c = a_config(data_path=str(a_made[1]), num_layers=6, ttt_freeze_blocks=5)
+    table = t.load_byte_table(c)
+    val = t.load_validation(c, table)
+    with pytest.raises(t.ArtifactError, match="TTT_FREEZE_BLOCKS=5: leaves none of 4 layers"):
+        t.load_model(str(a_made[2]), val, table, a_runtime(), c)
+
+
+# --- dumps, artifacts, bytes ----------------------------------------------------------------
+
+
+def test_e_readme_recomputes_the_score(a_made, tmp_path):
+    """The README's own lines, on the dump of a run, print what the run logged."""
+    with a_inside(tmp_path) as console:
+        t.run(a_config(data_path=str(a_made[1]), load_artifact=str(a_made[2]),
+                       scores_path="scores", ttt_chunk_tokens=128, ttt_lr=0.1))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S)
+                if "np.load" in block)
+    assert len(code.strip().splitlines()) <= 10
+    done = a_python(["-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    logged = dict(re.findall(r"(\w+)_exact (val_loss:\S+ val_bpb:\S+)", console.getvalue()))
+    for mode, line in (("roundtrip", "final_int6_roundtrip"), ("ttt", "legal_ttt"),
+                       ("sliding", "final_int6_sliding_window")):
+        assert f"{mode} {logged[line]}" in done.stdout.splitlines()
+
+
+def test_e_load_artifact_reproduces_the_run_bit_for_bit(a_made, tmp_path):
+    """The training run's dumps and those of its artifact, evaluated later, are the same bytes."""
+    more = dict(data_path=str(a_made[1]), scores_path="scores", ttt_chunk_tokens=128, ttt_lr=0.1,
+                ngram_enabled=True, iterations=3)
+    dumps = []
+    for name in ("", str(tmp_path / "0" / "x.ptz")):
+        folder = tmp_path / str(len(dumps))
+        folder.mkdir()
+        with a_inside(folder):
+            t.run(a_config(artifact_path="x.ptz", load_artifact=name, **more))
+        dumps.append(a_score_files(folder / "scores"))
+    assert set(dumps[0]) == set(dumps[1]) == {"roundtrip", "sliding", "ttt", "ngram"}
+    for mode, arrays in dumps[0].items():
+        for name, array in arrays.items():
+            assert array.tobytes() == dumps[1][mode][name].tobytes(), (mode, name)
+
+
+def e_read_artifact(path):
+    """(settings as text, ids of the vocabulary, {name: float64 array}) from the container's bytes.
+
+    Written from SPEC section 5 and the layout: magic, size and CRC of the header, header, streams.
+    """
+    data = Path(path).read_bytes()
+    size, crc = struct.unpack_from("<II", data, 8)
+    packed, at = data[16 : 16 + size], 16 + size
+    assert data[:8] == b"PROTEUS\n" and zlib.crc32(packed) == crc
+    header = json.loads(zlib.decompress(packed))
+    filters = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+    streams = {}
+    for name, codec, length, crc in header["streams"]:
+        body, at = data[at : at + length], at + length
+        assert zlib.crc32(body) == crc
+        if codec == "lzma":
+            streams[name] = lzma.decompress(body, lzma.FORMAT_RAW, filters=filters)
+        elif codec == "zlib":
+            streams[name] = zlib.decompress(body, -15)
+        else:
+            streams[name] = pytest.importorskip("zstandard").ZstdDecompressor().stream_reader(
+                body).read()
+    assert at == len(data)
+    used, tensors = Counter(), {}
+
+    def take(stream, kind, shape):
+        width, count = np.dtype(kind).itemsize, math.prod(shape)
+        planes = np.frombuffer(streams[stream], np.uint8).reshape(width, -1)
+        begin = used[stream]
+        used[stream] += count
+        return np.frombuffer(planes[:, begin : begin + count].T.tobytes(), kind).astype(
+            np.float64).reshape(shape)
+
+    for name, kind, bits, shape in header["tensors"]:
+        if bits > 8:
+            tensors[name] = take(f"{kind}.fp{bits}", f"<f{bits // 8}", shape)
+        else:
+            tensors[name] = take(f"{kind}.int{bits}", "i1", shape) * take(
+                "scales", "<f2", shape[:1])[:, None]
+    return header["model"], header["vocab_size"], tensors
+
+
+def e_parse(text):
+    """A setting's text as a value."""
+    if "," in text or text == "":
+        return tuple(int(part) for part in text.split(",") if part)
+    return float(text) if "." in text or "e" in text else int(text)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(recur_untie_mlp=False, ve_layers=(3,)), dict(tie_embeddings=False, iterations=2)])
+def test_e_independent_scorer(settings, a_made, tmp_path):
+    """NumPy alone, from the artifact's bytes, gives the roundtrip nats within 1e-4 per token."""
+    with a_inside(tmp_path):
+        t.run(a_config(data_path=str(a_made[1]), scores_path="s", artifact_path="x.ptz",
+                       eval_modes=("roundtrip",), matrix_lr=0.1, **settings))
+    model, vocab, tensors = e_read_artifact(tmp_path / "x.ptz")
+    c = {name.lower(): e_parse(text) for name, text in model.items()}
+    c["ve_layers"], c["recur_layers"] = (  # lists even when of one entry, or none
+        value if isinstance(value, tuple) else (value,)
+        for value in (c["ve_layers"], c["recur_layers"]))
+    with np.load(a_made[1] / "tiny.meta.npz") as meta:
+        boundary = meta["is_boundary_token"]
+    stream = np.concatenate([np.fromfile(path, "<u2", offset=1024)
+                             for path in sorted(a_made[1].glob("fineweb_val_*.bin"))])
+    ids = stream[: 10 * 32 + 1].astype(np.int64)  # ten windows of EVAL_SEQ_LEN
+    logits = b_ref_scores(tensors, SimpleNamespace(**c), boundary, ids[:-1].reshape(10, 32),
+                          bool(c["recur_layers"])).reshape(320, vocab)
+    top = logits.max(-1)
+    nats = top + np.log(np.exp(logits - top[:, None]).sum(-1)) - logits[np.arange(320), ids[1:]]
+    dumped = a_score_files(tmp_path / "s")["roundtrip"]["nats"][:320]
+    assert np.abs(nats - dumped).max() < 1e-4 and dumped.std() > 0.01
+
+
+@needs_shared
+@pytest.mark.parametrize("engine", ["scylla.yaml", "fineweb_1024_bpe.model"])
+def test_e_bytes_of_every_real_document_are_exact(engine, tmp_path):
+    """retokenize --docs, load, score, dump: per document, dumped bytes are its source bytes."""
+    documents, flag = SHARED / "data" / "fineweb_docs.jsonl", "--sp-model"
+    flag = "--vocab" if engine.endswith("yaml") else flag
+    assert R.main(["--docs", str(documents), flag, str(SHARED / "data" / engine), "--split", "val",
+                   "--output-dir", str(tmp_path / "out"), "--workers", "1"]) == 0
+    c = a_config(data_path=str(tmp_path / "out"), eval_stride=32, val_batch_size=1 << 16,
+                 scores_path=str(tmp_path))
+    table = t.load_byte_table(c)
+    evaluator = t.Evaluator(a_runtime(), c, t.load_validation(c, table))
+    evaluator.save_scores("x", evaluator.score(lambda x, y: y.float(), 32)[1])
+    dump = np.load(tmp_path / "x.npz")
+    assert evaluator.val.audit == "exact" and np.array_equal(dump["ids"], dump["nats"])
+    ids = np.append(evaluator.val.ids[0], dump["ids"])  # the first id is context only
+    begins = np.flatnonzero(table.is_boundary[ids])
+    texts = [json.loads(line)["text"] for line in documents.read_text(
+        encoding="utf-8").splitlines()]
+    assert begins[0] == 0 and len(begins) == len(texts) == 120
+    if flag == "--sp-model":  # its source text is what it decodes to
+        sp = pytest.importorskip("sentencepiece").SentencePieceProcessor(
+            model_file=str(SHARED / "data" / engine))
+        texts = [sp.decode(ids[a + 1 : b].tolist()) for a, b in zip(
+            begins, [*begins[1:], len(ids)], strict=True)]
+    counted = np.add.reduceat(np.append(0, dump["bytes"]), begins)
+    assert counted.tolist() == [len(text.encode()) for text in texts]

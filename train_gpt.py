@@ -12,9 +12,10 @@ Read it top to bottom, in the order in which data flows:
     5 model              layer plan, lanes, recurrence; the table of all parameters
     6 optimization       schedules, Newton-Schulz, Muon and AdamW, averages
     7 quantization       weights -> integer codes -> artifact file -> weights
-    8 evaluation         one window plan, one scoring loop, Score
-    9 training           the clock, the phases, the loop
-   10 main
+    8 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
+    9 test-time training a chunk is scored, then trained on; all modes
+   10 training           the clock, the phases, the loop
+   11 main
 
 Letters: B batch, T time, D model, H heads, G kv-heads, K head dim, V vocabulary.
 """
@@ -75,7 +76,8 @@ def setting(default: Any, text: str, low: float | None = None, high: float | Non
     return field(default=default, metadata=dict(help=text, low=low, high=high, choices=choices))
 
 
-EVAL_MODES = ("roundtrip", "sliding")  # the last one that runs is the headline
+# the last one that runs is the headline, except slot: that one is not compliant
+EVAL_MODES = ("roundtrip", "sliding", "ttt", "ngram", "slot")
 STORED_AS_CODES = ("attn", "mlp", "repeat", "embed")
 CODECS = ("lzma", "zlib", "zstd")
 
@@ -160,7 +162,21 @@ class Config:
     # evaluation and log
     eval_seq_len: int = setting(2048, "tokens per evaluation window", 2)
     eval_stride: int = setting(64, "step of the sliding window", 1)
-    eval_modes: tuple[str, ...] = setting(EVAL_MODES, f"scores to compute, of {EVAL_MODES}")
+    eval_modes: tuple[str, ...] = setting(EVAL_MODES, "scores to compute, where enabled")
+    ttt_enabled: bool = setting(True, "test-time training: score a chunk, then train on it")
+    ttt_lr: float = setting(0.005, "SGD at the first chunk; cosine over the chunks", 0)
+    ttt_epochs: int = setting(3, "passes over a chunk", 0)
+    ttt_chunk_tokens: int = setting(32768, "targets of a chunk, also of the n-gram cache", 2)
+    ttt_freeze_blocks: int = setting(2, "first layers that stay; above 0 the embedding too", 0)
+    ttt_momentum: float = setting(0.9, "SGD", 0, 0.9999)
+    ttt_batch_seqs: int = setting(32, "sequences of a step at most, over all ranks", 1)
+    ttt_grad_clip: float = setting(1.0, "bound on the gradient norm; 0: none", 0)
+    ngram_enabled: bool = setting(False, "mix a cache of scored text into the last score")
+    ngram_order: int = setting(5, "longest n-gram of the cache", 1, 16)
+    ngram_weight: float = setting(0.05, "weight of the cache in the mixture", 0, 1)
+    slot_enabled: bool = setting(False, "the SLOT ablation, which is not compliant")
+    slot_steps: int = setting(8, "AdamW steps on a batch's own targets", 0)
+    slot_lr: float = setting(0.005, "AdamW", 0)
     val_batch_size: int = setting(524288, "tokens per evaluation batch over all ranks", 1)
     val_loss_every: int = setting(4000, "steps between validations; 0: only at the end", 0)
     val_tokens_limit: int = setting(0, "validation tokens at most; 0: all", 0)
@@ -182,6 +198,12 @@ class Config:
     def hidden_dim(self) -> int:
         """Hidden width of the MLP."""
         return int(self.mlp_mult * self.model_dim)
+
+    @property
+    def modes(self) -> list[str]:
+        """The scores to compute: modes of EVAL_MODES that are enabled, in a fixed order."""
+        return [mode for mode in EVAL_MODES if mode in self.eval_modes
+                and getattr(self, f"{mode}_enabled", True)]
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], cuda: bool = False) -> Config:
@@ -209,7 +231,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmdown_iters=360, warmup_steps=4,
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
-        val_batch_size=16384, val_loss_every=0, train_log_every=50,
+        val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.1,
+        ttt_chunk_tokens=2048,
     ),
 }
 
@@ -221,7 +244,7 @@ DROPPED = {  # spellings of published scripts -> what to set here
     "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
 }
-ABSENT = ("TTT_", "NGRAM_", "SLOT_", "GPTQ_", "CHECKPOINT_", "QUANT", "RESUME")  # of the design
+ABSENT = ("GPTQ_", "CHECKPOINT_", "QUANT", "RESUME")  # of the design
 
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
@@ -323,8 +346,13 @@ def contradictions(c: Config) -> list[str]:
         (not set("/\\") & set(c.run_id), "run_id", "must be a file name"),
         (c.artifact_path, "artifact_path", "must name a file"),
         (not (c.dry_run and c.load_artifact), "dry_run", "cannot go with LOAD_ARTIFACT"),
-        (0 < len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES),
-         "eval_modes", f"name at least one of {show(EVAL_MODES)}, each once"),
+        (len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES)
+         and set(c.modes) - {"slot"}, "eval_modes", f"name some of {show(EVAL_MODES)}, each once, "
+         "with one besides slot that is enabled"),
+        (c.ttt_chunk_tokens >= c.eval_seq_len, "ttt_chunk_tokens",
+         f"smaller than a window, EVAL_SEQ_LEN={c.eval_seq_len}"),
+        (c.ttt_freeze_blocks < layers or not c.ttt_enabled, "ttt_freeze_blocks",
+         f"leaves none of {layers} layers to train; TTT_ENABLED=0 turns training off"),
         (parse_class_bits(c.class_bits) is not None, "class_bits",
          f"must be a list of CLASS=2..8 with CLASS of {show(STORED_AS_CODES)}"),
     ]
@@ -1123,16 +1151,16 @@ class GPT(nn.Module):
             lanes = (torch.lerp(lanes[1], lanes[0], self.lane_merge.to(x0.dtype)),)
         return norm(lanes[0])
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, V), fp32, softcapped."""
-        h = self.hidden(ids)
+    def logits(self, ids: Tensor, h: Tensor | None = None) -> Tensor:
+        """(B, T) -> (B, T, V), fp32, softcapped; `h`: the hidden state, if it is known."""
+        h = self.hidden(ids) if h is None else h
         z = F.linear(h, self.embed.values()) if self.head is None else self.head(h)
         cap = self.config.logit_softcap
         return cap * torch.tanh(z.float() / cap)
 
-    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, h: Tensor | None = None) -> Tensor:
         """Nats of each target given the ids up to its position; all (B, T), result fp32."""
-        logits = self.logits(ids).flatten(0, 1)
+        logits = self.logits(ids, h).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -1650,6 +1678,7 @@ class Score(NamedTuple):
     nats: float
     tokens: int
     bytes: int
+    seconds: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -1663,48 +1692,75 @@ class Score(NamedTuple):
 
 
 class Evaluator:
-    """Scores the validation stream with a model; modes differ in their stride only."""
+    """Scores the validation stream; modes differ in stride, forward pass and what follows a chunk.
+
+    A window belongs to the chunk of its first scored target; ranks share each chunk's windows.
+    """
 
     def __init__(self, runtime: Runtime, c: Config, val: Validation) -> None:
         self.runtime, self.config, self.val = runtime, c, val
         self.targets = len(val.ids) - 1
         self.length = min(c.eval_seq_len, self.targets)
-        wanted, most = c.val_batch_size // self.length, self.targets // c.eval_stride
-        self.batch_windows = max(1, min(wanted, most) // runtime.world)
-        self.began = time.perf_counter()  # of evaluate_artifact, once it runs
+        share = math.ceil(min(c.ttt_chunk_tokens, self.targets) / c.eval_stride / runtime.world)
+        most = max(1, c.val_batch_size // self.length // runtime.world)
+        self.batch_windows = math.ceil(share / math.ceil(share / most))  # batches nearly full
+        self.start_clock({})
 
-    def score(self, forward: Callable, stride: int, label: str = "") -> tuple[Score, np.ndarray]:
-        """(Score, nats of every target); `label` names a mode whose progress is logged."""
+    def start_clock(self, to_come: dict[str, float]) -> None:
+        """An evaluation begins, of modes `to_come` that take the time of so many windows."""
+        self.to_come, self.began = to_come, time.perf_counter()
+        self.reported = self.began
+
+    def score(self, forward: Callable, stride: int, label: str = "", chunk: int = 0,
+              learn: Callable | None = None) -> tuple[Score, np.ndarray]:
+        """(Score, nats of every target); `label` names a mode whose progress is logged.
+
+        After each chunk of `chunk` targets (0: one chunk), whose scores are final then, `learn`
+        gets its number, the edges of all chunks and this rank's nats.
+        """
         windows = plan_windows(self.targets, self.length, stride)
-        windows = windows[self.runtime.share_of(len(windows))]
-        nats, start, reported = torch.zeros(self.targets), time.perf_counter(), 0
-        for i in range(0, len(windows), self.batch_windows):
-            batch = windows[i : i + self.batch_windows]
-            scored = self.score_batch(forward, batch[:, 0])
-            for (begin, first), row in zip(batch.tolist(), scored, strict=False):
-                nats[begin + first : begin + self.length] = row[first:]
-            seconds = time.perf_counter() - start
-            if label and seconds // 20 > reported:
-                reported = seconds // 20
-                self.report(label, i + len(batch), len(windows), seconds)
+        edges = [*range(0, self.targets, chunk or self.targets), self.targets]
+        places = np.searchsorted(windows.sum(1), edges)  # start + first: the first scored target
+        nats, began = torch.zeros(self.targets), time.perf_counter()
+        for number, group in enumerate(np.split(windows, places[1:-1])):
+            mine = group[self.runtime.share_of(len(group))]
+            for i in range(0, len(mine), self.batch_windows):
+                batch = mine[i : i + self.batch_windows]
+                scored = self.score_batch(forward, batch[:, 0])
+                for (start, first), row in zip(batch.tolist(), scored, strict=False):
+                    nats[start + first : start + self.length] = row[first:]
+                done = places[number] + len(group) * (i + len(batch)) // len(mine)
+                self.report(label, done, len(windows), time.perf_counter() - began)
+            if learn:
+                learn(number, edges, nats)
         nats = self.runtime.all_reduce(nats).numpy()  # each target was scored on one rank
-        total_bytes = int(self.val.bytes.sum(dtype=np.int64))
-        return Score(float(nats.sum(dtype=np.float64)), self.targets, total_bytes), nats
+        return self.total(nats), nats
 
-    @torch.inference_mode()
+    def total(self, nats: np.ndarray) -> Score:
+        """Score of the first targets of the stream, given their nats."""
+        source = int(self.val.bytes[: len(nats)].sum(dtype=np.int64))
+        return Score(float(nats.sum(dtype=np.float64)), len(nats), source)
+
     def score_batch(self, forward: Callable, starts: np.ndarray) -> Tensor:
-        """Nats (batch_windows, length) on the host; too few windows are repeated."""
-        starts = np.resize(starts, self.batch_windows)  # one shape, so one compiled graph
-        ids = np.stack([self.val.ids[s : s + self.length + 1] for s in starts]).astype(np.int64)
-        ids = torch.from_numpy(ids).to(self.runtime.device)
-        return forward(ids[:, :-1], ids[:, 1:]).cpu()
+        """Nats (batch_windows, length) on the host."""
+        batch = self.tokens(starts, self.batch_windows)
+        with torch.inference_mode():
+            return forward(*batch).cpu()
+
+    def tokens(self, starts: np.ndarray, rows: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (rows, length); too few windows are repeated: one shape, one graph."""
+        ids = self.val.ids[np.resize(starts, rows)[:, None] + np.arange(self.length + 1)]
+        ids = torch.from_numpy(ids.astype(np.int64)).to(self.runtime.device, non_blocking=True)
+        return ids[:, :-1], ids[:, 1:]
 
     def report(self, label: str, done: int, total: int, seconds: float) -> None:
-        """A line of progress with an ETA, and a warning beyond 600 s."""
-        left = seconds * (total / done - 1)
-        over = time.perf_counter() - self.began + left > 600
-        self.runtime.log.line(f"eval {label} windows:{done}/{total} eta:{left:.0f}s"
-                              + " warning: evaluation will pass 600 s" * over)
+        """Every 20 s a line of progress; it warns if the modes to come look like over 600 s."""
+        now, left = time.perf_counter(), seconds * (total / done - 1)
+        if label and now - self.reported > 20:
+            self.reported, to_come = now, sum(self.to_come.values()) * seconds / done
+            over = now - self.began + left + to_come > 600
+            self.runtime.log.line(f"eval {label} windows:{done}/{total} eta:{left:.0f}s"
+                                  + " warning: evaluation will pass 600 s" * over)
 
     def save_scores(self, mode: str, nats: np.ndarray) -> None:
         """SCORES_PATH/<mode>.npz: ids, nats and bytes of every scored token in stream order."""
@@ -1713,35 +1769,203 @@ class Evaluator:
         write_atomic(Path(self.config.scores_path) / f"{mode}.npz", buffer.getvalue())
 
 
-FINAL_LINES = {"roundtrip": "final_int6_roundtrip", "sliding": "final_int6_sliding_window"}
+class NgramCache:
+    """Counts of scored n-grams; Witten-Bell down to uniform: each distribution sums to 1.
+
+    The stream's n-grams are numbered first: exact names, which hold no count. A context reaches
+    back to its document's boundary id at most. Memory: up to 30 bytes a token and order.
+    """
+
+    def __init__(self, ids: np.ndarray, is_boundary: np.ndarray, order: int) -> None:
+        self.vocab_size, places = len(is_boundary), np.arange(len(ids))
+        reach = places - np.maximum.accumulate(places * is_boundary[ids])
+        number, self.levels = 0 * places, []  # number[i] of the k ids that end at i
+        for k in range(order):
+            context = np.where(reach >= k - 1, number + 1, 0)[:-1]  # 0: it would cross documents
+            keys = np.roll(number, 1) * self.vocab_size + ids  # under 2^63
+            number = np.unique(keys, return_inverse=True)[1]
+            totals, kinds = np.zeros((2, context.max() + 1), np.int32)  # targets, different ones
+            self.levels.append((context, number[1:], totals, kinds, 0 * np.unique(number)))
+
+    def probabilities(self, part: slice) -> np.ndarray:
+        """Of the targets in `part`, by the counts so far."""
+        p = np.full(part.stop - part.start, 1 / self.vocab_size)
+        for context, gram, totals, kinds, counts in self.levels:
+            total, kind = totals[context[part]], kinds[context[part]]
+            mixed = (counts[gram[part]] + kind * p) / np.maximum(total + kind, 1)
+            p = np.where(total > 0, mixed, p)
+        return p
+
+    def update(self, part: slice) -> None:
+        """Count the targets in `part`, which have been scored."""
+        for contexts, grams, totals, kinds, counts in self.levels:
+            inside = contexts[part] > 0
+            context, gram = contexts[part][inside], grams[part][inside]
+            numbers, places = np.unique(gram, return_index=True)
+            fresh = context[places[counts[numbers] == 0]]
+            for table, index in ((kinds, fresh), (totals, context), (counts, gram)):
+                np.add.at(table, index, 1)
+
+
+def mix_ngram(evaluator: Evaluator, nats: np.ndarray, is_boundary: np.ndarray) -> np.ndarray:
+    """Nats of the mixture of a mode's probabilities with the cache's; the same on every rank."""
+    c, mixed = evaluator.config, np.empty_like(nats)
+    cache = NgramCache(evaluator.val.ids, is_boundary, c.ngram_order)
+    for begin in range(0, len(nats), c.ttt_chunk_tokens):
+        part = slice(begin, min(begin + c.ttt_chunk_tokens, len(nats)))
+        model, cached = np.exp(-nats[part].astype(float)), cache.probabilities(part)
+        mixed[part] = -np.log((1 - c.ngram_weight) * model + c.ngram_weight * cached)
+        cache.update(part)
+    return mixed
+
+
+def slot_forward(model: GPT, runtime: Runtime, c: Config) -> Callable:
+    """SLOT, not compliant: a shift of a batch's last hidden state, fitted to what it scores."""
+    hidden = runtime.compile(model.hidden)
+
+    @torch.inference_mode(False)
+    def forward(inputs: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = hidden(inputs)
+        shift = torch.zeros(h.size(-1), device=h.device, requires_grad=True)
+        adam = torch.optim.AdamW([shift], c.slot_lr, weight_decay=0.0)
+        for _ in range(c.slot_steps):
+            nats = model(inputs, targets, h + shift.to(h.dtype))[:, -c.eval_stride :]
+            shift.grad = torch.autograd.grad(nats.mean(), shift)[0]
+            adam.step()
+        return model(inputs, targets, h + shift.to(h.dtype)).detach()
+
+    return forward
+
+
+# --- 9 test-time training ---------------------------------------------
+
+
+def first_layer(name: str, c: Config) -> int:
+    """The first layer that a parameter acts in; repeats, merge and head come after all layers."""
+    root, layer = re.match(r"(\w+)\.?(\d*)", name).groups()
+    starts = dict(embed=0, bigram=0, smear=0, skip_weights=c.num_layers // 2,
+                  value=min(c.ve_layers, default=0), blocks=int(layer or 0))
+    return starts.get(root, c.num_layers)
+
+
+class TTT:
+    """Score-first test-time training: SGD on a chunk's targets, all of which have been scored.
+
+    The weights are restored for the next mode. TTT_LR=0 is sliding, bit for bit: equal batches.
+    """
+
+    def __init__(self, model: GPT, evaluator: Evaluator) -> None:
+        self.model, self.evaluator, self.config = model, evaluator, evaluator.config
+        self.runtime, self.forward = evaluator.runtime, evaluator.runtime.compile(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(first_layer(name, model.config) >= self.config.ttt_freeze_blocks)
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        tokens = min(self.config.ttt_chunk_tokens, evaluator.targets)
+        sequences = math.ceil(tokens / evaluator.length)
+        self.rank_seqs = math.ceil(min(self.config.ttt_batch_seqs, sequences) / self.runtime.world)
+
+    def prime(self) -> None:
+        """Compile and run scoring and training on random tokens; no weight moves."""
+        evaluator, val, one = self.evaluator, self.evaluator.val, np.zeros((1, 2), int)
+        ids = np.random.default_rng(0).integers(self.model.vocab_size, size=evaluator.length + 1)
+        evaluator.val = val._replace(ids=ids)
+        evaluator.score_batch(self.forward, one[:, 0])
+        if self.config.ttt_enabled:
+            self.optimizer = torch.optim.SGD(self.params, 0.0)
+            self.step(one, evaluator.length)
+        evaluator.val = val
+
+    def score(self) -> tuple[Score, np.ndarray]:
+        """(Score, nats of every target), each by weights that have seen earlier chunks only."""
+        c, self.began = self.config, time.perf_counter()
+        saved = [p.detach().clone() for p in self.params]
+        self.optimizer = torch.optim.SGD(self.params, c.ttt_lr, c.ttt_momentum)
+        scored = self.evaluator.score(self.forward, c.eval_stride, "ttt", c.ttt_chunk_tokens,
+                                      self.learn)
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, saved)
+        return scored
+
+    def learn(self, number: int, edges: list[int], nats: Tensor) -> None:
+        """Train on a chunk that has been scored; after the last one nothing is left to score."""
+        c, length, last = self.config, self.evaluator.length, len(edges) - 2
+        begin, end = edges[number : number + 2]
+        if number % math.ceil(len(edges) / 20) == 0 or number == last:
+            score = self.evaluator.total(self.runtime.all_reduce(nats[:end].clone()).numpy())
+            self.runtime.log.line(f"ttt_chunk [{number + 1}/{last + 1}] bpb={score.bpb:.6f} "
+                                  f"time={time.perf_counter() - self.began:.1f}s")
+        share = number / max(last, 1)
+        self.optimizer.param_groups[0]["lr"] = c.ttt_lr * (1 + math.cos(math.pi * share)) / 2
+        rows = plan_windows(end - begin, length, length) + (begin, 0)
+        batches = [rows[i : i + c.ttt_batch_seqs] for i in range(0, len(rows), c.ttt_batch_seqs)]
+        for batch in batches * c.ttt_epochs * (number < last):
+            total = len(batch) * length - int(batch[:, 1].sum())
+            self.step(batch[self.runtime.share_of(len(batch))], total)
+
+    def step(self, rows: np.ndarray, total: int) -> None:
+        """SGD on the mean over `total` targets of all ranks; this one's rows: start, first."""
+        length, device = self.evaluator.length, self.runtime.device
+        first = np.append(rows[:, 1], np.full(self.rank_seqs - len(rows), length))  # fills up
+        counted = torch.from_numpy(np.arange(length) >= first[:, None])
+        nats = self.forward(*self.evaluator.tokens(rows[:, 0], self.rank_seqs))
+        self.optimizer.zero_grad()
+        ((nats * counted.to(device, non_blocking=True)).sum() / total).backward()
+        grads = [p.grad for p in self.params]
+        if self.runtime.world > 1:
+            packed = self.runtime.all_reduce(torch.cat([g.flatten() for g in grads]))
+            for grad, part in zip(grads, packed.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        torch.nn.utils.clip_grad_norm_(self.params, self.config.ttt_grad_clip or math.inf)
+        self.optimizer.step()
+
+
+FINAL_LINES = dict(roundtrip="final_int6_roundtrip", sliding="final_int6_sliding_window",
+                   ttt="legal_ttt", ngram="legal_ngram", slot="non_compliant_slot")
 
 
 def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict[str, Score]:
-    """Every mode of EVAL_MODES on the model reloaded from disk."""
-    runtime, config, evaluator.began = evaluator.runtime, evaluator.config, time.perf_counter()
-    forward = runtime.compile(load_model(path, evaluator.val, table, runtime, config))
-    strides = {"roundtrip": config.eval_seq_len, "sliding": config.eval_stride}
-    scores = {}
-    if runtime.compiles:  # compile before any clock runs
-        evaluator.score_batch(forward, np.zeros(1, np.int64))
-    for mode in config.eval_modes:
-        start = time.perf_counter()
-        score, nats = evaluator.score(forward, strides[mode], mode)
-        if config.scores_path:
-            runtime.on_first_rank(functools.partial(evaluator.save_scores, mode, nats))
-        name = FINAL_LINES[mode]
+    """Every mode of Config.modes on the model reloaded from disk; slot under its full name."""
+    runtime, c, log = evaluator.runtime, evaluator.config, evaluator.runtime.log
+    model = load_model(path, evaluator.val, table, runtime, c)
+    ttt, chunk = TTT(model, evaluator), c.ttt_chunk_tokens
+    plain, sliding = evaluator.targets / c.eval_seq_len, evaluator.targets / c.eval_stride
+
+    def ngram() -> tuple[Score, np.ndarray]:
+        base = scored("ttt" if c.ttt_enabled else "sliding")[1]
+        nats = mix_ngram(evaluator, base, table.is_boundary)
+        return evaluator.total(nats), nats
+
+    runs = {  # mode: windows that it takes the time of, what it does
+        "roundtrip": (plain, lambda: evaluator.score(ttt.forward, c.eval_seq_len, "roundtrip")),
+        "sliding": (sliding, lambda: evaluator.score(ttt.forward, c.eval_stride, "sliding", chunk)),
+        "ttt": (sliding + 3 * c.ttt_epochs * plain, ttt.score),
+        "ngram": (0, ngram),
+        "slot": (sliding, lambda: evaluator.score(
+            slot_forward(model, runtime, c), c.eval_stride, FINAL_LINES["slot"], chunk)),
+    }
+    scored, scores = functools.cache(lambda mode: runs[mode][1]()), {}
+    ttt.prime()
+    evaluator.start_clock({mode: runs[mode][0] for mode in c.modes})
+    for mode in c.modes:
+        start, name = time.perf_counter(), FINAL_LINES[mode]
+        label = name if mode == "slot" else mode
+        del evaluator.to_come[mode]
+        score, nats = scored(mode)
+        require(math.isfinite(score.nats), f"{name}: scores are not finite; lower TTT_LR")
+        scores[label] = score = score._replace(seconds=time.perf_counter() - start)
+        if c.scores_path:
+            runtime.on_first_rank(functools.partial(evaluator.save_scores, label, nats))
         template = "{line} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
         template += " stride:{stride}" if mode == "sliding" else ""
-        runtime.log.event("final", template + " eval_time:{eval_ms:.0f}ms", line=name, mode=mode,
-                          val_loss=score.loss, val_bpb=score.bpb, stride=strides[mode],
-                          eval_ms=1e3 * (time.perf_counter() - start), **score._asdict())
-        runtime.log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-        scores[mode] = score
-    assert set(scores) == set(config.eval_modes), "a mode that is enabled did not run"
+        log.event("final", template + " eval_time:{eval_ms:.0f}ms", line=name, mode=label,
+                  val_loss=score.loss, val_bpb=score.bpb, stride=c.eval_stride,
+                  eval_ms=1e3 * score.seconds, **score._asdict())
+        log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     return scores
 
 
-# --- 9 training -------------------------------------------------------
+# --- 10 training ------------------------------------------------------
 
 CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
 
@@ -1982,7 +2206,7 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
     return max(n for n in range(1, most + 1) if rank_seqs % n == 0)
 
 
-# --- 10 main ----------------------------------------------------------
+# --- 11 main ----------------------------------------------------------
 
 
 def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
@@ -2084,8 +2308,11 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
 
 def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score]) -> None:
     """The `key: value` block, then the headline score under its historical name, last."""
-    headline = max(scores, key=EVAL_MODES.index)
-    summary |= {f"{mode}_bpb": round(score.bpb, 6) for mode, score in scores.items()}
+    headline = max(scores.keys() & set(EVAL_MODES), key=EVAL_MODES.index)
+    for mode, score in scores.items():
+        device_us = 1e6 * score.seconds * runtime.world / score.tokens
+        summary |= {f"{mode}_bpb": round(score.bpb, 6), f"seconds_{mode}": round(score.seconds, 1),
+                    f"{mode}_us_per_token_and_device": round(device_us, 3)}
     summary |= dict(headline_mode=headline, val_bpb=round(scores[headline].bpb, 6))
     order = ("bpb", "bytes", "seconds")  # what one looks for first
     runtime.log.line("---")
