@@ -1788,7 +1788,7 @@ class NgramCache:
     """Counts of scored n-grams; Witten-Bell down to uniform: each distribution sums to 1.
 
     The stream's n-grams are numbered first: exact names, which hold no count. A context reaches
-    back to its document's boundary id at most. Memory: up to 30 bytes a token and order.
+    back to its document's boundary id at most. Memory: up to 32 bytes a token and order.
     """
 
     def __init__(self, ids: np.ndarray, is_boundary: np.ndarray, order: int) -> None:
