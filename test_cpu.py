@@ -5481,6 +5481,7 @@ runtime.close()
 """
 
 
+@pytest.mark.slow
 def test_e_two_ranks_are_legal_and_equal_one(tmp_path):
     """One pair of gloo processes: the conditions, equal scores on both, those of one process."""
     plans = [E_PLANS[0] | dict(ttt_batch_seqs=2), E_PLANS[2], E_PLANS[2] | dict(ttt_lr=0.0)]
@@ -5536,10 +5537,29 @@ def e_ttt(ids=None, runtime=None, **settings):
 
 @pytest.mark.parametrize("settings", [*E_PLANS, dict(val_batch_size=32), dict(eval_stride=5)])
 def test_e_ttt_without_learning_rate_is_sliding(settings):
-    """Bit for bit; with a learning rate it is not."""
-    nats = {lr: e_score("ttt", e_stream(), ttt_lr=lr, **settings)[0] for lr in (0.0, 0.01)}
-    sliding = e_score("sliding", e_stream(), **settings)[0]
-    assert nats[0.0].tobytes() == sliding.tobytes() != nats[0.01].tobytes()
+    """Bit for bit, on any processor: the batches are the same; with a rate the scores differ."""
+    (nats, events, _), (moved, _, _) = (
+        e_score("ttt", e_stream(), ttt_lr=lr, **settings) for lr in (0.0, 0.01))
+    sliding, plain, _ = e_score("sliding", e_stream(), **settings)
+    assert nats.tobytes() == sliding.tobytes() != moved.tobytes()
+    batches, same = ([event[1] for event in log if event[0] == "score"] for log in (events, plain))
+    assert batches == same and len(batches) > 3
+
+
+@pytest.mark.parametrize("settings", E_PLANS)
+def test_e_a_window_belongs_to_the_chunk_of_its_first_target(settings):
+    """What is scored before the n-th chunk is trained on: windows whose first target is in it."""
+    c, chunk, done = a_config(**(E_TINY | settings)), 0, set()
+    _, events, _ = e_score("ttt", e_stream(), **(settings | dict(ttt_epochs=1, ttt_batch_seqs=9)))
+    windows = next(event[1] for event in events if event[0] == "plan").tolist()
+    for event in events:
+        if event[0] == "score":
+            done |= set(event[1])
+        if event[0] == "update":
+            chunk += 1
+            assert done == {start for start, first in windows
+                            if start + first < chunk * c.ttt_chunk_tokens}
+    assert chunk == math.ceil(74 / c.ttt_chunk_tokens) - 1
 
 
 @pytest.mark.parametrize("freeze, frozen", [
