@@ -5240,13 +5240,16 @@ def d_tool(name):
 def test_d_ablation_table_and_plans():
     """Means, spread and change against the first variant; every plan names only settings."""
     ablate = d_tool("ablate")
-    runs = {"base": [dict(post_ema_bpb=1.0, roundtrip_bpb=r, bytes_total=10, steps=4, train_ms=40)
+    runs = {"base": [dict(post_ema_bpb=1.0, roundtrip_bpb=r, bytes_total=10, steps=4, train_ms=40,
+                          ttt_bpb=1.9, seconds_eval=3.0)
                      for r in (2.0, 2.2)],
             "less": [dict(post_ema_bpb=1.5, roundtrip_bpb=2.5, bytes_total=8, steps=5,
                           train_ms=100)]}
     rows = ablate.table(runs).splitlines()
-    assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | - | 0.2000 | +0.0000 | 10 | 4 | 10 |"
-    assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | 8 | 5 | 20 |"
+    assert rows[2] == (
+        "| base | 2 | 1.0000 | 2.1000 | - | 1.9000 | - | 0.2000 | +0.0000 | 10 | 4 | 10 | 3 |")
+    assert rows[3] == (
+        "| less | 1 | 1.5000 | 2.5000 | - | - | - | - | +0.5000 | 8 | 5 | 20 | - |")
     plans = sorted((ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
@@ -5635,6 +5638,7 @@ runtime.close()
 """
 
 
+@pytest.mark.slow
 def test_e_two_ranks_are_legal_and_equal_one(tmp_path):
     """One pair of gloo processes: the conditions, equal scores on both, those of one process."""
     plans = [E_PLANS[0] | dict(ttt_batch_seqs=2), E_PLANS[2], E_PLANS[2] | dict(ttt_lr=0.0)]
@@ -5690,10 +5694,29 @@ def e_ttt(ids=None, runtime=None, **settings):
 
 @pytest.mark.parametrize("settings", [*E_PLANS, dict(val_batch_size=32), dict(eval_stride=5)])
 def test_e_ttt_without_learning_rate_is_sliding(settings):
-    """Bit for bit; with a learning rate it is not."""
-    nats = {lr: e_score("ttt", e_stream(), ttt_lr=lr, **settings)[0] for lr in (0.0, 0.01)}
-    sliding = e_score("sliding", e_stream(), **settings)[0]
-    assert nats[0.0].tobytes() == sliding.tobytes() != nats[0.01].tobytes()
+    """Bit for bit, on any processor: the batches are the same; with a rate the scores differ."""
+    (nats, events, _), (moved, _, _) = (
+        e_score("ttt", e_stream(), ttt_lr=lr, **settings) for lr in (0.0, 0.01))
+    sliding, plain, _ = e_score("sliding", e_stream(), **settings)
+    assert nats.tobytes() == sliding.tobytes() != moved.tobytes()
+    batches, same = ([event[1] for event in log if event[0] == "score"] for log in (events, plain))
+    assert batches == same and len(batches) > 3
+
+
+@pytest.mark.parametrize("settings", E_PLANS)
+def test_e_a_window_belongs_to_the_chunk_of_its_first_target(settings):
+    """What is scored before the n-th chunk is trained on: windows whose first target is in it."""
+    c, chunk, done = a_config(**(E_TINY | settings)), 0, set()
+    _, events, _ = e_score("ttt", e_stream(), **(settings | dict(ttt_epochs=1, ttt_batch_seqs=9)))
+    windows = next(event[1] for event in events if event[0] == "plan").tolist()
+    for event in events:
+        if event[0] == "score":
+            done |= set(event[1])
+        if event[0] == "update":
+            chunk += 1
+            assert done == {start for start, first in windows
+                            if start + first < chunk * c.ttt_chunk_tokens}
+    assert chunk == math.ceil(74 / c.ttt_chunk_tokens) - 1
 
 
 @pytest.mark.parametrize("freeze, frozen", [
@@ -5717,6 +5740,19 @@ def test_e_frozen_is_frozen(freeze, frozen, more):
     ttt.score()
     for name, parameter in ttt.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_e_chunk_line_is_the_score_so_far():
+    """ttt_chunk: the BPB of the targets up to the chunk's end, though windows reach beyond it."""
+    runtime, lines, ids = a_runtime(), [], e_stream()
+    runtime.log.line = lambda text, *_: lines.append(text)
+    nats, _, _ = e_score("ttt", ids, runtime)
+    shown = [re.match(r"ttt_chunk \[(\d)/4\] bpb=(\d+\.\d{6}) time=\d+\.\ds$", line)
+             for line in lines if line.startswith("ttt_chunk")]
+    ends = [24, 48, 72, 74]
+    assert [match[1] for match in shown] == list("1234")
+    assert [match[2] for match in shown] == [  # the harness counts one byte a target
+        f"{nats[:end].astype(float).sum() / math.log(2) / end:.6f}" for end in ends]
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -5956,6 +5992,21 @@ def test_e_an_evaluation_over_600_s_is_announced():
         evaluator.report("roundtrip", 5, 10, 3.0)  # 25 s, 3 s left, 0.6 s a window
         assert lines.pop() == "eval roundtrip windows:5/10 eta:3s" + (
             " warning: evaluation will pass 600 s" * warns)
+
+
+def test_e_progress_of_a_slow_evaluation(monkeypatch):
+    """A clock that jumps: lines with windows done and left for each mode, and the warning."""
+    now, lines, runtime = [0.0], [], a_runtime()
+    monkeypatch.setattr(t.time, "perf_counter", lambda: now.__setitem__(0, now[0] + 30) or now[0])
+    runtime.log.line = lambda text, *_: lines.append(text)
+    e_score("ttt", e_stream(), runtime, eval_modes=("roundtrip", "sliding", "ttt"))
+    shown = [line for line in lines if line.startswith("eval ")]
+    assert {line.split()[1] for line in shown} == {"roundtrip", "sliding", "ttt"}
+    for line in shown:
+        form = r"eval \w+ windows:(\d+)/(\d+) eta:\d+s( warning: evaluation will pass 600 s)?"
+        done, total = map(int, re.fullmatch(form, line).groups()[:2])
+        assert 0 < done <= total in (5, 16)
+    assert any("warning" in line for line in shown)
 
 
 def test_e_work_to_come_is_that_of_the_modes(monkeypatch):

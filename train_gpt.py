@@ -483,6 +483,12 @@ class Runtime:
         dist.all_reduce(shared)
         return shared.to(tensor.device)
 
+    def all_reduce_packed(self, tensors: list[Tensor]) -> None:
+        """Sum each tensor over ranks, in place; all of them travel in one all-reduce."""
+        packed = self.all_reduce(torch.cat([t.flatten() for t in tensors]))
+        for t, part in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
+            t.copy_(part.view_as(t))
+
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Rank 0's values to every rank, in place."""
         for tensor in tensors if self.world > 1 else []:
@@ -1720,7 +1726,7 @@ class Evaluator:
         """
         windows = plan_windows(self.targets, self.length, stride)
         edges = [*range(0, self.targets, chunk or self.targets), self.targets]
-        places = np.searchsorted(windows.sum(1), edges)  # start + first: the first scored target
+        places = np.searchsorted(windows.sum(1), edges).tolist()  # by first scored target
         nats, began = torch.zeros(self.targets), time.perf_counter()
         for number, group in enumerate(np.split(windows, places[1:-1])):
             mine = group[self.runtime.share_of(len(group))]
@@ -1773,7 +1779,7 @@ class NgramCache:
     """Counts of scored n-grams; Witten-Bell down to uniform: each distribution sums to 1.
 
     The stream's n-grams are numbered first: exact names, which hold no count. A context reaches
-    back to its document's boundary id at most. Memory: up to 30 bytes a token and order.
+    back to its document's boundary id at most. Memory: up to 32 bytes a token and order.
     """
 
     def __init__(self, ids: np.ndarray, is_boundary: np.ndarray, order: int) -> None:
@@ -1807,8 +1813,9 @@ class NgramCache:
                 np.add.at(table, index, 1)
 
 
-def mix_ngram(evaluator: Evaluator, nats: np.ndarray, is_boundary: np.ndarray) -> np.ndarray:
-    """Nats of the mixture of a mode's probabilities with the cache's; the same on every rank."""
+def mix_ngram(evaluator: Evaluator, nats: np.ndarray, is_boundary: np.ndarray
+              ) -> tuple[Score, np.ndarray]:
+    """(Score, nats) of the mixture of a mode's probabilities and the cache's, on every rank."""
     c, mixed = evaluator.config, np.empty_like(nats)
     cache = NgramCache(evaluator.val.ids, is_boundary, c.ngram_order)
     for begin in range(0, len(nats), c.ttt_chunk_tokens):
@@ -1816,7 +1823,7 @@ def mix_ngram(evaluator: Evaluator, nats: np.ndarray, is_boundary: np.ndarray) -
         model, cached = np.exp(-nats[part].astype(float)), cache.probabilities(part)
         mixed[part] = -np.log((1 - c.ngram_weight) * model + c.ngram_weight * cached)
         cache.update(part)
-    return mixed
+    return evaluator.total(mixed), mixed
 
 
 def slot_forward(model: GPT, runtime: Runtime, c: Config) -> Callable:
@@ -1861,9 +1868,9 @@ class TTT:
         for name, p in model.named_parameters():
             p.requires_grad_(first_layer(name, model.config) >= self.config.ttt_freeze_blocks)
         self.params = [p for p in model.parameters() if p.requires_grad]
-        tokens = min(self.config.ttt_chunk_tokens, evaluator.targets)
-        sequences = math.ceil(tokens / evaluator.length)
-        self.rank_seqs = math.ceil(min(self.config.ttt_batch_seqs, sequences) / self.runtime.world)
+        chunk = min(self.config.ttt_chunk_tokens, evaluator.targets)
+        seqs = min(self.config.ttt_batch_seqs, math.ceil(chunk / evaluator.length))
+        self.rank_seqs = math.ceil(seqs / self.runtime.world)
 
     def prime(self) -> None:
         """Compile and run scoring and training on random tokens; no weight moves."""
@@ -1895,8 +1902,8 @@ class TTT:
             score = self.evaluator.total(self.runtime.all_reduce(nats[:end].clone()).numpy())
             self.runtime.log.line(f"ttt_chunk [{number + 1}/{last + 1}] bpb={score.bpb:.6f} "
                                   f"time={time.perf_counter() - self.began:.1f}s")
-        share = number / max(last, 1)
-        self.optimizer.param_groups[0]["lr"] = c.ttt_lr * (1 + math.cos(math.pi * share)) / 2
+        lr = c.ttt_lr * (1 + math.cos(math.pi * number / max(last, 1))) / 2
+        self.optimizer.param_groups[0]["lr"] = lr
         rows = plan_windows(end - begin, length, length) + (begin, 0)
         batches = [rows[i : i + c.ttt_batch_seqs] for i in range(0, len(rows), c.ttt_batch_seqs)]
         for batch in batches * c.ttt_epochs * (number < last):
@@ -1905,17 +1912,15 @@ class TTT:
 
     def step(self, rows: np.ndarray, total: int) -> None:
         """SGD on the mean over `total` targets of all ranks; this one's rows: start, first."""
-        length, device = self.evaluator.length, self.runtime.device
+        length = self.evaluator.length
         first = np.append(rows[:, 1], np.full(self.rank_seqs - len(rows), length))  # fills up
         counted = torch.from_numpy(np.arange(length) >= first[:, None])
+        counted = counted.to(self.runtime.device, non_blocking=True)
         nats = self.forward(*self.evaluator.tokens(rows[:, 0], self.rank_seqs))
         self.optimizer.zero_grad()
-        ((nats * counted.to(device, non_blocking=True)).sum() / total).backward()
-        grads = [p.grad for p in self.params]
+        ((nats * counted).sum() / total).backward()
         if self.runtime.world > 1:
-            packed = self.runtime.all_reduce(torch.cat([g.flatten() for g in grads]))
-            for grad, part in zip(grads, packed.split([g.numel() for g in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+            self.runtime.all_reduce_packed([p.grad for p in self.params])
         torch.nn.utils.clip_grad_norm_(self.params, self.config.ttt_grad_clip or math.inf)
         self.optimizer.step()
 
@@ -1928,19 +1933,13 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
     """Every mode of Config.modes on the model reloaded from disk; slot under its full name."""
     runtime, c, log = evaluator.runtime, evaluator.config, evaluator.runtime.log
     model = load_model(path, evaluator.val, table, runtime, c)
-    ttt, chunk = TTT(model, evaluator), c.ttt_chunk_tokens
+    ttt, chunk, base = TTT(model, evaluator), c.ttt_chunk_tokens, ("sliding", "ttt")[c.ttt_enabled]
     plain, sliding = evaluator.targets / c.eval_seq_len, evaluator.targets / c.eval_stride
-
-    def ngram() -> tuple[Score, np.ndarray]:
-        base = scored("ttt" if c.ttt_enabled else "sliding")[1]
-        nats = mix_ngram(evaluator, base, table.is_boundary)
-        return evaluator.total(nats), nats
-
     runs = {  # mode: windows that it takes the time of, what it does
         "roundtrip": (plain, lambda: evaluator.score(ttt.forward, c.eval_seq_len, "roundtrip")),
         "sliding": (sliding, lambda: evaluator.score(ttt.forward, c.eval_stride, "sliding", chunk)),
         "ttt": (sliding + 3 * c.ttt_epochs * plain, ttt.score),
-        "ngram": (0, ngram),
+        "ngram": (0, lambda: mix_ngram(evaluator, scored(base)[1], table.is_boundary)),
         "slot": (sliding, lambda: evaluator.score(
             slot_forward(model, runtime, c), c.eval_stride, FINAL_LINES["slot"], chunk)),
     }
@@ -2103,13 +2102,10 @@ class Trainer:
 
         All travel in one packed all-reduce.
         """
-        world = self.runtime.world
-        tensors = [*(p.grad for p in self.params if p.grad is not None), facts]
-        if world > 1:
-            packed = torch.cat([g.flatten() / world for g in tensors[:-1]] + [facts])
-            parts = self.runtime.all_reduce(packed).split([t.numel() for t in tensors])
-            for tensor, part in zip(tensors, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if self.runtime.world > 1:
+            torch._foreach_div_(grads, self.runtime.world)
+            self.runtime.all_reduce_packed([*grads, facts])
         most = self.config.grad_clip_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.params, most)
         return torch.cat((facts, grad_norm.view(1)))

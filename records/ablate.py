@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
-SCORES = ("post_ema_bpb", "roundtrip_bpb", "sliding_bpb")
+SCORES = ("post_ema_bpb", "roundtrip_bpb", "sliding_bpb", "ttt_bpb", "ngram_bpb")
 
 
 def summary_of(folder: Path) -> dict | None:
@@ -115,23 +115,27 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
     return grouped
 
 
+def mean(runs: list[dict], key: str, form: str) -> str:
+    """Mean over runs of a value of their summaries, or - where it is not in all of them."""
+    known = all(key in run for run in runs)
+    return format(statistics.mean(run[key] for run in runs), form) if known else "-"
+
+
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown: means over the seeds, spread, and the change against the first, seed by seed."""
-    rows = ["| variant | seeds | post-EMA | roundtrip | sliding | roundtrip, max - min "
-            "| roundtrip - baseline, same seeds | artifact + code bytes | steps | ms/step |",
-            "|--|--|--|--|--|--|--|--|--|--|"]
+    rows = ["| variant | seeds | post-EMA | roundtrip | sliding | TTT | n-gram "
+            "| roundtrip, max - min | roundtrip - baseline, same seeds "
+            "| artifact + code bytes | steps | ms/step "
+            "| evaluation s |", "|--|--|--|--|--|--|--|--|--|--|--|--|--|"]
     baseline = [run["roundtrip_bpb"] for run in next(iter(results.values()))]
     for name, runs in results.items():
-        means = [statistics.mean(run[score] for run in runs) if score in runs[0] else None
-                 for score in SCORES]
         trips = [run["roundtrip_bpb"] for run in runs]
         change = statistics.mean(trip - base for trip, base in zip(trips, baseline, strict=False))
-        steps = statistics.mean(run["steps"] for run in runs)
-        milliseconds = statistics.mean(run["train_ms"] for run in runs)
-        cells = [name, str(len(runs)), *("-" if m is None else f"{m:.4f}" for m in means),
+        milliseconds = sum(run["train_ms"] for run in runs) / sum(run["steps"] for run in runs)
+        cells = [name, str(len(runs)), *(mean(runs, score, ".4f") for score in SCORES),
                  f"{max(trips) - min(trips):.4f}" if len(trips) > 1 else "-", f"{change:+.4f}",
-                 f"{statistics.mean(run['bytes_total'] for run in runs):.0f}", f"{steps:.0f}",
-                 f"{milliseconds / steps:.0f}"]
+                 mean(runs, "bytes_total", ".0f"), mean(runs, "steps", ".0f"),
+                 f"{milliseconds:.0f}", mean(runs, "seconds_eval", ".0f")]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
