@@ -425,7 +425,8 @@ def denominator(folder: Folder) -> tuple[str, float | None]:
         if row["tokens"] in [run.val_tokens for run in folder.runs]:
             return row["note"], None
     if found:
-        return f"{found[0]:.0f} of {true_bytes}", found[0] / true_bytes
+        worst = max(found, key=lambda count: abs(count - true_bytes))
+        return f"{worst:.0f} of {true_bytes}", worst / true_bytes
     for row in facts["tokenizers"]:
         text = json.dumps(folder.submission).lower()
         claims = [c for c in (folder.submission, *folder.claims.values())
