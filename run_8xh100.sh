@@ -89,10 +89,10 @@ if [[ -n $demo_text ]]; then
     "$PYTHON" -c 'import pathlib, retokenize_scylla as r; r.build_demo(pathlib.Path("data/demo"))'
     export DATA_PATH=$root/data/demo/scylla
 elif [[ -z ${DATA_PATH:-} ]]; then
-    "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
-    vocabulary=$DATA_DIR/scylla.yaml
+    vocabulary=$DATA_DIR/scylla.yaml  # first: it is small, and the shards are not
     echo "$VOCAB_SHA256  $vocabulary" | sha256sum -c --status 2>/dev/null ||
         find_vocabulary "$vocabulary"
+    "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
     "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$DATA_DIR/scylla" \
         --sp-shards "$DATA_DIR/datasets/datasets/fineweb10B_sp1024/fineweb_*.bin" \
         --sp-model "$DATA_DIR/datasets/tokenizers/fineweb_1024_bpe.model"

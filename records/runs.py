@@ -179,6 +179,7 @@ def read_run(path: Path) -> Run:
             results.append(line)
     run.text_sha256 = hashlib.sha256("\n".join(results).encode()).hexdigest()
     last = next((line for line in reversed(lines) if line.strip()), "")
+    run.resumed = run.resumed or run.summary.get("resumed", "0") not in ("0", "False")
     run.finished = last.startswith("final_int8_zlib_roundtrip_exact ")
     return run
 
