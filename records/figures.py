@@ -66,7 +66,9 @@ def differing_settings(groups: dict[str, list[Run]]) -> str:
 def step_times(run: Run) -> tuple[list[int], list[float]]:
     """Steps and ms per step between the lines of a log that give a time."""
     points = [p for p in run.train if p.ms is not None]
-    pairs = [(a, b) for a, b in zip(points, points[1:], strict=False) if b.step > a.step]
+    pairs = list(zip(points, points[1:], strict=False))
+    longest = max((b.step - a.step for a, b in pairs), default=0)
+    pairs = [(a, b) for a, b in pairs if b.step - a.step > longest / 10]  # the rest is rounding
     return [b.step for _, b in pairs], [(b.ms - a.ms) / (b.step - a.step) for a, b in pairs]
 
 
@@ -77,7 +79,7 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     (loss, bpb), (rate, pace) = axes
     colours = plt.get_cmap("tab10").colors
     for number, (name, runs) in enumerate(groups.items()):
@@ -87,36 +89,46 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
             loss.plot([p.step for p in run.train], [p.loss for p in run.train], **style)
             draw_scores(bpb, run, style)
             scales = [(p.step, p.lr_scale) for p in run.train if p.lr_scale is not None]
-            rate.plot(*zip(*scales, strict=True) if scales else ([], []), **style)
+            if scales:
+                rate.plot(*zip(*scales, strict=True), **style)
             pace.plot(*step_times(run), **style, marker=".")
-    loss.set(title="Training loss", xlabel="step", ylabel="nats per token")
-    loss.set_yscale("log")
+    loss.set(title="Training loss", xlabel="step", ylabel="nats per token", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
     bpb.set(title="Validation BPB: while training (lines), final stages (marks)", xlabel="step",
             ylabel="bits per byte")
+    lowest, highest = bpb.get_ylim()
+    bpb.set_ylim(lowest, min(highest, 1.3 * max(lowest, 0.1)))  # the first step says nothing
     rate.set(title="Learning rate", xlabel="step", ylabel="share of the peak")
+    if not rate.get_lines():
+        rate.text(0.5, 0.5, "not in these logs", ha="center", transform=rate.transAxes)
     pace.set(title="Step time", xlabel="step", ylabel="ms per step", ylim=(0, None))
     for panel in axes.flat:
         panel.grid(alpha=0.3)
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize="small")
+    lines, names = loss.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 2 + (
+        max(map(len, names), default=0) < 40)), fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
 
 def draw_scores(panel: Any, run: Run, style: dict[str, Any]) -> None:
-    """BPB while training and, beyond the last step, of the final stages."""
+    """BPB while training and, beyond the last step, of the final stages, which get a legend."""
+    from matplotlib.lines import Line2D
+
     marks = {"post_ema": "^", "roundtrip": "o", "sliding": "s", "ttt": "D", "ngram": "P"}
-    panel.plot([p.step for p in run.val], [p.bpb for p in run.val], **style, marker=".")
-    known = {handle.get_label() for handle in panel.get_lines()}
+    points = [p for p in run.val if p.step]
+    panel.plot([p.step for p in points], [p.bpb for p in points], **style, marker=".")
+    look = dict(markerfacecolor="none", linestyle="none")
     for place, (stage, mark) in enumerate(marks.items(), 1):
         if stage in run.scores:
-            label = stage.replace("_", "-")
             panel.plot([(run.steps or 1) * (1 + 0.03 * place)], [run.scores[stage].bpb], mark,
-                       color=style["color"], markerfacecolor="none", linestyle="none",
-                       label=None if label in known else label)
+                       color=style["color"], label=stage, **look)
+    drawn = {line.get_label() for line in panel.get_lines()}
+    panel.legend([Line2D([], [], marker=mark, color="black", **look)
+                  for stage, mark in marks.items() if stage in drawn],
+                 [stage.replace("_", "-") for stage in marks if stage in drawn], fontsize="small")
 
 
 def nats_to_bpb(runs: Sequence[Run]) -> float | None:
