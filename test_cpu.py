@@ -14,6 +14,8 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import http.server
+import importlib
 import importlib.util
 import io
 import json
@@ -33,6 +35,7 @@ import threading
 import types
 import unicodedata
 import urllib.error
+import urllib.parse
 import zlib
 from collections import Counter
 from dataclasses import asdict, fields, replace
@@ -5246,10 +5249,14 @@ def test_d_ablation_table_and_plans():
             "less": [dict(post_ema_bpb=1.5, roundtrip_bpb=2.5, bytes_total=8, steps=5,
                           train_ms=100)]}
     rows = ablate.table(runs).splitlines()
-    assert rows[2] == (
-        "| base | 2 | 1.0000 | 2.1000 | - | 1.9000 | - | 0.2000 | +0.0000 | 10 | 4 | 10 | 3 |")
-    assert rows[3] == (
-        "| less | 1 | 1.5000 | 2.5000 | - | - | - | - | +0.5000 | 8 | 5 | 20 | - |")
+    assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | 1.9000 | 0.2000 | - | 10 | 4 | 10 | 3 |"
+    assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | 8 | 5 | 20 | - |"
+    runs["more"] = [dict(run, roundtrip_bpb=r, slot_bpb=r - 1) for run, r in zip(
+        runs["base"], (2.4, 2.8), strict=True)]
+    change = ablate.table(runs).splitlines()[4].split("|")[8]  # +0.4 and +0.6: 0.5 +- t * 0.1
+    assert change.strip() == f"+0.5000 +- {12.7062 * 0.1:.4f}"
+    change = ablate.table(runs, ("slot_bpb", "roundtrip_bpb")).splitlines()[4].split("|")[8]
+    assert change.strip().startswith("-0.5000")
     plans = sorted((ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
@@ -5257,7 +5264,8 @@ def test_d_ablation_table_and_plans():
         assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
         for changes in plan["variants"].values():
             texts = {k: str(v).format(root=ROOT) for k, v in (plan["base"] | changes).items()}
-            t.Config.from_env(texts, cuda=True)
+            if not any(name.startswith(t.ABSENT) for name in texts):  # settings still to come
+                t.Config.from_env(texts, cuda=True)
 
 
 @pytest.mark.slow
@@ -6181,3 +6189,677 @@ def test_e_bytes_of_every_real_document_are_exact(engine, tmp_path):
             begins, [*begins[1:], len(ids)], strict=True)]
     counted = np.add.reduceat(np.append(0, dump["bytes"]), begins)
     assert counted.tolist() == [len(text.encode()) for text in texts]
+
+
+# ==========================================================================================
+# packing, record folders, plans, run_8xh100.sh
+# ==========================================================================================
+
+# helpers: the tools of records/, tiny runs of packed code, a record folder made of them
+
+@functools.cache
+def r_tool(name):
+    """A script of records/ as a module; the modules that it imports are shared."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "records")
+        return importlib.import_module(name)
+
+
+def r_data(folder):
+    """Byte-exact shards of both splits with vocabulary and ledger, made by the re-tokenizer."""
+    vocabulary = folder / "tiny.yaml"
+    vocabulary.write_bytes(R.vocabulary_yaml([bytes([k]) for k in range(256)] + RETOK_TOKENS))
+    for seed, (split, count) in enumerate((("train", 60), ("val", 12))):
+        documents = folder / f"{split}.jsonl"
+        documents.write_text("".join(json.dumps({"text": text}) + "\n"
+                                     for text in retok_texts(count, seed)))
+        assert R.main(["--docs", str(documents), "--vocab", str(vocabulary), "--split", split,
+                       "--output-dir", str(folder / "data"), "--workers", "1"]) == 0
+    return folder / "data"
+
+
+def r_load(path):
+    """A train_gpt.py, packed or not, as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"r_{path.parent.name}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def r_run(module, folder, seed, data):
+    """A tiny run of a module in a folder, under the name that run_8xh100.sh gives it."""
+    environ = a_environ(data_path=str(data), seed=seed, run_id=f"seed{seed}",
+                        artifact_path=f"seed{seed}.ptz")
+    with a_inside(folder), pytest.MonkeyPatch.context() as patch:
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        assert module.main([]) == 0
+    return folder / "logs" / f"seed{seed}.txt"
+
+
+@pytest.fixture(scope="module")
+def r_runs(tmp_path_factory):
+    """Three tiny runs of the packed script: (packed file, data, logs)."""
+    folder = tmp_path_factory.mktemp("packed")
+    packed, data = folder / "train_gpt.py", r_data(folder)
+    packed.write_bytes(r_tool("pack").pack((ROOT / "train_gpt.py").read_text()))
+    return packed, data, [r_run(r_load(packed), folder, s, data) for s in (42, 1337, 2024)]
+
+
+def r_make(packed, logs, records, *more):
+    """Exit code of `make` on runs."""
+    return r_tool("make_record").main(
+        ["make", "--name", "Tiny", "--author", "A. Nobody", "--github-id", "nobody", "--date",
+         "2030-01-02", "--code", str(packed), "--records", str(records), *more, *map(str, logs)])
+
+
+@pytest.fixture(scope="module")
+def r_folder(r_runs, tmp_path_factory):
+    """A record folder made of the tiny runs, artifacts included."""
+    records = tmp_path_factory.mktemp("records")
+    assert r_make(r_runs[0], r_runs[2], records, "--track", "track_non_record_16mb",
+                  "--artifacts") == 0
+    return records / "track_non_record_16mb" / "2030-01-02_Tiny"
+
+
+def r_edit(path, old, new):
+    """Replace text in a file; it must be there."""
+    text = path.read_text()
+    assert old in text, (path, old)
+    path.write_text(text.replace(old, new))
+
+
+def r_submission(folder, **changes):
+    """Change submission.json; a dotted name goes inside, None removes."""
+    path = folder / "submission.json"
+    about = json.loads(path.read_text())
+    for name, value in changes.items():
+        *inside, last = name.split("__")
+        place = about
+        for key in inside:
+            place = place[key]
+        place[last] = value
+        if value is None:
+            del place[last]
+    path.write_text(json.dumps(about))
+
+
+@pytest.fixture
+def r_record(r_folder, tmp_path, monkeypatch):
+    """A copy of the folder as if it had run on 8xH100 and its text were all of FineWeb's."""
+    folder = tmp_path / "track_10min_16mb" / "2030-01-02_Tiny"
+    shutil.copytree(r_folder, folder)
+    for log in folder.glob("*.log"):
+        r_edit(log, "\nworld_size:1 ", "\nworld_size:8 ")
+        log.write_text(re.sub(r"device:cpu x\d+ ", "device:NVIDIA H100 80GB HBM3 ",
+                              log.read_text()))
+    r_submission(folder, track="track_10min_16mb")
+    rules = r_tool("rules")
+    known = rules.published()
+    known["facts"]["validation_bytes"] = json.loads(
+        (folder / "submission.json").read_text())["compliance"]["scored_bytes"]
+    monkeypatch.setattr(rules, "published", lambda: known)
+    return folder
+
+
+# packing
+
+
+def test_r_packed_code_runs_the_same(r_runs, tmp_path):
+    """Losses, scores and artifact of the packed script are those of the readable one."""
+    packed, data, logs = r_runs
+    plain = r_run(t, tmp_path, 42, data)
+    assert a_losses(tmp_path, "seed42") == a_losses(packed.parent, "seed42")
+    ours, theirs = (p.parent.parent / "seed42.ptz" for p in (plain, logs[0]))
+    assert ours.read_bytes() == theirs.read_bytes()
+    exact = r"\w+_exact val_loss:\S+ val_bpb:\S+"
+    assert re.findall(exact, plain.read_text()) == re.findall(exact, logs[0].read_text())
+
+
+def test_r_packed_code_is_small_complete_and_deterministic(r_runs, tmp_path):
+    """Same bytes every time, under the aim; same program and settings; unpacked without running."""
+    pack, packed = r_tool("pack"), r_runs[0]
+    source = (ROOT / "train_gpt.py").read_text()
+    assert packed.read_bytes() == pack.pack(source) and len(packed.read_bytes()) <= pack.LARGEST
+    readable = pack.unpack(packed.read_bytes())
+    assert pack.meaning(readable) == pack.meaning(source)
+    small = r_load(packed)
+    assert vars(small).keys() >= {n for n in vars(t) if not n.startswith("__")}
+    assert small.__doc__ == t.__doc__ and small.settings_table() == t.settings_table()
+    assert pack.unpack(source.encode()) == source
+    assert pack.main([str(ROOT / "train_gpt.py"), "--output", str(tmp_path / "p.py")]) == 0
+    assert (tmp_path / "p.py").read_bytes() == packed.read_bytes()
+
+
+def test_r_minify_keeps_strings_and_nesting():
+    """Comments, docstrings and annotations go; text that looks like them stays."""
+    source = ('"""Doc."""\n\n\nclass A:\n    """Gone."""\n\n    x: int = 1  # gone\n\n'
+              '    def f(self, a: int = 2, *b: str) -> dict[str, int]:\n        """Gone."""\n'
+              '        text = """kept # here\n            and indented\n        """\n'
+              '        if a:\n            return {"->": "#",\n                    text: a}\n'
+              '        return b\n\n    def g(self):\n        """All of it."""\n')
+    pack = r_tool("pack")
+    small = pack.minify(source)
+    assert small == ('"""Doc."""\nclass A:\n x: int = 1\n def f(self, a = 2, *b):\n'
+                     '  text = """kept # here\n            and indented\n        """\n'
+                     '  if a:\n   return {"->": "#",\n    text: a}\n  return b\n'
+                     ' def g(self):\n  pass\n')
+    with pytest.raises(pack.PackError, match="ASCII"):
+        pack.pack("x = '\u00e9'\n")
+
+
+def test_r_packed_code_shows_its_source(r_runs):
+    """The log begins with the source and names the file's hash and size; tracebacks show lines."""
+    packed, _, logs = r_runs
+    text, readable = logs[0].read_text(), r_tool("pack").unpack(packed.read_bytes())
+    assert text.startswith(readable)
+    assert f"\ncode_sha256:{t.sha256_file(packed)} bytes:{packed.stat().st_size}\n" in text
+    assert f"\nCode size: {packed.stat().st_size} bytes\n" in text
+    done = a_python([packed], packed.parent, dict(PRESET="demo", DATA_PATH="nowhere"))
+    assert done.returncode == 1 and done.stderr.startswith("error: no shards match")
+    code = ("import runpy, sys\nsys.argv = ['train_gpt.py']\nimport torch\n"
+            f"torch.manual_seed = None\nrunpy.run_path({str(packed)!r}, run_name='__main__')")
+    broken = a_python(["-c", code], packed.parent, dict(PRESET="demo"))
+    assert "torch.manual_seed(c.seed)" in broken.stderr, broken.stderr
+
+
+# reading logs, statistics
+
+
+def test_r_student_t_is_exact():
+    """Tails and quantiles against mpmath's incomplete beta function and the printed tables."""
+    import mpmath  # comes with torch
+
+    welch = r_tool("welch")
+    for tail, freedom in ((0.3, 1.5), (2.0, 2.0), (-1.2, 3.7), (5.0, 40.0), (30.0, 2.2)):
+        x = mpmath.mpf(freedom) / (freedom + tail * tail)
+        half = mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) / 2
+        exact = float(half if tail >= 0 else 1 - half)
+        assert welch.t_tail(tail, freedom) == pytest.approx(exact, rel=1e-12)
+    for freedom, value in ((1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227)):
+        assert welch.t_quantile(0.025, freedom) == pytest.approx(value, abs=1e-5)
+
+
+def test_r_welch_by_hand():
+    """Mean, deviation, interval, t, degrees of freedom and the bar, worked out by hand."""
+    welch = r_tool("welch")
+    ours, theirs = welch.sample([1.0, 2.0, 3.0]), welch.sample([5.0, 9.0])
+    assert (ours.mean, ours.std, ours.n) == (2.0, 1.0, 3)
+    assert ours.interval == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
+    test = welch.welch(ours, theirs, 1.0)
+    error = 1 / 3 + 8 / 2
+    assert test.difference == 5.0 and test.t == pytest.approx(4.0 / math.sqrt(error))
+    assert test.freedom == pytest.approx(error**2 / ((1 / 3) ** 2 / 2 + 4.0**2 / 1))
+    assert test.p == welch.t_tail(test.t, test.freedom) < 0.5
+    assert welch.welch(ours, welch.sample([5.0])) is None and welch.sample([5.0]).interval is None
+
+
+def test_r_reader_knows_both_dialects(r_runs, tmp_path):
+    """Our log and two published dialects give the same kinds of facts."""
+    runs = r_tool("runs")
+    run = runs.read_run(r_runs[2][0])
+    assert run.ours and run.finished and run.seed == 42 and not run.resumed
+    assert run.settings["MODEL_DIM"] == "32" and run.steps == 8 and len(run.train) == 8
+    assert run.headline == run.scores["sliding"]._replace(eval_ms=None)
+    assert run.audit == "exact" and run.total_bytes == run.artifact_bytes + run.code_bytes
+    field = tmp_path / "train_seed7.log"
+    field.write_text(
+        "1/20000 train_loss: 9.0087 train_time: 0.5m tok/s: 17\nseed:7\n"
+        "4945/20000 val_loss: 2.3539 val_bpb: 1.0756\nmodel_params:123\n"
+        "stopping_early: wallclock_cap train_time: 599592ms step: 4945/20000\n"
+        "diagnostic pre-quantization post-ema val_loss:2.3284 val_bpb:1.0639 eval_time:6718ms\n"
+        "Code size (uncompressed): 157868 bytes\nCode size (compressed): 31999 bytes\n"
+        "Serialized model: 135417533 bytes\nSerialized model quantized+x: 15865260 bytes\n"
+        "Total submission size quantized+x: 15897259 bytes\n"
+        "quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:508785ms\n")
+    run = runs.read_run(field)
+    assert (run.seed, run.steps, run.train_ms, run.params) == (7, 4945, 599592.0, 123)
+    assert run.train[0] == runs.Point(1, 9.0087, None, 30000.0)
+    assert (run.code_bytes, run.artifact_bytes, run.total_bytes) == (31999, 15865260, 15897259)
+    assert run.headline.bpb == 1.05989454 and run.eval_seconds == pytest.approx(508.785)
+    assert not run.ours and run.audit is None
+    with pytest.raises(runs.RecordError, match="nothing"):
+        runs.find_run_log("nothing")
+
+
+# the folder: made, refused, verified
+
+
+def test_r_made_folder_is_right(r_folder, r_runs):
+    """All files are there, every number is the logs', and nothing is wrong with it."""
+    about = json.loads((r_folder / "submission.json").read_text())
+    names = {p.name for p in r_folder.iterdir()}
+    assert names >= {"README.md", "requirements.txt", "train_gpt.py", "manifest.json", "curves.png",
+                     "tiny.yaml", "scylla.meta.npz", "train_seed42.log", "model_seed42.ptz"}
+    scores = [float(re.search(r"exact val_loss:\S+ val_bpb:(\S+)\n\Z", log.read_text())[1])
+              for log in r_runs[2]]
+    assert [about["seed_results"][k]["val_bpb"] for k in ("42", "1337", "2024")] == scores
+    assert about["val_bpb"] == pytest.approx(np.mean(scores), abs=1e-8)
+    assert about["val_bpb_std"] == pytest.approx(np.std(scores, ddof=1), abs=1e-8)
+    assert about["bytes_code"] == r_runs[0].stat().st_size
+    assert about["bytes_total"] == max(
+        (r_folder / f"model_seed{k}.ptz").stat().st_size for k in about["seeds"]) + about[
+            "bytes_code"]
+    assert about["attribution"]["Muon"] == "@KellerJordan, Keller Jordan et al."
+    assert "MuonEq-R with depth recurrence" not in about["attribution"]
+    text = (r_folder / "README.md").read_text()
+    assert f"**{np.mean(scores):.5f} BPB**" in text and "MODEL_DIM='32'" in text
+    assert r_tool("rules").verify(r_folder) == []
+
+
+def test_r_make_refuses(r_runs, tmp_path, capsys):
+    """Other code, a missing artifact, one seed twice, a run cut short: an error and no folder."""
+    packed, _, logs = r_runs
+    cases = [([logs[0], logs[0]], packed, "one log for each seed"),
+             (logs, ROOT / "train_gpt.py", "give the file that ran with --code")]
+    copy = tmp_path / "run"
+    shutil.copytree(packed.parent / "logs", copy / "logs")
+    cases.append(([copy / "logs" / "seed42.txt"], packed, "ARTIFACT_PATH of its own"))
+    torn = copy / "logs" / "torn.txt"
+    torn.write_text(logs[0].read_text()[:-300])
+    cases.append(([torn], packed, "run the seed again"))
+    for some, code, message in cases:
+        assert r_make(code, some, tmp_path / "records") == 1
+        assert message in capsys.readouterr().err
+    assert r_make(packed, logs, tmp_path / "records") == 1  # on a CPU it is no record
+    assert "hardware" in capsys.readouterr().out
+    assert not [p for p in (tmp_path / "records").rglob("*") if p.is_file()]
+
+
+def r_log(folder, old, new, seed=42):
+    r_edit(folder / f"train_seed{seed}.log", old, new)
+
+
+def r_chunks(folder, *chunks):
+    r_log(folder, "\nfinal_int6_roundtrip ", "".join(
+        f"\nttt_chunk [{n}/9] bpb=1.0 time=1.0s" for n in chunks) + "\nfinal_int6_roundtrip ")
+
+
+def r_headline(folder, seed=42):
+    return re.search(r"exact val_loss:(\S+) val_bpb:(\S+)\n\Z",
+                     (folder / f"train_seed{seed}.log").read_text())
+
+
+def r_train_time(folder, ms):
+    path = folder / "train_seed42.log"
+    path.write_text(re.sub(r"(val_bpb:\S+ train_time:)\d+ms", rf"\g<1>{ms}ms", path.read_text()))
+
+
+def r_over_the_cap(folder):
+    log = folder / "train_seed42.log"
+    total = 16_000_001
+    artifact = total - json.loads((folder / "submission.json").read_text())["bytes_code"]
+    log.write_text(re.sub(r"(Total submission size:) \d+", rf"\1 {total}", re.sub(
+        r"(Serialized model \S+:) \d+", rf"\1 {artifact}", log.read_text())))
+    (folder / "model_seed42.ptz").unlink()
+    r_submission(folder, bytes_total=total, seed_results__42__artifact_bytes=artifact)
+
+
+R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is found
+    "altered val_bpb of a seed": (lambda f: r_submission(
+        f, seed_results__42__val_bpb=float(r_headline(f)[2]) - 1e-6), "scores", "seed 42"),
+    "altered roundtrip": (lambda f: r_submission(f, seed_results__42__roundtrip_bpb=1.5),
+                          "scores", "seed 42"),
+    "altered mean": (lambda f: r_submission(f, val_bpb=1.0), "means", "submission.json"),
+    "altered deviation": (lambda f: r_submission(f, val_bpb_std=0.5), "means", "submission.json"),
+    "missing log": (lambda f: (f / "train_seed1337.log").unlink(), "seeds", "submission.json"),
+    "two seeds": (lambda f: [(f / "train_seed1337.log").unlink(), r_submission(
+        f, seeds=[42, 2024], seed_results__1337=None)], "seeds", "train_seed"),
+    "log of a seed that is not claimed": (lambda f: r_submission(
+        f, seed_results__1337=None, seeds=[42, 2024]), "seeds", "train_seed1337.log"),
+    "duplicated log": (lambda f: shutil.copy(f / "train_seed42.log", f / "train_seed1337.log"),
+                       "duplicates", "train_seed"),
+    "log of other code": (lambda f: r_log(f, "\ncode_sha256:", "\ncode_sha256:0" * 1),
+                          "code text", "train_seed42.log"),
+    "other source in the log": (lambda f: r_log(f, "def main(", "def man("), "code text",
+                                "train_seed42.log"),
+    "code of another size": (lambda f: r_log(f, "\nCode size: ", "\nCode size: 1"), "code",
+                             "train_seed42.log"),
+    "bytes_code": (lambda f: r_submission(f, bytes_code=5), "code", "submission.json"),
+    "over the cap": (r_over_the_cap, "sizes", "train_seed42.log"),
+    "artifact of another size": (lambda f: (f / "model_seed42.ptz").write_bytes(b"x"), "sizes",
+                                 "model_seed42.ptz"),
+    "bytes_total": (lambda f: r_submission(f, bytes_total=5), "sizes", "submission.json"),
+    "training for 600.1 s": (lambda f: r_train_time(f, 600100), "clock", "train_seed42.log"),
+    "evaluation for 601 s": (lambda f: (f / "train_seed42.log").write_text(re.sub(
+        r"seconds_eval: \S+", "seconds_eval: 601.0", (f / "train_seed42.log").read_text())),
+        "evaluation clock", "train_seed42.log"),
+    "a chunk scored again": (lambda f: r_chunks(f, 1, 2, 2, 3), "order", "train_seed42.log"),
+    "a chunk out of order": (lambda f: r_chunks(f, 2, 1), "order", "train_seed42.log"),
+    "TTT's headline without TTT": (lambda f: r_log(
+        f, "\nheadline_mode: sliding", "\nheadline_mode: ttt"), "order", "train_seed42.log"),
+    "bytes not proven": (lambda f: r_log(f, "\nbyte_audit:exact", "\nbyte_audit:unverified"),
+                         "audit", "train_seed42.log"),
+    "bytes of another text": (lambda f: r_edit(f / "manifest.json", '"source_bytes": ',
+                                               '"source_bytes": 1'), "audit", "train_seed42"),
+    "score not over those bytes": (lambda f: r_log(
+        f, r_headline(f)[2], f"{float(r_headline(f)[2]) * 0.95:.8f}"), "audit", "train_seed42"),
+    "no attribution": (lambda f: r_submission(f, attribution={}), "attribution", "submission"),
+    "wrong credit": (lambda f: r_submission(f, attribution__Muon="me"), "attribution",
+                     "submission.json"),
+    "resumed run": (lambda f: r_log(f, "\nseed:42\n", "\nseed:42\nresumed from step 3\n"),
+                    "complete", "train_seed42.log"),
+    "log cut short": (lambda f: (f / "train_seed42.log").write_text(
+        (f / "train_seed42.log").read_text().rsplit("\n", 2)[0]), "complete", "train_seed42.log"),
+    "another GPU": (lambda f: r_log(f, "NVIDIA H100", "NVIDIA A100"), "hardware", "train_seed42"),
+    "four ranks": (lambda f: r_log(f, "\nworld_size:8", "\nworld_size:4"), "hardware",
+                   "train_seed42.log"),
+    "a score that saw its targets": (lambda f: r_log(f, "\nfinal_int6_roundtrip ", (
+        f"\nslot non_compliant val_loss:{r_headline(f)[1]} val_bpb:{r_headline(f)[2]}"
+        "\nfinal_int6_roundtrip ")), "compliance", "train_seed42.log"),
+    "its name in the claims": (lambda f: r_submission(f, seed_results__42__slot_bpb=1.0),
+                               "compliance", "submission.json"),
+    "no README": (lambda f: (f / "README.md").unlink(), "files", "README.md"),
+    "no requirements": (lambda f: (f / "requirements.txt").unlink(), "evidence", "requirements"),
+    "another vocabulary": (lambda f: r_edit(f / "tiny.yaml", "a", "b"), "evidence", "manifest"),
+    "a promise in compliance": (lambda f: r_submission(
+        f, compliance__artifact_under_16mb="TBD"), "schema", "compliance"),
+    "no author": (lambda f: r_submission(f, author=""), "submission", "submission.json"),
+    "no JSON": (lambda f: (f / "submission.json").write_text("{"), "submission", "submission"),
+    "no number": (lambda f: r_submission(f, model_params=None), "schema", "submission.json"),
+    "counted bytes": (lambda f: r_edit(f / "train_seed42.log", "\nbyte_audit:exact bytes:",
+                                       "\nbyte_audit:exact bytes:9"), "denominator", "val_bpb"),
+}
+
+
+@pytest.mark.parametrize("case", R_BROKEN)
+def test_r_verify_names_each_fault(case, r_record, capsys):
+    """The folder is right; broken, verify exits 1 and names rule, place and remedy."""
+    verify, (action, rule, where) = r_tool("rules").verify, R_BROKEN[case]
+    assert verify(r_record) == []
+    action(r_record)
+    found = [f for f in verify(r_record) if f.rule.name == rule]
+    assert found and any(where in f.where for f in found), verify(r_record)
+    assert r_tool("make_record").main(["verify", str(r_record)]) == 1
+    printed = capsys.readouterr().out
+    assert str(found[0]) in printed and f"Remedy: {found[0].rule.remedy}" in printed
+
+
+def test_r_every_rule_is_broken_by_a_test():
+    """No rule without a folder that breaks it; no rule twice."""
+    names = [rule.name for rule in r_tool("rules").RULES]
+    assert len(set(names)) == len(names)
+    assert {rule for _, rule, _ in R_BROKEN.values()} == set(names)
+
+
+# comparison, statistics, curves, published results
+
+
+def test_r_compare_stats_and_plot(r_folder, r_runs, tmp_path, capsys):
+    """One table of stages, the settings that differ, the bar; refusals are messages."""
+    tool, logs = r_tool("make_record"), [str(log) for log in r_runs[2]]
+    assert tool.main(["compare", str(r_folder), logs[0]]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n| 2030-01-02_Tiny | 3 | 8 |") == 1 and "| seed42 | 1 |" in printed
+    assert "not on FineWeb's validation text" in printed
+    assert tool.main(["stats", *logs[:2], "--against", logs[2]]) == 0
+    bpb = float(re.search(r"The bar: 0.005 nats x (\S+) BPB", capsys.readouterr().out)[1])
+    run = r_tool("runs").read_run(r_runs[2][2])
+    assert bpb == pytest.approx(run.headline.bpb / run.headline.loss, abs=1e-5)
+    assert tool.main(["stats", *logs, "--against", "2026-03-31_ParallelResiduals"]) == 0
+    assert "not the same text" in capsys.readouterr().out
+    output = tmp_path / "curves.png"
+    assert tool.main(["plot", str(r_folder), "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG") and output.stat().st_size > 30_000
+    for wrong in (["compare", "nothing"], ["plot", "2026-03-31_ParallelResiduals"]):
+        assert tool.main(wrong) == 1 and "error: " in capsys.readouterr().err
+
+
+def test_r_published_results_take_the_bar():
+    """Stats of two published results: the test of #1204 over #1019 as its numbers give it."""
+    tool = r_tool("make_record")
+    ours, theirs = map(tool.find_group, ("2026-03-31_Parallel", "2026-03-25_ValCalib"))
+    text = tool.statistics_text(ours, theirs)
+    assert "0.00296 BPB" in text and "+0.00848 BPB better" in text and "does NOT pass" in text
+    assert tool.statistics_text(ours, theirs, 0.003).endswith("passes at p < 0.01.")
+    assert "(bytes corrected)" in tool.find_group("2026-04-02_PROTEUS").name
+    assert tool.find_group("2026-04-02_PROTEUS").bpb.mean == pytest.approx(1.1423, abs=1e-4)
+
+
+def test_r_curves_are_labelled(r_runs, tmp_path, monkeypatch):
+    """Four panels with title, units on both axes, a legend and a line for every run."""
+    import matplotlib.pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    runs = [r_tool("runs").read_run(log) for log in r_runs[2]]
+    r_tool("figures").plot({f"seed {r.seed}": [r] for r in runs}, tmp_path / "c.png", "Tiny")
+    monkeypatch.undo()
+    titles = [panel.get_title() for panel in kept[0].axes]
+    assert [title.split(" BPB")[0] for title in titles] == [
+        "Training loss", "Validation", "Learning rate", "Step time"]
+    for panel in kept[0].axes:
+        assert panel.get_xlabel() == "step" and panel.get_ylabel()
+        assert len(panel.get_lines()) >= 3
+        assert all(len(line.get_xdata()) for line in panel.get_lines())
+    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    assert names == ["seed 42", "seed 1337", "seed 2024"]
+    marks = [text.get_text() for text in kept[0].axes[1].get_legend().get_texts()]
+    assert marks == ["post-ema", "roundtrip", "sliding"]
+    plt.close(kept[0])
+
+
+@needs_shared
+def test_r_public_folders(tmp_path, capsys):
+    """All 63 are read; those with miscounted bytes are flagged; the data and the table are ours."""
+    folders = sorted((SHARED / "data" / "public_records").iterdir())
+    rules, output = r_tool("rules"), tmp_path / "published.json"
+    assert len(folders) == 63
+    assert r_tool("make_record").main(["survey", *map(str, folders), "--json", str(output)]) == 0
+    committed = ROOT / "records" / "published.json"
+    assert json.loads(output.read_text()) == json.loads(committed.read_text())
+    assert capsys.readouterr().out.strip() in (ROOT / "records" / "SURVEY.md").read_text()
+    wrong = {f.name for f in folders if any(
+        x.rule.name == "denominator" and "counts" in x.what for x in rules.verify(f))}
+    assert wrong == {"2026-03-30_tm0054_AutoresearchTokenizer_LegalTTT",
+                     "2026-04-02_PROTEUS_v16_Scylla",
+                     "2026-04-02_Scylla_ParallelResiduals_DepthRecurrence_TTT"}
+
+
+def test_r_credits_are_one_table():
+    """records/credits.json holds the README's table, and CREDITS.md's where that is there."""
+    rows = [f"| {row['technique']} | {row['where']} | {row['who']} |"
+            for row in r_tool("rules").credits()]
+    for path in (ROOT / "README.md", SHARED / "CREDITS.md"):
+        text = path.read_text() if path.exists() else "\n".join(rows)
+        found = text[text.index("| PROTEUS v1.6: the combination") :].split("\n\n")[0]
+        assert [line for line in found.splitlines() if line.startswith("|")] == rows, path
+    names = {f.name.upper() for f in fields(t.Config)}
+    for row in r_tool("rules").credits():
+        for name in row.get("when", {}):
+            assert name in names or name.startswith(t.ABSENT), name
+
+
+# plans
+
+
+def test_r_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
+    """One GPU for each run where there are any; --list runs nothing and tells what is done."""
+    ablate = d_tool("ablate")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [slot.gpu for slot in ablate.slots(2)] == [0, 1]
+    with pytest.raises(SystemExit, match="2 GPUs"):
+        ablate.slots(3)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(dict(base={}, seeds=[1, 2], variants={"a": {}, "b": {"SEED": 3}})))
+    done = tmp_path / "out" / "a_seed2" / "logs" / "run.jsonl"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"event": "summary"}\n')
+    monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--out", str(tmp_path / "out"),
+                                      "--list"])
+    monkeypatch.setattr(ablate, "run_one", None)
+    assert ablate.main() == 0
+    states = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["a_seed1: to run", "a_seed2: done", "b_seed1: to run", "b_seed2: to run"]
+
+
+# from a bare machine to a folder
+
+
+class RHub(http.server.BaseHTTPRequestHandler):
+    """A Hugging Face hub with one dataset repository, on loopback."""
+
+    files: dict[str, bytes] = {}
+    cut: set[str] = set()  # files whose first answer breaks off in the middle
+    wrong: set[str] = set()  # files whose bytes are not those of the listing
+    asked: list[str] = []
+
+    def log_message(self, *_):
+        """Silence."""
+
+    def answer(self, status, body, headers=()):
+        self.send_response(status)
+        for name, value in dict(headers).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def tree(self, folder):
+        """The listing of a folder, as the hub gives it; shards are large files."""
+        for name in sorted(self.files):
+            data = self.files[name]
+            if name.startswith(folder + "/"):
+                entry = dict(type="file", path=name, size=len(data), oid=hashlib.sha1(
+                    b"blob %d\0" % len(data) + data).hexdigest())
+                if name.endswith(".bin"):
+                    entry["lfs"] = dict(oid=hashlib.sha256(data).hexdigest(), size=len(data),
+                                        pointerSize=1)
+                yield entry
+
+    def do_GET(self):
+        path = urllib.parse.unquote(self.path.split("?")[0])
+        if match := re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/main/(.+)", path):
+            body = json.dumps(list(self.tree(match[1]))).encode()
+            return self.answer(200, body, {"Content-Type": "application/json"})
+        name = re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/(.+)", path)
+        if not name or name[1] not in self.files:
+            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+        data = self.files[name[1]]
+        if self.command == "GET":
+            self.asked.append(name[1])
+            data = data[::-1] if name[1] in self.wrong else data
+        tags = {"ETag": f'"{hashlib.sha256(self.files[name[1]]).hexdigest()}"',
+                "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
+        start = int(re.match(r"bytes=(\d+)", self.headers.get("Range") or "bytes=0")[1])
+        if self.command == "GET" and name[1] in self.cut:
+            self.cut.discard(name[1])
+            self.send_response(200)
+            for key, value in (tags | {"Content-Length": str(len(data))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
+            return None
+        if start:
+            tags["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        return self.answer(206 if start else 200, data[start:], tags)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def r_hub(tmp_path):
+    """A hub that serves SentencePiece shards of a tiny text: (environment, handler)."""
+    model, shards = tmp_path / "fineweb_1024_bpe.model", tmp_path / "sp"
+    model.write_bytes(retok_model_bytes())
+    for seed, (split, count) in enumerate((("train", 200), ("val", 12))):
+        documents = tmp_path / f"{split}.jsonl"
+        documents.write_text("".join(json.dumps({"text": text}) + "\n"
+                                     for text in retok_texts(count, seed)))
+        assert R.main(["--docs", str(documents), "--sp-model", str(model), "--split", split,
+                       "--output-dir", str(shards), "--workers", "1", "--shard-tokens",
+                       "5000"]) == 0
+    hub = type("Hub", (RHub,), dict(cut=set(), wrong=set(), asked=[], files={
+        f"datasets/datasets/fineweb10B_sp1024/{p.name}": p.read_bytes()
+        for p in shards.glob("*.bin")} | {
+        "datasets/tokenizers/fineweb_1024_bpe.model": model.read_bytes()}))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield dict(HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}", HF_HOME=str(tmp_path / "hf"),
+               NO_PROXY="127.0.0.1", HF_HUB_DISABLE_TELEMETRY="1"), hub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_r_fetch_resumes_and_checks(r_hub, tmp_path):
+    """A broken download goes on, nothing is fetched twice, wrong bytes are refused."""
+    environ, hub = r_hub
+    first = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
+    hub.cut.add(first)
+    command = [ROOT / "records" / "fetch.py", "--output", tmp_path / "got", "--shards", "1"]
+    done = a_python(command, tmp_path, environ)
+    assert done.returncode == 0, done.stderr
+    for name, data in hub.files.items():
+        there = tmp_path / "got" / name
+        assert there.exists() == ("train" not in name or name == first)
+        assert not there.exists() or there.read_bytes() == data
+    assert hub.asked.count(first) == 2 and "0 of them fetched now" in a_python(
+        command, tmp_path, environ).stdout
+    assert hub.asked.count(first) == 2
+    second = first.replace("000000", "000001")
+    hub.wrong.add(second)
+    done = a_python([*command[:-1], "2"], tmp_path, environ)
+    assert done.returncode == 1 and "size or hash" in done.stderr and second in done.stderr
+    assert not (tmp_path / "got" / second).exists()
+    done = a_python([*command[:-1], "80"], tmp_path, environ)
+    assert done.returncode == 1 and "of 80 training shards" in done.stderr
+    environ["HF_ENDPOINT"] += "/nothing"
+    done = a_python(command, tmp_path, environ)
+    assert done.returncode == 1 and "check the network" in done.stderr
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (dict(AUTHOR=""), "AUTHOR and GITHUB_ID are not set"),
+    (dict(PRESET=""), "PRESET=demo"),
+    (dict(NNODES="2"), "RDZV_ENDPOINT"),
+    (dict(SHARDS="10000000"), "GB free"),
+    (dict(PYTHON="/bin/false"), "requirements.txt"),
+])
+def test_r_script_says_what_is_missing(change, message, tmp_path):
+    """The script stops before any work, with the remedy."""
+    environ = dict(AUTHOR="A", GITHUB_ID="a", PRESET="demo", DATA_DIR=str(tmp_path), SHARDS="1",
+                   PYTHON=sys.executable) | change
+    done = subprocess.run(["bash", ROOT / "run_8xh100.sh"], env=os.environ | environ,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr, done
+
+
+@pytest.mark.slow
+def test_r_script_from_bare_machine_to_folder(r_hub, tmp_path):
+    """Fetch, find the vocabulary, re-tokenize, pre-flight, smoke, two seeds on two ranks, folder.
+
+    A second run does nothing again, and ends in the same folder.
+    """
+    environ, hub = r_hub
+    vocabulary = tmp_path / "repo" / "deep" / "tiny.yaml"
+    vocabulary.parent.mkdir(parents=True)
+    vocabulary.write_bytes(R.vocabulary_yaml([bytes([k]) for k in range(256)] + RETOK_TOKENS))
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path / "repo")]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "v"],
+                    ["update-ref", "refs/pull/1/head", "HEAD"]):
+        subprocess.run([*git, *command], check=True)
+    tiny = {k.upper(): t.show(v) for k, v in A_TINY.items() if k != "train_log_every"}
+    environ |= tiny | dict(
+        PRESET="demo", AUTHOR="A", GITHUB_ID="a", SHARDS="2", SEEDS="7 8", NPROC="2",
+        DATA_DIR=str(tmp_path / "work"), RECORDS=str(tmp_path / "records"), PYTHON=sys.executable,
+        VOCAB_REPO=str(tmp_path / "repo"), VOCAB_REF="refs/pull/1/head",
+        VOCAB_SHA256=t.sha256_file(vocabulary), PREFLIGHT="-k file_keeps_its_shape",
+        RECUR_START_STEP="0.3", ITERATIONS="6", OMP_NUM_THREADS="1")
+    command = ["bash", str(ROOT / "run_8xh100.sh")]
+    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = next((tmp_path / "records" / "track_non_record_16mb").iterdir())
+    about = json.loads((folder / "submission.json").read_text())
+    assert about["seeds"] == [7, 8] and about["hardware"].startswith("2 x cpu")
+    assert about["compliance"]["byte_audit_exact"]
+    assert done.stdout.rstrip().endswith("no fault found")
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}
+    asked = len(hub.asked)
+    again = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
+    assert again.returncode == 0 and len(times) > 5, again.stderr
+    assert asked == len(hub.asked)
+    assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}

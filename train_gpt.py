@@ -28,6 +28,7 @@ import functools
 import hashlib
 import io
 import json
+import linecache
 import lzma
 import math
 import os
@@ -2260,10 +2261,12 @@ def stage(name: str, summary: dict[str, Any]) -> Iterator[None]:
 def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) -> None:
     """Code, environment and configuration to the log; what matters to the console."""
     log, total = runtime.log, int(val.bytes.sum(dtype=np.int64))
-    log.line(Path(__file__).read_text(encoding="utf-8"), console=False)
+    log.line("".join(linecache.getlines(run.__code__.co_filename)), console=False)  # also if packed
     log.line(f"python {sys.version} torch {torch.__version__} on {platform.platform()}", False)
     if runtime.cuda:
         log.line(f"cuda {torch.version.cuda} {torch.cuda.get_device_properties(0)}", console=False)
+    log.event("code", "code_sha256:{sha256} bytes:{bytes}", sha256=sha256_file(__file__),
+              bytes=os.path.getsize(__file__))
     log.event("config", **asdict(c))
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"

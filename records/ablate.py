@@ -1,13 +1,15 @@
 """Matched experiments: named sets of settings x seeds -> one table, resumable.
 
     python records/ablate.py records/plans/demo_features.json --jobs 2
+    python records/ablate.py records/plans/levers.json --list      what would run; runs nothing
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
-"variants": {name: {settings against the base}}}; the first variant is the baseline, and the
-optional "seeds_of": {name: n} gives a variant only the first n seeds. "{root}" in a value is this
-repository. All runs use the copy of train_gpt.py that the first one made, each in a folder of its
-own, with an equal share of the processor cores, pinned where the system can. A run whose log holds
-a summary is not repeated.
+"variants": {name: {settings against the base}}}; the first variant is the baseline. Optional:
+"seeds_of": {name: n} gives a variant only the first n seeds; "score": the summary's scores in order
+of preference, of which the first that a run has is compared (["roundtrip_bpb"]). "{root}" in a
+value is this repository. All runs use the copy of train_gpt.py that the first one made, each in a
+folder of its own, with an equal share of the processor cores, pinned where the system can, and
+where there are GPUs with one of them. A run whose log holds a summary is not repeated.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ import queue
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "records"), str(ROOT)]
+
+import figures  # noqa: E402
+import torch  # noqa: E402
+from welch import sample  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-SCORES = ("post_ema_bpb", "roundtrip_bpb", "sliding_bpb", "ttt_bpb", "ngram_bpb")
+SCORES = ("post_ema_bpb", "roundtrip_bpb", "sliding_bpb", "ttt_bpb", "ngram_bpb", "slot_bpb")
 
 
 def summary_of(folder: Path) -> dict | None:
@@ -45,8 +53,25 @@ def summary_of(folder: Path) -> dict | None:
     return None
 
 
-def run_one(folder: Path, settings: dict[str, str], cores: list[int]) -> dict:
-    """Run train_gpt.py in `folder` on `cores` unless it is done; returns its summary.
+class Slot(NamedTuple):
+    """What one run at a time has to itself."""
+
+    cores: list[int]
+    gpu: int | None
+
+
+def slots(jobs: int) -> list[Slot]:
+    """An equal share of the cores, and a GPU where there are any, for each of `jobs`."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    share, gpus = max(1, len(cores) // jobs), torch.cuda.device_count()
+    if gpus and jobs > gpus:
+        raise SystemExit(f"--jobs {jobs}, but there are {gpus} GPUs; one run needs one")
+    return [Slot(cores[job * share : (job + 1) * share] or cores, job if gpus else None)
+            for job in range(jobs)]
+
+
+def run_one(folder: Path, settings: dict[str, str], slot: Slot) -> dict:
+    """Run train_gpt.py in `folder` on a slot unless it is done; returns its summary.
 
     Settings in this process's environment are ignored: only the plan's count.
     """
@@ -60,11 +85,13 @@ def run_one(folder: Path, settings: dict[str, str], cores: list[int]) -> dict:
     kept.write_text(text, encoding="utf-8")
     names = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)}
     env = {name: value for name, value in os.environ.items() if name not in names}
-    env |= settings | {"RUN_ID": "run", "OMP_NUM_THREADS": str(len(cores))}
+    env |= settings | {"RUN_ID": "run", "OMP_NUM_THREADS": str(len(slot.cores))}
+    if slot.gpu is not None:
+        env["CUDA_VISIBLE_DEVICES"] = str(slot.gpu)
 
     def pin() -> None:
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)
+            os.sched_setaffinity(0, slot.cores)
 
     with open(folder / "console.txt", "w", encoding="utf-8") as console:
         subprocess.run([sys.executable, folder.parent / "train_gpt.py"], cwd=folder, env=env,
@@ -73,7 +100,7 @@ def run_one(folder: Path, settings: dict[str, str], cores: list[int]) -> dict:
     if done is None:
         tail = (folder / "console.txt").read_text(encoding="utf-8").splitlines()[-3:]
         raise SystemExit(f"{folder}: the run failed; its console ends: {' | '.join(tail)}")
-    print(f"{folder.name}: " + " ".join(f"{k}:{done.get(k)}" for k in SCORES), flush=True)
+    print(f"{folder.name}: " + " ".join(f"{k}:{done[k]}" for k in SCORES if k in done), flush=True)
     return done
 
 
@@ -87,57 +114,70 @@ def keep_code(out: Path) -> None:
         raise SystemExit(f"{out} holds runs of another train_gpt.py; remove it or give --out")
 
 
+def tasks_of(plan: dict, out: Path) -> list[tuple[str, Path, dict[str, str]]]:
+    """(variant, folder, settings) of every run of a plan."""
+    tasks = []
+    for variant, changes in plan["variants"].items():
+        for seed in plan["seeds"][: plan.get("seeds_of", {}).get(variant)]:
+            settings = plan["base"] | changes | {"SEED": seed}
+            texts = {name: str(value).format(root=ROOT) for name, value in settings.items()}
+            tasks.append((variant, out / f"{variant}_seed{seed}", texts))
+    return tasks
+
+
 def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
     """All runs of a plan, `jobs` at a time; variant -> summaries in the order of the seeds."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    share = max(1, len(cores) // jobs)
-    free: queue.Queue[list[int]] = queue.Queue()
-    for job in range(jobs):
-        free.put(cores[job * share : (job + 1) * share] or cores)
+    free: queue.Queue[Slot] = queue.Queue()
+    for slot in slots(jobs):
+        free.put(slot)
 
-    def work(task: tuple[str, int]) -> dict:
-        variant, seed = task
-        settings = plan["base"] | plan["variants"][variant] | {"SEED": seed}
+    def work(task: tuple[str, Path, dict[str, str]]) -> dict:
         mine = free.get()
         try:
-            texts = {name: str(value).format(root=ROOT) for name, value in settings.items()}
-            return run_one(out / f"{variant}_seed{seed}", texts, mine)
+            return run_one(*task[1:], mine)
         finally:
             free.put(mine)
 
-    seeds = {name: plan["seeds"][: plan.get("seeds_of", {}).get(name)] for name in plan["variants"]}
-    tasks = [(name, seed) for name in plan["variants"] for seed in seeds[name]]
+    tasks = tasks_of(plan, out)
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(work, tasks))
     grouped: dict[str, list[dict]] = {name: [] for name in plan["variants"]}
-    for (name, _), result in zip(tasks, results, strict=True):
+    for (name, _, _), result in zip(tasks, results, strict=True):
         grouped[name].append(result)
     return grouped
 
 
-def mean(runs: list[dict], key: str, form: str) -> str:
-    """Mean over runs of a value of their summaries, or - where it is not in all of them."""
-    known = all(key in run for run in runs)
-    return format(statistics.mean(run[key] for run in runs), form) if known else "-"
+def compared(run: dict, score: Sequence[str]) -> float:
+    """The first of the scores that a run has."""
+    return next(run[name] for name in score if name in run)
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: means over the seeds, spread, and the change against the first, seed by seed."""
-    rows = ["| variant | seeds | post-EMA | roundtrip | sliding | TTT | n-gram "
-            "| roundtrip, max - min | roundtrip - baseline, same seeds "
-            "| artifact + code bytes | steps | ms/step "
-            "| evaluation s |", "|--|--|--|--|--|--|--|--|--|--|--|--|--|"]
-    baseline = [run["roundtrip_bpb"] for run in next(iter(results.values()))]
+def table(results: dict[str, list[dict]], score: Sequence[str] = ("roundtrip_bpb",)) -> str:
+    """Markdown: means over the seeds, spread, and the change against the first, seed by seed.
+
+    The change has its 95 % interval (Student's t of the differences); one without zero is bold.
+    """
+    present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
+    head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
+            "max - min", "change against the first, 95 %", "artifact + code bytes", "steps",
+            "ms/step", "evaluation s"]
+    baseline, rows = [compared(run, score) for run in next(iter(results.values()))], []
     for name, runs in results.items():
-        trips = [run["roundtrip_bpb"] for run in runs]
-        change = statistics.mean(trip - base for trip, base in zip(trips, baseline, strict=False))
-        milliseconds = sum(run["train_ms"] for run in runs) / sum(run["steps"] for run in runs)
-        cells = [name, str(len(runs)), *(mean(runs, score, ".4f") for score in SCORES),
-                 f"{max(trips) - min(trips):.4f}" if len(trips) > 1 else "-", f"{change:+.4f}",
-                 mean(runs, "bytes_total", ".0f"), mean(runs, "steps", ".0f"),
-                 f"{milliseconds:.0f}", mean(runs, "seconds_eval", ".0f")]
-        rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
+        finals = [compared(run, score) for run in runs]
+        change = sample([ours - base for ours, base in zip(finals, baseline, strict=False)])
+        text = f"{change.mean:+.4f}"
+        if change.interval is not None:
+            text += f" +- {change.interval:.4f}"
+            text = f"**{text}**" if abs(change.mean) > change.interval else text
+        steps = statistics.fmean(run["steps"] for run in runs)
+        milliseconds = statistics.fmean(run["train_ms"] for run in runs)
+        rows.append([name, len(runs), *means, f"{max(finals) - min(finals):.4f}"
+                     if len(runs) > 1 else None, text if finals != baseline else "-",
+                     figures.mean_of((run["bytes_total"] for run in runs), ".0f"),
+                     f"{steps:.0f}", f"{milliseconds / steps:.0f}",
+                     figures.mean_of((run.get("seconds_eval") for run in runs), ".0f")])
+    return figures.markdown(head, rows)
 
 
 def main() -> int:
@@ -146,12 +186,18 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--out", type=Path, help="default: data/ablations/<plan>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     options = parser.parse_args()
     plan = json.loads(options.plan.read_text(encoding="utf-8"))
-    out = options.out or ROOT / "data" / "ablations" / options.plan.stem
+    out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
+    if options.list:
+        for variant, folder, _ in tasks_of(plan, out):
+            state = "done" if summary_of(folder) else "to run"
+            print(f"{folder.name}: {state}, {plan['variants'][variant] or 'the base'}")
+        return 0
     keep_code(out)
-    results = run_plan(plan, out.resolve(), options.jobs)
-    text = table(results)
+    results = run_plan(plan, out, options.jobs)
+    text = table(results, plan.get("score", ("roundtrip_bpb",)))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     (out / "summaries.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(text)

@@ -1,0 +1,142 @@
+"""Tables and curves of runs: Markdown side by side, and one PNG with four panels."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from runs import Run
+from welch import Sample, sample
+
+STAGES = ("post_ema", "roundtrip", "sliding", "ttt", "ngram")
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; None is a dash."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "--|" * len(head)]
+    lines += ["| " + " | ".join("-" if cell is None else str(cell) for cell in row) + " |"
+              for row in rows]
+    return "\n".join(lines)
+
+
+def mean_of(values: Iterable[float | None], form: str) -> str | None:
+    """The mean of the values that are there, formatted; None if there are none."""
+    there = [value for value in values if value is not None]
+    return format(statistics.fmean(there), form) if there else None
+
+
+def spread_of(found: Sample, form: str = ".5f") -> str:
+    """mean, plus or minus half the 95 % interval."""
+    half = f" +- {found.interval:{form}}" if found.interval is not None else ""
+    return f"{found.mean:{form}}{half}"
+
+
+def stage_table(groups: dict[str, list[Run]]) -> str:
+    """Runs or groups of runs side by side: means over the seeds of what their logs say."""
+    head = ["run", "seeds", "steps", "ms/step", *(s.replace("_", "-") for s in STAGES),
+            "headline BPB, 95 %", "eval s", "artifact", "code", "total (largest)"]
+    rows = []
+    for name, runs in groups.items():
+        scores = [mean_of((run.scores[stage].bpb if stage in run.scores else None
+                           for run in runs), ".4f") for stage in STAGES]
+        finals = [run.headline.bpb for run in runs if run.headline]
+        rows.append([name, len(runs), mean_of((run.steps for run in runs), ".0f"),
+                     mean_of((run.step_avg_ms for run in runs), ".1f"), *scores,
+                     spread_of(sample(finals)) if finals else None,
+                     mean_of((run.eval_seconds for run in runs), ".0f"),
+                     mean_of((run.artifact_bytes for run in runs), ".0f"),
+                     mean_of((run.code_bytes for run in runs), ".0f"),
+                     max((run.total_bytes for run in runs if run.total_bytes), default=None)])
+    return markdown(head, rows)
+
+
+def differing_settings(groups: dict[str, list[Run]]) -> str:
+    """The settings in which groups of our runs differ, seeds and names of files left out."""
+    quiet = {"SEED", "RUN_ID", "ARTIFACT_PATH", "SCORES_PATH", "DATA_PATH"}
+    ours = {name: runs[0].settings for name, runs in groups.items() if runs[0].settings}
+    names = sorted({key for settings in ours.values() for key in settings} - quiet)
+    rows = [[key, *(settings.get(key) for settings in ours.values())] for key in names
+            if len({settings.get(key) for settings in ours.values()}) > 1]
+    return markdown(["setting", *ours], rows) if rows else ""
+
+
+def step_times(run: Run) -> tuple[list[int], list[float]]:
+    """Steps and ms per step between the lines of a log that give a time."""
+    points = [p for p in run.train if p.ms is not None]
+    pairs = list(zip(points, points[1:], strict=False))
+    longest = max((b.step - a.step for a, b in pairs), default=0)
+    pairs = [(a, b) for a, b in pairs if b.step - a.step > longest / 10]  # the rest is rounding
+    return [b.step for _, b in pairs], [(b.ms - a.ms) / (b.step - a.step) for a, b in pairs]
+
+
+def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
+    """Training loss, BPB, learning rate and step time of all runs, one colour a group, to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
+    (loss, bpb), (rate, pace) = axes
+    colours = plt.get_cmap("tab10").colors
+    for number, (name, runs) in enumerate(groups.items()):
+        for order, run in enumerate(runs):
+            style = dict(color=colours[number % 10], label=name if order == 0 else None,
+                         linewidth=1.2, alpha=0.85)
+            loss.plot([p.step for p in run.train], [p.loss for p in run.train], **style)
+            draw_scores(bpb, run, style)
+            scales = [(p.step, p.lr_scale) for p in run.train if p.lr_scale is not None]
+            if scales:
+                rate.plot(*zip(*scales, strict=True), **style)
+            pace.plot(*step_times(run), **style, marker=".")
+    loss.set(title="Training loss", xlabel="step", ylabel="nats per token", yscale="log")
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("{x:g}")
+    bpb.set(title="Validation BPB: while training (lines), final stages (marks)", xlabel="step",
+            ylabel="bits per byte")
+    lowest, highest = bpb.get_ylim()
+    bpb.set_ylim(lowest, min(highest, 1.3 * max(lowest, 0.1)))  # the first step says nothing
+    rate.set(title="Learning rate", xlabel="step", ylabel="share of the peak")
+    if not rate.get_lines():
+        rate.text(0.5, 0.5, "not in these logs", ha="center", transform=rate.transAxes)
+    pace.set(title="Step time", xlabel="step", ylabel="ms per step", ylim=(0, None))
+    for panel in axes.flat:
+        panel.grid(alpha=0.3)
+    lines, names = loss.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 2 + (
+        max(map(len, names), default=0) < 40)), fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def draw_scores(panel: Any, run: Run, style: dict[str, Any]) -> None:
+    """BPB while training and, beyond the last step, of the final stages, which get a legend."""
+    from matplotlib.lines import Line2D
+
+    marks = {"post_ema": "^", "roundtrip": "o", "sliding": "s", "ttt": "D", "ngram": "P"}
+    points = [p for p in run.val if p.step]
+    panel.plot([p.step for p in points], [p.bpb for p in points], **style, marker=".")
+    look = dict(markerfacecolor="none", linestyle="none")
+    for place, (stage, mark) in enumerate(marks.items(), 1):
+        if stage in run.scores:
+            panel.plot([(run.steps or 1) * (1 + 0.03 * place)], [run.scores[stage].bpb], mark,
+                       color=style["color"], label=stage, **look)
+    drawn = {line.get_label() for line in panel.get_lines()}
+    panel.legend([Line2D([], [], marker=mark, color="black", **look)
+                  for stage, mark in marks.items() if stage in drawn],
+                 [stage.replace("_", "-") for stage in marks if stage in drawn], fontsize="small")
+
+
+def nats_to_bpb(runs: Sequence[Run]) -> float | None:
+    """BPB of one nat per token, of the tokenizer that the runs used."""
+    factors = [run.bpb_per_nat for run in runs if run.bpb_per_nat]
+    return statistics.fmean(factors) if factors else None
+
+
+def bytes_per_token(factor: float) -> float:
+    """Source bytes of a token, from the BPB of one nat."""
+    return 1 / (math.log(2) * factor)

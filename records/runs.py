@@ -1,0 +1,242 @@
+"""What the logs of runs say: one reader for our logs and for the field's.
+
+    run = read_run(Path("logs/seed42.txt"))      scores, clocks, bytes, curves of one run
+
+Every number that the tools of records/ print comes from here or from the size of a file. Our own
+logs begin with the code, then environment and settings; published logs are uneven, and what one
+does not say is None, never a guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
+TRAIN = re.compile(rf"(?:step:)?(\d+)/\d+ train_loss: ?{NUMBER}(?: train_time: ?{NUMBER}(ms|m))?")
+VAL = re.compile(rf"(?:step:)?(\d+)/\d+ val_loss: ?{NUMBER} val_bpb: ?{NUMBER}"
+                 rf"(?: train_time: ?{NUMBER}(ms|m))?")
+SCORE = re.compile(rf"([A-Za-z][A-Za-z0-9_ -]*?)(_exact)? (?:non_compliant )?val_loss: ?{NUMBER} "
+                   rf"val_bpb: ?{NUMBER}")
+STOP = re.compile(r"stopping_early: \S+ train_time: ?(\d+)ms step: ?(\d+)/")
+CHUNK = re.compile(r"\s*ttt_chunk \[(\d+)/(\d+)\]")
+FACTS = {  # name -> pattern of the line; the last one in the log counts
+    "seed": r"seed: ?(\d+)$",
+    "params": r"model_params: ?(\d+)",
+    "world": r"world_size: ?(\d+)",
+    "code_bytes": r"Code size(?: \(compressed\))?: (\d+) bytes",
+    "artifact_bytes": r"Serialized model [^\s:]+: (\d+) bytes",
+    "total_bytes": r"Total submission size(?: [^\s:]+)?: (\d+) bytes",
+    "val_tokens": r"val_loader:.* tokens:(\d+)",
+    "audited_bytes": r"byte_audit:\w+ bytes:(\d+)",
+}
+TEXTS = {
+    "audit": r"byte_audit:(\w+)",
+    "code_sha256": r"code_sha256:(\w{64})",
+    "device": r"run_id:.* device:(.+) dtype:",
+    "torch": r"(?:python .* torch|Running PyTorch) (\S+)",
+    "cuda": r"cuda (\S+) _CudaDeviceProperties",
+    "run_id": r"run_id:(\S+)",
+}
+FACT_PATTERNS = {name: re.compile(pattern) for name, pattern in (FACTS | TEXTS).items()}
+STAGES = (  # pattern of a score's name -> stage of the run
+    ("headline", r"final_int8_zlib_roundtrip"),
+    ("post_ema", r".*post[_-]ema"),
+    ("slot", r".*slot"),
+    ("ngram", r".*ngram"),
+    ("ttt", r".*ttt"),
+    ("sliding", r".*sliding"),
+    ("roundtrip", r".*(roundtrip|quantized)"),
+)
+
+
+class RecordError(Exception):
+    """The user's input cannot be used; the message says what, the value and the remedy."""
+
+
+class Score(NamedTuple):
+    """A line with a loss and its BPB."""
+
+    loss: float
+    bpb: float
+    eval_ms: float | None = None
+    compliant: bool = True
+
+
+class Point(NamedTuple):
+    """A step of the curves; `ms` since the start of training, None where the log has no time."""
+
+    step: int
+    loss: float
+    bpb: float | None = None
+    ms: float | None = None
+    lr_scale: float | None = None
+
+
+@dataclass
+class Run:
+    """One log, read. Facts that it does not hold are None."""
+
+    path: Path
+    text_sha256: str  # of the log without its first lines of environment
+    facts: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)  # by stage
+    named: dict[str, Score] = field(default_factory=dict)  # by the name on the line
+    train: list[Point] = field(default_factory=list)
+    val: list[Point] = field(default_factory=list)
+    chunks: list[tuple[int, int]] = field(default_factory=list)  # (chunk, of) in order of scoring
+    settings: dict[str, str] = field(default_factory=dict)
+    summary: dict[str, str] = field(default_factory=dict)
+    source: str = ""  # the code, as the log holds it
+    resumed: bool = False
+    finished: bool = False  # the headline is the last line
+    stopped: tuple[float, int] | None = None  # (ms, step) of stopping_early
+
+    def __getattr__(self, name: str) -> Any:
+        """A fact by its name, or None."""
+        if name in FACT_PATTERNS:
+            return self.facts.get(name)
+        raise AttributeError(name)
+
+    @property
+    def seed(self) -> int | None:
+        """The seed on the log's own line, else the number in the name of the file."""
+        digits = re.findall(r"seed_?(\d+)", self.path.stem) or re.findall(r"\d+", self.path.stem)
+        return self.facts.get("seed", int(digits[0]) if digits else None)
+
+    @property
+    def ours(self) -> bool:
+        """Whether train_gpt.py of this repository wrote the log."""
+        return bool(self.settings and self.facts.get("code_sha256"))
+
+    @property
+    def train_ms(self) -> float | None:
+        """Milliseconds of training: the latest time on any line."""
+        times = [p.ms for p in self.train + self.val if p.ms is not None]
+        return max(times + [self.stopped[0]] if self.stopped else times, default=None)
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of training."""
+        seen = [p.step for p in self.train + self.val]
+        return max(seen + [self.stopped[1]] if self.stopped else seen, default=None)
+
+    @property
+    def step_avg_ms(self) -> float | None:
+        """Milliseconds a step."""
+        return self.train_ms / self.steps if self.train_ms and self.steps else None
+
+    @property
+    def eval_seconds(self) -> float | None:
+        """Seconds of all evaluation of the artifact: the summary's, else the lines' sum."""
+        if "seconds_eval" in self.summary:
+            return float(self.summary["seconds_eval"])
+        spent = [s.eval_ms for name, s in self.named.items() if s.eval_ms and "ema" not in name]
+        return sum(spent) / 1e3 if spent else None
+
+    @property
+    def headline(self) -> Score | None:
+        """The run's score: the line of its historical name where ours, else the last stage."""
+        if self.ours:
+            return self.scores.get("headline")
+        order = ("ttt", "ngram", "sliding", "headline", "roundtrip")
+        return next((self.scores[stage] for stage in order if stage in self.scores), None)
+
+    @property
+    def counted_bytes(self) -> float | None:
+        """The denominator of BPB: as audited, else as the loss, the BPB and the tokens imply."""
+        if self.audited_bytes:
+            return float(self.audited_bytes)
+        score = self.headline
+        if not score or not self.val_tokens:
+            return None
+        return self.val_tokens * score.loss / (math.log(2) * score.bpb)
+
+    @property
+    def bpb_per_nat(self) -> float | None:
+        """BPB of one nat per token with this tokenizer and text."""
+        return self.headline.bpb / self.headline.loss if self.headline else None
+
+
+def read_run(path: Path) -> Run:
+    """Read a log; raises RecordError if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror}; name a log that exists") from error
+    lines = text.splitlines()
+    run = Run(path, "")
+    start = next((i for i, line in enumerate(lines) if re.match(r"python \d", line)), 0)
+    run.source = "\n".join(lines[:start]) + "\n" if start else ""
+    results = []
+    for line in lines[start:]:
+        read_line(run, line)
+        if "loss" in line:
+            results.append(line)
+    run.text_sha256 = hashlib.sha256("\n".join(results).encode()).hexdigest()
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    run.resumed = run.resumed or run.summary.get("resumed", "0") not in ("0", "False")
+    run.finished = last.startswith("final_int8_zlib_roundtrip_exact ")
+    return run
+
+
+def milliseconds(number: str | None, unit: str | None) -> float | None:
+    """A time of the log, in ms; public logs also count minutes."""
+    return float(number) * {"ms": 1.0, "m": 6e4}[unit] if number else None
+
+
+def read_line(run: Run, line: str) -> None:
+    """Enter one line of a log into the run."""
+    if match := TRAIN.match(line):
+        step, loss, time, unit = match.groups()
+        scale = re.search(rf" lr_scale:{NUMBER}", line)
+        run.train.append(Point(int(step), float(loss), None, milliseconds(time, unit),
+                               float(scale[1]) if scale else None))
+    elif match := VAL.match(line):
+        step, loss, bpb, time, unit = match.groups()
+        run.val.append(Point(int(step), float(loss), float(bpb), milliseconds(time, unit)))
+    elif match := SCORE.match(line):
+        read_score(run, match, line)
+    elif match := STOP.match(line):
+        run.stopped = float(match[1]), int(match[2])
+    elif match := CHUNK.match(line):
+        run.chunks.append((int(match[1]), int(match[2])))
+    elif match := re.match(r"([A-Z][A-Z0-9_]+)=(.*)$", line):
+        run.settings[match[1]] = match[2]
+    elif match := re.match(r"([a-z][a-z0-9_]*): (\S+)$", line):
+        run.summary[match[1]] = match[2]
+    run.resumed = run.resumed or bool(re.match(r"resumed\b", line))
+    for name, pattern in FACT_PATTERNS.items():
+        if match := pattern.match(line):
+            run.facts[name] = int(match[1]) if name in FACTS else match[1]
+
+
+def read_score(run: Run, match: re.Match[str], line: str) -> None:
+    """Enter a line with a loss and a BPB; an exact one replaces its rounded twin."""
+    name, exact, loss, bpb = match.groups()
+    time = re.search(r"eval_time: ?(\d+)ms", line)
+    before = run.named.get(name)
+    spent = float(time[1]) if time else before.eval_ms if before and exact else None
+    score = Score(float(loss), float(bpb), spent, "non_compliant" not in line
+                  and (before is None or before.compliant))
+    run.named[name] = score
+    stage = next((stage for stage, pattern in STAGES if re.match(pattern, name)), None)
+    if stage:
+        run.scores[stage] = score
+
+
+def find_logs(folder: Path) -> list[Path]:
+    """Logs of a record folder."""
+    return sorted(p for p in folder.glob("train*") if p.suffix in (".log", ".txt"))
+
+
+def find_run_log(name: str) -> Path:
+    """The text log of a run: a path, or the RUN_ID of one under logs/."""
+    for path in (Path(name), Path(name).with_suffix(".txt"), Path("logs") / f"{name}.txt"):
+        if path.is_file() and path.suffix in (".txt", ".log"):
+            return path
+    raise RecordError(f"no log {name}; give logs/<RUN_ID>.txt, or the RUN_ID of a run in ./logs")

@@ -1,0 +1,157 @@
+#!/usr/bin/env bash
+# From a bare machine to a record folder: environment, shards, pre-flight, smoke test, one run for
+# each seed, the folder. Every stage skips what is done, so after any interruption run it again.
+#
+#   AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh                    the record, on 8xH100
+#   PRESET=demo AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh        the same in small, no GPU
+#
+# Set by environment (defaults): NPROC (all GPUs, else 1), NNODES (1) with NODE_RANK and
+# RDZV_ENDPOINT=host:port for several machines, SEEDS (42 1337 2024), SHARDS (80), DATA_DIR
+# (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file; else looked
+# up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, AGAINST (a result to test
+# against), PREFLIGHT (arguments of pytest), PYTHON (an interpreter with everything installed), and
+# any setting of train_gpt.py. PRESET=demo without SHARDS or DATA_PATH takes the demo's own text.
+set -euo pipefail
+root=$(cd "$(dirname "$0")" && pwd)
+cd "$root"
+
+say() { printf '\n== %s\n' "$*"; }
+die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+DATA_DIR=$(mkdir -p "${DATA_DIR:-data/record}" && cd "${DATA_DIR:-data/record}" && pwd)
+SEEDS=${SEEDS:-42 1337 2024}
+NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+VOCAB_SHA256=${VOCAB_SHA256:-a0177241aca1871f861fec49b7f1ee737d029e8e09e320b0efd5d5ea7bee5517}
+VOCAB_REPO=${VOCAB_REPO:-https://github.com/openai/parameter-golf}
+VOCAB_REF=${VOCAB_REF:-refs/pull/1314/head}
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
+if [[ ${PRESET:-record} == demo ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
+TRACK=${TRACK:-track_${kind}_16mb} RECORD_NAME=${RECORD_NAME:-$name}
+
+say "1 what is here: $gpus GPUs, $NPROC processes on $NNODES machines, seeds $SEEDS, $DATA_DIR"
+[[ -n ${AUTHOR:-} && -n ${GITHUB_ID:-} ]] || die "AUTHOR and GITHUB_ID are not set; they go into \
+submission.json: AUTHOR='Your Name' GITHUB_ID=handle $0"
+[[ $gpus -gt 0 || -n ${PRESET:-} ]] || die "no GPU is visible to nvidia-smi; run on 8xH100, or try \
+everything in small with PRESET=demo"
+[[ $NNODES == 1 || -n ${RDZV_ENDPOINT:-} ]] || die "NNODES=$NNODES needs RDZV_ENDPOINT=host:port of \
+the first machine, and NODE_RANK on each"
+demo_text=$([[ ${PRESET:-} == demo && -z ${SHARDS:-}${DATA_PATH:-} ]] && echo 1 || true)
+SHARDS=${SHARDS:-80}
+needed=$([[ -n ${PYTHON:-} ]] && echo 1 || echo 8)  # GB of the environment and the runs
+[[ -n $demo_text || -n ${DATA_PATH:-} ]] || needed=$((needed + SHARDS * 42 / 100))
+free=$(df -Pk "$DATA_DIR" | awk 'NR == 2 { print int($4 / 1000000) }')
+[[ $free -ge $needed ]] || die "$DATA_DIR has $free GB free, about $needed are needed; set DATA_DIR \
+to a larger disk, or lower SHARDS=$SHARDS"
+
+say "2 environment"
+if [[ -z ${PYTHON:-} ]]; then
+    PYTHON=$root/.venv/bin/python
+    stamp=$(sha256sum requirements.txt | cut -c1-16)
+    if [[ ! -e .venv/.installed-$stamp ]]; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "python3 is \
+$(python3 --version 2>&1 || echo missing); Python 3.11 or newer is needed"
+        python3 -m venv .venv || die "no venv module; on Debian: apt-get install python3-venv"
+        .venv/bin/pip install -q -r requirements.txt
+        touch ".venv/.installed-$stamp"
+    fi
+fi
+"$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib, pytest' ||
+    die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
+"$PYTHON" --version
+
+find_vocabulary() {  # $1: where it goes
+    local found=${VOCAB:-} work file
+    if [[ -z $found ]]; then
+        work=$(mktemp -d)
+        git init -q "$work"
+        git -C "$work" fetch -q --depth 1 "$VOCAB_REPO" "$VOCAB_REF" ||
+            die "cannot fetch $VOCAB_REF of $VOCAB_REPO; give the vocabulary with VOCAB=path"
+        while read -r file; do
+            git -C "$work" show "FETCH_HEAD:$file" > "$work/candidate"
+            if echo "$VOCAB_SHA256  $work/candidate" | sha256sum -c --status; then
+                found=$work/candidate
+                break
+            fi
+        done < <(git -C "$work" ls-tree -r --name-only FETCH_HEAD | grep -E '\.ya?ml$' || true)
+        [[ -n $found ]] || die "no vocabulary with sha256 $VOCAB_SHA256 in $VOCAB_REF of \
+$VOCAB_REPO; give it with VOCAB=path"
+    fi
+    echo "$VOCAB_SHA256  $found" | sha256sum -c --status || die "$found has sha256 \
+$(sha256sum "$found" | cut -c1-64), expected $VOCAB_SHA256; get the byte-exact revision (1254 ids), \
+or set VOCAB_SHA256 for a vocabulary of your own"
+    cp "$found" "$1.part" && mv "$1.part" "$1"
+    rm -rf "${work:-}"
+}
+
+say "3 shards"
+if [[ -n $demo_text ]]; then
+    "$PYTHON" -c 'import pathlib, retokenize_scylla as r; r.build_demo(pathlib.Path("data/demo"))'
+    export DATA_PATH=$root/data/demo/scylla
+elif [[ -z ${DATA_PATH:-} ]]; then
+    vocabulary=$DATA_DIR/scylla.yaml  # first: it is small, and the shards are not
+    echo "$VOCAB_SHA256  $vocabulary" | sha256sum -c --status 2>/dev/null ||
+        find_vocabulary "$vocabulary"
+    "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
+    "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$DATA_DIR/scylla" \
+        --sp-shards "$DATA_DIR/datasets/datasets/fineweb10B_sp1024/fineweb_*.bin" \
+        --sp-model "$DATA_DIR/datasets/tokenizers/fineweb_1024_bpe.model"
+    export DATA_PATH=$DATA_DIR/scylla
+else
+    export DATA_PATH=$(cd "$DATA_PATH" && pwd)
+fi
+
+say "4 settings and code"
+settings=$("$PYTHON" -c 'import os, torch, train_gpt as t
+try: print(t.settings_listing(t.Config.from_env(os.environ, torch.cuda.is_available())))
+except t.ConfigError as error: raise SystemExit(f"error: {error}")')
+key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES") | sha256sum | cut -c1-12)
+runs=$DATA_DIR/runs/$key
+mkdir -p "$runs/logs"
+"$PYTHON" records/pack.py train_gpt.py --output "$runs/train_gpt.py" || say "the packed code is large"
+
+say "5 pre-flight on the CPU"
+if [[ ! -e $runs/preflight.done ]]; then
+    # the tests set their own settings; shellcheck disable=SC2046,SC2086
+    env $(sed 's/=.*//; s/^/-u /' <<< "$settings") CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q \
+        test_cpu.py ${PREFLIGHT:-} || die "the pre-flight failed; nothing was run on GPUs"
+    touch "$runs/preflight.done"
+fi
+
+launch() {  # RUN_ID, then settings; all ranks of the packed script, in the runs' folder
+    local id=$1 where=(--standalone)
+    shift
+    [[ $NNODES == 1 ]] || where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d
+                                 --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="$id")
+    (cd "$runs" && env RUN_ID="$id" ARTIFACT_PATH="$id.ptz" "$@" "$PYTHON" -m torch.distributed.run \
+        "${where[@]}" --nproc_per_node="$NPROC" train_gpt.py)
+}
+finished() { grep -q '^final_int8_zlib_roundtrip_exact' "$runs/logs/$1.txt" 2>/dev/null; }
+
+say "6 smoke test: every phase once, on all ranks"
+if ! finished smoke; then
+    launch smoke ITERATIONS=20 WARMDOWN_ITERS=10 RECUR_START_STEP=0.3 VAL_TOKENS_LIMIT=100000 \
+        EVAL_MODES=roundtrip VAL_LOSS_EVERY=0 WARMUP_STEPS=4 || die "the smoke test \
+failed; its log is $runs/logs/smoke.txt"
+fi
+
+for seed in $SEEDS; do
+    say "7 seed $seed"
+    finished "seed$seed" && continue
+    launch "seed$seed" SEED="$seed" || die "seed $seed failed; its log is \
+$runs/logs/seed$seed.txt. Run again: finished seeds are kept"
+done
+
+say "8 record folder"
+[[ $NODE_RANK == 0 ]] || { echo "made on the machine with NODE_RANK=0"; exit 0; }
+folder=$(cat "$runs/record" 2>/dev/null || true)
+if [[ ! -d $folder ]]; then
+    logs=$(for seed in $SEEDS; do echo "$runs/logs/seed$seed.txt"; done)
+    # shellcheck disable=SC2086
+    "$PYTHON" records/make_record.py make --name "$RECORD_NAME" --author "$AUTHOR" \
+        --github-id "$GITHUB_ID" --track "$TRACK" --code "$runs/train_gpt.py" \
+        --records "${RECORDS:-records}" ${AGAINST:+--against "$AGAINST"} $logs | tee "$runs/made"
+    folder=$(sed -n 's/^made //p' "$runs/made")
+    (cd "$folder" && pwd) > "$runs/record"
+fi
+"$PYTHON" records/make_record.py verify "$folder"
