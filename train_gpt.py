@@ -41,7 +41,7 @@ import uuid
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -1171,11 +1171,11 @@ class ParamSpec(NamedTuple):
 # last bytes buy is then the same in every class (records/quantization.py sensitivity).
 PARAM_TABLE = (
     (r"embed\.weight", "embed", "embed", True, 8, 0.1),
-    (r"(bigram|value)\.table\.weight", "embed", "embed", True, 8, 0.6),
+    (r"(bigram|value)\.table\.weight", "embed", "embed", True, 8, 0.7),
     (r"head\.weight", "embed", "head", True, 8, 0.1),
-    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", "attn", "muon", True, 6, 1.4),
-    (r"repeat_mlps\.\d+\.(up|down)\.weight", "repeat", "muon", True, 6, 1.0),
-    (r"blocks\.(?P<layer>\d+)\.mlp\.up\.weight", "mlp", "muon", True, 5, 0.6),
+    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", "attn", "muon", True, 6, 1.3),
+    (r"repeat_mlps\.\d+\.(up|down)\.weight", "repeat", "muon", True, 6, 1.4),
+    (r"blocks\.(?P<layer>\d+)\.mlp\.up\.weight", "mlp", "muon", True, 5, 0.65),
     (r"blocks\.(?P<layer>\d+)\.mlp\.down\.weight", "mlp", "muon", True, 5, 1.0),
     (r"(bigram|value)\.proj\.weight", "projection", "scalar", True, 16),
     (r".*(scale|mix|mix_mlp|gain|gate|route|merge|skip_weights)", "vector", "scalar", False, 32),
@@ -1196,19 +1196,15 @@ def param_spec(name: str, c: Config) -> ParamSpec:
     raise AssertionError(f"parameter {name} is in no row of PARAM_TABLE")
 
 
-class Grid(NamedTuple):
-    """Where a tensor's values may lie: bits as in ParamSpec, least step in row deviations."""
+def grid_of(name: str, c: Config, coarseness: float) -> tuple[int, float]:
+    """(bits, least step in row deviations) at a coarseness, the one knob of the fit.
 
-    bits: int
-    step: float
-
-
-def grid_of(name: str, c: Config, coarseness: float) -> Grid:
-    """A tensor's grid at a coarseness, the one knob of the fit (0: as fine as the bits allow)."""
+    0 is as fine as the bits allow; with N_INT6_LAYERS=auto, MLPs whose steps are wide are INT5.
+    """
     kind, _, _, bits, step = param_spec(name, c)
-    step *= coarseness
     free = kind in ("mlp", "repeat") and c.n_int6_layers is None and kind not in c.class_bits
-    return Grid(5 if free and largest_code(5) * step >= HARMLESS_CLIP else bits, step)
+    wide = largest_code(5) * coarseness * step >= HARMLESS_CLIP
+    return 5 if free and wide else bits, coarseness * step
 
 
 # --- 6 optimization ---------------------------------------------------
@@ -1405,35 +1401,30 @@ def row_scales(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
 
 
 @torch.no_grad()
-def input_hessians(model: GPT, batches: Iterable[Tensor], runtime: Runtime) -> dict[str, Tensor]:
-    """Sum over all ranks' tokens of x x^T for the input x of each matrix, fp32 (C, C).
+def input_hessians(model: GPT, batches: tuple[Tensor, ...], runtime: Runtime) -> dict[str, Tensor]:
+    """Sum of x x^T over all ranks' inputs x of each matrix, fp32 (C, C), by the matrix's name.
 
     q, k and v share one; both passes of a shared layer add up; the head reads the final states.
     """
-    sums, hooks = {}, []
+    sums = {f"{name}.weight": torch.zeros(module.in_features, module.in_features,
+                                          device=runtime.device)
+            for name, module in model.named_modules() if re.search(r"\.(q|out|up|down)$", name)}
+    head = "embed.weight" if model.head is None else "head.weight"
+    sums[head] = torch.zeros(2 * (model.config.model_dim,), device=runtime.device)
 
-    def record(name: str, width: int) -> Callable:
-        total = sums[name] = torch.zeros(width, width, device=runtime.device)
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        sums[name].addmm_(x.mT, x)
 
-        def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].flatten(0, -2).float()
-            total.addmm_(x.mT, x)
-
-        return add
-
-    for name, module in model.named_modules():
-        if re.fullmatch(r".*(\.attn\.(q|out)|mlp\.(up|down)|mlps\.\d+\.(up|down))", name):
-            hook = record(f"{name}.weight", module.in_features)
-            hooks.append(module.register_forward_pre_hook(hook))
-    head = record(f"{'embed' if model.head is None else 'head'}.weight", model.config.model_dim)
+    hooks = [model.get_submodule(name[:-7]).register_forward_pre_hook(functools.partial(add, name))
+             for name in sums if name != head]
     for ids in batches:
-        head(model, (model.hidden(ids),))
+        add(head, model, (model.hidden(ids),))
     for hook in hooks:
         hook.remove()
     sums = {name: runtime.all_reduce(total) for name, total in sums.items()}
-    shared = {name[:-8] + leaf: total for name, total in sums.items() if name.endswith(".q.weight")
-              for leaf in ("k.weight", "v.weight")}
-    return sums | shared
+    return sums | {name.replace(".q.", leaf): total for name, total in sums.items()
+                   for leaf in (".k.", ".v.") if ".q." in name}
 
 
 def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, bits: Tensor) -> Tensor:
@@ -1442,31 +1433,30 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, bits: Tensor) -> Tenso
     Column by column, each rounding error is made up for by the columns after it, in the order of
     descending diagonal (Frantar et al. 2022); scales (n, R, 1), bits (n, 1, 1).
     """
-    hessian = hessian.double()
+    hessian, C = hessian.double(), weight.size(2)
     mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30).view(-1, 1, 1)
-    eye = torch.eye(hessian.size(1), dtype=hessian.dtype, device=hessian.device)
+    eye = torch.eye(C, dtype=hessian.dtype, device=hessian.device)
     hessian = hessian / mean + 0.01 * eye  # inputs that are always 0 keep a diagonal of 0.01
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    rows = order.unsqueeze(1).expand_as(weight)
-    hessian = hessian.gather(1, order.unsqueeze(2).expand_as(hessian))
-    hessian = hessian.gather(2, order.unsqueeze(1).expand_as(hessian))
-    # with H = R R^T, R upper, the inverse is U^T U for the upper U = R^-1
+    hessian = hessian.gather(1, order.unsqueeze(2).expand(-1, -1, C))
+    hessian = hessian.gather(2, order.unsqueeze(1).expand(-1, C, -1))
+    # H = R R^T with R upper, so H^-1 = U^T U with U = R^-1 upper: what GPTQ needs, in one inversion
     upper = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
     upper = torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).float()
-    weight, codes = weight.gather(2, rows), torch.empty_like(weight)
-    for block in torch.arange(weight.size(2), device="cpu").split(128):
-        start, stop = int(block[0]), int(block[-1]) + 1
+    places = order.unsqueeze(1).expand_as(weight)
+    weight, codes = weight.gather(2, places), torch.empty_like(weight)
+    for start in range(0, C, 128):
+        stop = min(start + 128, C)
         part, inner = weight[:, :, start:stop].clone(), upper[:, start:stop, start:stop]
         errors = torch.empty_like(part)
         for i in range(stop - start):
-            column = part[:, :, i : i + 1]
-            code = round_to_grid(column, scales, bits)
+            now = slice(i, i + 1)
+            code = round_to_grid(part[:, :, now], scales, bits)
+            errors[:, :, now] = (part[:, :, now] - code * scales) / inner[:, now, now]
             codes[:, :, start + i] = code.squeeze(2)
-            error = (column - code * scales) / inner[:, i : i + 1, i : i + 1]
-            part[:, :, i:].baddbmm_(error, inner[:, i : i + 1, i:], alpha=-1)
-            errors[:, :, i] = error.squeeze(2)
+            part[:, :, i:].baddbmm_(errors[:, :, now], inner[:, now, i:], alpha=-1)
         weight[:, :, stop:].baddbmm_(errors, upper[:, start:stop, stop:], alpha=-1)
-    return codes.scatter_(2, rows, codes.clone())
+    return codes.scatter(2, places, codes)
 
 
 class Stored(NamedTuple):
@@ -1494,7 +1484,7 @@ def stream_parts(kind: str, bits: int, shape: list[int]) -> list[tuple[str, np.d
     return [codes, ("scales", np.dtype("<f2"), rows)]
 
 
-def gptq_codes(state: Mapping[str, Tensor], grids: Mapping[str, Grid], scales: Mapping[str, Tensor],
+def gptq_codes(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], bits: Mapping[str, int],
                hessians: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
     """int8 codes of every matrix with a Hessian; ranks share the work, equal shapes are batched."""
     names = sorted(hessians.keys() & state.keys(), key=lambda name: (*state[name].shape, name))
@@ -1503,8 +1493,8 @@ def gptq_codes(state: Mapping[str, Tensor], grids: Mapping[str, Grid], scales: M
     for shape in dict.fromkeys(state[name].shape for name in mine):
         same = [name for name in mine if state[name].shape == shape]
         stacks = [torch.stack([of[name] for name in same]) for of in (state, hessians, scales)]
-        bits = stacks[0].new_tensor([grids[name].bits for name in same]).view(-1, 1, 1)
-        codes |= zip(same, gptq(*stacks, bits).to(torch.int8), strict=True)
+        wide = stacks[0].new_tensor([bits[name] for name in same]).view(-1, 1, 1)
+        codes |= zip(same, gptq(*stacks, wide).to(torch.int8), strict=True)
     return {name: runtime.all_reduce(codes[name]) for name in names}
 
 
@@ -1515,21 +1505,20 @@ def quantize(state: Mapping[str, Tensor], c: Config, coarseness: float = 0.0,
 
     Matrices with a Hessian by GPTQ on all ranks of `runtime`, the others to the nearest.
     """
+    stored, bits, scales = {}, {}, {}
     for name, tensor in state.items():
         require(torch.isfinite(tensor).all(), f"{name} is not finite; nothing was exported")
-    grids = {name: grid_of(name, c, coarseness) for name in state}
-    state = {name: tensor.float() for name, tensor in state.items()}
-    scales = {name: row_scales(tensor, *grids[name]) for name, tensor in state.items()
-              if grids[name].bits <= 8}
-    codes = gptq_codes(state, grids, scales, hessians, runtime) if hessians else {}
-    stored = {}
-    for name, values in state.items():
-        bits = grids[name].bits
-        if name in scales and name not in codes:
-            values = round_to_grid(values, scales[name], bits).to(torch.int8)
-        values = codes.get(name, values.half() if bits == 16 else values).cpu().numpy()
-        rows = scales[name].squeeze(1).half().cpu().numpy() if name in scales else None
-        stored[name] = Stored(param_spec(name, c).kind, bits, values, rows)
+        bits[name], step = grid_of(name, c, coarseness)
+        if bits[name] <= 8:
+            scales[name] = row_scales(tensor.float(), bits[name], step)
+    codes = gptq_codes(state, scales, bits, hessians, runtime) if hessians else {}
+    for name, tensor in state.items():
+        values, rows = tensor.half() if bits[name] == 16 else tensor.float(), None
+        if name in scales:
+            rows = scales[name].squeeze(1).half().cpu().numpy()
+            nearest = round_to_grid(values, scales[name], bits[name])
+            values = codes.get(name, nearest).to(torch.int8)
+        stored[name] = Stored(param_spec(name, c).kind, bits[name], values.cpu().numpy(), rows)
     return stored
 
 
@@ -1549,16 +1538,11 @@ def predicted_bytes(model: GPT, c: Config, coarseness: float) -> dict[str, float
 
 
 def sampled_bytes(state: Mapping[str, Tensor], c: Config, coarseness: float) -> float:
-    """Artifact bytes of trained weights: entropy of some 64 rows of each tensor, to the nearest."""
-    total = 0.0
-    for name, tensor in state.items():
-        bits, step = grid_of(name, c, coarseness)
-        if bits <= 8:
-            rows = tensor[:: max(1, len(tensor) // 64)]
-            codes = round_to_grid(rows, row_scales(rows, bits, step), bits).to(torch.int8)
-            bits = 8 * entropy_bytes(codes.cpu().numpy()) / codes.numel() + 16 / tensor.size(1)
-        total += tensor.numel() * bits / 8
-    return total
+    """Artifact bytes by the entropies of some 64 rows of each tensor, rounded to the nearest."""
+    sample = {name: p[:: max(1, len(p) // 64)] for name, p in state.items()}
+    sizes = {n: s.values.nbytes if s.scales is None else entropy_bytes(s.values) + s.scales.nbytes
+             for n, s in quantize(sample, c, coarseness).items()}
+    return sum(size * state[n].numel() / sample[n].numel() for n, size in sizes.items())
 
 
 def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
@@ -1577,79 +1561,76 @@ def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
 
 # --- 8 artifact -------------------------------------------------------
 
-RANS_BITS, RANS_FLOOR = 14, 1 << 16  # of a probability; least state of a lane
-RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; bytes of it that share a model
+RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
+RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; those of them that share a model
 
 
 def rans_shape(size: int) -> tuple[int, int, int]:
-    """Lanes, steps and blocks of `size` bytes: about RANS_STEPS for any size."""
+    """(lanes, steps, blocks of a lane) for `size` bytes: about RANS_STEPS of any size."""
     lanes = max(1, size // RANS_STEPS)
     steps = max(1, -(-size // lanes))
     return lanes, steps, -(-steps // RANS_BLOCK)
 
 
 def rans_encode(raw: bytes) -> bytes:
-    """Range asymmetric numeral systems (Duda 2013), `lanes` coders in step, each on its own bytes.
+    """Range asymmetric numeral systems (Duda 2013): lanes of bytes are coded side by side.
 
     A block is coded by one of up to 4 order-0 models, dealt out by its mean magnitude as int8.
     """
-    lanes, steps, blocks = rans_shape(len(raw))
-    symbols = np.zeros(lanes * steps, np.uint8)
-    symbols[: len(raw)] = np.frombuffer(raw, np.uint8)
-    symbols = np.ascontiguousarray(symbols.reshape(lanes, steps).T)  # (steps, lanes)
-    starts = np.arange(0, steps, RANS_BLOCK)
-    levels = np.add.reduceat(np.abs(symbols.view(np.int8), dtype=np.float32), starts)
+    lanes, steps, _ = rans_shape(len(raw))
+    symbols = np.pad(np.frombuffer(raw, np.int8), (0, lanes * steps - len(raw)))
+    symbols = np.ascontiguousarray(symbols.reshape(lanes, steps).T)
+    starts, models = np.arange(0, steps, RANS_BLOCK), min(4, 1 + len(raw) // 65536)
+    levels = np.add.reduceat(np.abs(symbols, dtype=np.float32), starts)
     levels /= np.diff(starts, append=steps)[:, None]
-    models = min(4, 1 + len(raw) // 65536)
     kinds = np.searchsorted(np.quantile(levels, np.arange(1, models) / models), levels)
-    places = (kinds.astype(np.int32) << 8).repeat(RANS_BLOCK, 0)[:steps] + symbols
+    places = (kinds << 8).repeat(RANS_BLOCK, 0)[:steps] + symbols.view(np.uint8)
     counts = np.bincount(places.ravel(), minlength=models << 8).reshape(models, 256)
-    spare = (1 << RANS_BITS) - (counts > 0).sum(1, keepdims=True)
-    share = (counts > 0) + counts * spare // counts.sum(1, keepdims=True).clip(1)
+    used = counts > 0
+    spare = (1 << RANS_BITS) - used.sum(1, keepdims=True)
+    share = used + counts * spare // counts.sum(1, keepdims=True).clip(1)
     share[np.arange(models), counts.argmax(1)] += (1 << RANS_BITS) - share.sum(1)
     frequency, below = (a.ravel().astype(np.uint64) for a in (share, share.cumsum(1) - share))
-    state, words = np.full(lanes, RANS_FLOOR, np.uint64), []
+    state, words = np.full(lanes, RANS_LEAST, np.uint64), []
     for place in places[::-1]:
-        f = frequency[place]
-        spill = state >= f << np.uint64(32 - RANS_BITS)
-        words.append(state[spill].astype("<u2"))
-        state[spill] >>= np.uint64(16)
-        whole, rest = np.divmod(state, f)
-        state = (whole << np.uint64(RANS_BITS)) + rest + below[place]
+        spill = state >= frequency[place] << (32 - RANS_BITS)
+        words.append(state[spill].astype("<u2").tobytes())
+        state[spill] >>= 16
+        whole, rest = np.divmod(state, frequency[place])
+        state = (whole << RANS_BITS) + rest + below[place]
     head = zlib.compress(share.astype("<u2").tobytes() + kinds.astype(np.uint8).tobytes(), 9)
     return b"".join((struct.pack("<BI", models, len(head)), head, state.astype("<u4").tobytes(),
-                     *(word.tobytes() for word in reversed(words))))
+                     *reversed(words)))
 
 
 def rans_decode(data: bytes, size: int) -> bytes:
     """Inverse of rans_encode; raises ValueError on data that it cannot have made.
 
-    At least 4 bytes a lane are needed, so `size` is bounded by what `data` can stand for.
+    A lane has at least 4 bytes, so `size` and the work are bounded by what `data` can stand for.
     """
     lanes, steps, blocks = rans_shape(size)
     models, length = struct.unpack_from("<BI", data)
-    head = zlib.decompressobj().decompress(data[5 : 5 + length], (models << 9) + blocks * lanes)
-    share = np.frombuffer(head, "<u2", models << 8).reshape(models, 256).astype(np.int64)
-    kinds = np.frombuffer(head, np.uint8, blocks * lanes, models << 9).reshape(blocks, lanes)
     state = np.frombuffer(data, "<u4", lanes, 5 + length).astype(np.uint64)
     words = np.frombuffer(data[5 + length + 4 * lanes :], "<u2").astype(np.uint64)
+    head = zlib.decompressobj().decompress(data[5 : 5 + length], (models << 9) + blocks * lanes)
+    share = np.frombuffer(head, "<u2", models << 8).reshape(models, 256).astype(np.uint64)
+    kinds = np.frombuffer(head, np.uint8, blocks * lanes, models << 9).reshape(blocks, lanes)
     if (share.sum(1) != 1 << RANS_BITS).any() or kinds.max() >= models:
-        raise ValueError("its models are impossible")
-    symbol_at = np.tile(np.arange(256, dtype=np.uint8), models).repeat(share.ravel())
-    frequency, below = (a.ravel().astype(np.uint64) for a in (share, share.cumsum(1) - share))
-    symbols, place = np.empty((steps, lanes), np.uint8), 0
+        raise ValueError("impossible models")
+    frequency, below = share.ravel(), (share.cumsum(1) - share).ravel()
+    place_at = np.arange(models << 8).repeat(share.ravel().astype(np.int64))
+    symbols, done = np.empty((steps, lanes), np.uint8), 0
     for step in range(steps):
-        kind = kinds[step // RANS_BLOCK].astype(np.int64)
-        slot = state & np.uint64((1 << RANS_BITS) - 1)
-        symbols[step] = symbol_at[(kind << RANS_BITS) + slot.astype(np.int64)]
-        found = (kind << 8) + symbols[step]
-        state = frequency[found] * (state >> np.uint64(RANS_BITS)) + slot - below[found]
-        low = state < RANS_FLOOR
+        slot = state & ((1 << RANS_BITS) - 1)
+        place = place_at[(kinds[step // RANS_BLOCK].astype(np.uint64) << RANS_BITS) + slot]
+        symbols[step] = place & 255
+        state = frequency[place] * (state >> RANS_BITS) + slot - below[place]
+        low = state < RANS_LEAST
         count = np.count_nonzero(low)
-        state[low] = (state[low] << np.uint64(16)) + words[place : place + count]
-        place += count
-    if place != len(words) or (state != RANS_FLOOR).any():
-        raise ValueError("its end is not where its states say")
+        state[low] = (state[low] << 16) + words[done : done + count]
+        done += count
+    if done != len(words) or (state != RANS_LEAST).any():
+        raise ValueError("its end does not fit its beginning")
     return symbols.T.tobytes()[:size]
 
 
@@ -1873,23 +1854,23 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
 def log_sizes(state: Mapping[str, Tensor], stored: Mapping[str, Stored], streams: list[Stream],
               total: int, log: RunLog) -> None:
     """What every stream takes, how far from the weights its codes are, and the totals."""
-    measured: dict[str, np.ndarray] = {}  # squared error, squared weights, k, rows
+    measured: dict[str, np.ndarray] = {}  # squares: error, weights, clips, deviations
     for name, tensor in stored.items():
         if tensor.scales is not None:
             weight, stream = state[name].cpu(), f"{tensor.kind}.int{tensor.bits}"
-            k = largest_code(tensor.bits) * tensor.scales / weight.std(1, correction=0).numpy()
-            error = (tensor.restore() - weight).square().sum()
-            sums = np.array([error, weight.square().sum(), k[np.isfinite(k)].sum(), len(k)])
-            measured[stream] = measured.get(stream, 0) + sums
+            error, clips = tensor.restore() - weight, largest_code(tensor.bits) * tensor.scales
+            sums = (error, weight, clips, weight.std(1, correction=0))
+            sums = [float(torch.as_tensor(x).float().square().sum()) for x in sums]
+            measured[stream] = measured.get(stream, 0) + np.array(sums)
     for s in streams:
-        error, square, k, rows = measured.get(s.name, np.zeros(4))
+        error, square, clip, deviation = np.maximum(measured.get(s.name, np.zeros(4)), 1e-30)
         size, coded = len(s.data), s.name in measured
         log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
                   "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}"
                   + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * coded,
                   name=s.name, codec=s.codec, weights=s.weights, bytes=size, floor=s.floor,
                   bits=8 * size / s.weights, entropy=8 * s.floor / s.weights,
-                  k=k / max(rows, 1), error=math.sqrt(error / max(square, 1e-30)))
+                  k=math.sqrt(clip / deviation), error=math.sqrt(error / square))
     code, floor = os.path.getsize(__file__), sum(s.floor for s in streams)
     artifact, codec = total - code, max(streams, key=lambda s: len(s.data)).codec
     log.line(f"artifact_floor_bytes:{floor:.0f} above_floor:{artifact / floor - 1:+.2%}")
@@ -2252,42 +2233,31 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_copy_(self.params, saved)
         if c.quant == "gptq" and c.max_wallclock_seconds:
-            count = len(range(c.gptq_calibration_seqs)[self.runtime.share_of(c.gptq_calibration_seqs)])
-            ids = torch.randint(self.model.vocab_size, (count, c.train_seq_len), generator=random)
-            milliseconds = [self.hessians(ids)[1] for _ in range(2)]  # the first one primes
-            self.reserve_ms = CALIBRATION_MARGIN * milliseconds[1]
+            for _ in range(2):  # the first time primes
+                self.reserve_ms = CALIBRATION_MARGIN * self.hessians()[1]
         self.model.set_phase(self.phase)
         self.runtime.synchronize()
 
-    def hessians(self, ids: Tensor) -> tuple[dict[str, Tensor], float]:
-        """Hessians of all inputs on this rank's sequences `ids`, and the milliseconds they took."""
-        begin = self.runtime.event()
+    def hessians(self) -> tuple[dict[str, Tensor], float]:
+        """Hessians on the training data after the last step so far, and the milliseconds taken."""
+        c, begin, first = self.config, self.runtime.event(), self.steps * self.loader.batch_seqs
+        share = self.runtime.share_of(c.gptq_calibration_seqs)
+        ids = [self.loader.sequence(first + i)[:-1] for i in range(share.start, share.stop)]
+        ids = torch.from_numpy(np.array(ids, np.int64).reshape(-1, c.train_seq_len))
         batches = ids.to(self.runtime.device).split(self.micro_seqs)
-        hessians = input_hessians(self.model, batches, self.runtime)
-        end = self.runtime.event()
+        hessians, end = input_hessians(self.model, batches, self.runtime), self.runtime.event()
         self.runtime.synchronize()
         return hessians, begin.elapsed_time(end)
 
     def finish(self) -> tuple[str, dict[str, Tensor]]:
-        """Average, and calibrate on the training data after the last step, still on the clock.
-
-        Returns which weights are exported, and their Hessians (none with QUANT=rtn).
-        """
-        c, weights = self.config, self.average.store()
+        """Average, then calibrate on the clock; returns which weights these are, and Hessians."""
+        weights, hessians = self.average.store(), {}
         self.model.set_phase(Phase(recur=self.phase.recur))
-        if c.quant == "rtn":
-            return weights, {}
-        share = self.runtime.share_of(c.gptq_calibration_seqs)
-        start = time.perf_counter()
-        first = self.steps * self.loader.batch_seqs
-        ids = [self.loader.sequence(first + i)[:-1] for i in range(share.start, share.stop)]
-        ids = torch.from_numpy(np.array(ids, np.int64).reshape(-1, c.train_seq_len))
-        self.clock.elapsed_ms += 1e3 * (time.perf_counter() - start)
-        hessians, milliseconds = self.hessians(ids)
-        self.clock.elapsed_ms += milliseconds
-        self.log.event("calibration", "gptq_calibration sequences:{sequences} "
-                       "train_time:{train_ms:.0f}ms", sequences=c.gptq_calibration_seqs,
-                       train_ms=self.clock.elapsed_ms)
+        if self.config.quant == "gptq":
+            hessians, milliseconds = self.hessians()
+            self.clock.elapsed_ms += milliseconds
+            self.log.event("calibration", "gptq_calibration train_time:{train_ms:.0f}ms",
+                           train_ms=self.clock.elapsed_ms)
         return weights, hessians
 
     def validate(self) -> None:

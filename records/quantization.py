@@ -1,7 +1,7 @@
 """What rounding costs, class by class: the studies behind the steps of PARAM_TABLE.
 
-    SIZE_LIMIT=1 LATE_QAT_THRESHOLD=0 PRESET=demo ... python train_gpt.py    # keeps <artifact>.fp32
-    python records/quantization.py bits  --weights data/demo.int6.ptz.fp32   # one class at 3..8 bits
+    SIZE_LIMIT=1 LATE_QAT_THRESHOLD=0 PRESET=demo ... python train_gpt.py   # keeps <artifact>.fp32
+    python records/quantization.py bits  --weights data/demo.int6.ptz.fp32   # one class at 3..8 bit
     python records/quantization.py steps --weights ...   # loss per weight and squared step
     python records/quantization.py gap   --weights ...   # rtn and gptq in equal bytes
     python records/quantization.py cosine --weights ...  # how alike the layers' activations are
@@ -38,6 +38,7 @@ CLASSES = {  # rows of PARAM_TABLE that are stored as codes
     "mlp down": r"blocks\.\d+\.mlp\.down\.weight",
     "repeat": r"repeat_mlps\.\d+\.(up|down)\.weight",
 }
+MATRICES = r".*\.(q|k|v|out|up|down)\.weight"
 
 
 class Bench:
@@ -104,13 +105,12 @@ def study_bits(bench: Bench) -> None:
             costs = [bench.cost(pattern, bits=bits, method=method) for bits in (3, 4, 5, 6, 8)]
             print(f"| {name} | {bench.weights_of(pattern)} | {method} | "
                   + " | ".join(f"{cost:+.4f}" for cost in costs) + " |", flush=True)
-    matrices = r".*\.(q|k|v|out|up|down)\.weight"
     rows = [("per row, rtn", {}), ("per group of 64, rtn", {"group": 64}),
             ("per row, gptq", {"method": "gptq"})]
     print(f"\nAll attention and MLP matrices at INT4, unquantized {bench.reference:.4f} BPB:\n")
     print("| scales, rounding | BPB |\n|--|--|")
     for text, grid in rows:
-        print(f"| {text} | {bench.reference + bench.cost(matrices, bits=4, **grid):.4f} |",
+        print(f"| {text} | {bench.reference + bench.cost(MATRICES, bits=4, **grid):.4f} |",
               flush=True)
 
 
@@ -163,31 +163,26 @@ def study_gap(bench: Bench) -> None:
 
 @torch.no_grad()
 def study_cosine(bench: Bench) -> None:
-    """Mean cosine of every block's output with the weights rounded against unrounded."""
-    def outputs() -> list[torch.Tensor]:
+    """Mean cosine of every block's output with all matrices rounded (rtn) against unrounded."""
+    def outputs(changed: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        bench.model.load_state_dict(bench.state | changed)
         seen: list[torch.Tensor] = []
         hooks = [block.register_forward_hook(lambda _, __, out: seen.append(out[0]))
                  for block in bench.model.blocks]
-        bench.model.load_state_dict(bench.state)
         bench.model.hidden(bench.ids[:8])
-        plain = list(seen)
-        rows = []
-        for bits in (3, 4, 5, 6, 8):
-            seen.clear()
-            matrices = [n for n in bench.state if re.fullmatch(r".*\.(q|k|v|out|up|down)\.weight", n)]
-            changed = {n: bench.rounded(n, bits) for n in matrices}
-            bench.model.load_state_dict(bench.state | changed)
-            bench.model.hidden(bench.ids[:8])
-            rows.append([F.cosine_similarity(a, b, dim=-1).mean() for a, b in
-                         zip(plain, seen, strict=True)])
         for hook in hooks:
             hook.remove()
-        return rows
+        return seen
 
-    layers = [run.layer for run in bench.model.plans[bench.model.recur]]
-    print("| block, in the order they run | INT3 | INT4 | INT5 | INT6 | INT8 |\n|--|--|--|--|--|--|")
-    for layer, values in zip(layers, zip(*outputs(), strict=True), strict=True):
-        print(f"| {layer} | " + " | ".join(f"{v:.5f}" for v in values) + " |", flush=True)
+    plain, columns = outputs({}), []
+    for bits in (3, 4, 5, 6, 8):
+        rounded = {n: bench.rounded(n, bits) for n in bench.state if re.fullmatch(MATRICES, n)}
+        columns.append([F.cosine_similarity(a, b, dim=-1).mean() for a, b in
+                        zip(plain, outputs(rounded), strict=True)])
+    print("| block, as they run | INT3 | INT4 | INT5 | INT6 | INT8 |\n|--|--|--|--|--|--|")
+    runs = bench.model.plans[bench.model.recur]
+    for run, values in zip(runs, zip(*columns, strict=True), strict=True):
+        print(f"| {run.layer} | " + " | ".join(f"{v:.5f}" for v in values) + " |", flush=True)
 
 
 STUDIES = {"bits": study_bits, "steps": study_steps, "gap": study_gap, "cosine": study_cosine}
