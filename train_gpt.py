@@ -1354,17 +1354,6 @@ SMALLEST_SCALE = 2.0**-24  # of fp16; the scale of a row of zeros
 HARMLESS_CLIP = 6.0  # row standard deviations: beyond this the largest code cuts next to nothing
 COARSEST = 2.0  # row standard deviations; with larger steps little is left of a matrix
 FIT_MARGIN = 0.003  # of the room for the artifact: what the fit leaves free, or up to twice that
-ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"PROTEUS\n", 1
-MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
-    "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
-    "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
-    "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
-).split()
-LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
-
-
-class ArtifactError(RunError):
-    """An artifact file that cannot be trusted; the message says what does not fit."""
 
 
 def largest_code(bits: int) -> int:
@@ -1553,13 +1542,26 @@ def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
     room, low, high = c.size_limit - os.path.getsize(__file__), 0.0, COARSEST
     if (c.quant == "rtn" and c.n_int6_layers is not None) or bytes_at(low) <= room:
         return low
-    for _ in range(20):
+    for _ in range(14):
         middle = (low + high) / 2
         low, high = (low, middle) if bytes_at(middle) <= room else (middle, high)
     return high
 
 
 # --- 8 artifact -------------------------------------------------------
+
+ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"PROTEUS\n", 2
+MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
+    "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
+    "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
+    "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
+).split()
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+
+
+class ArtifactError(RunError):
+    """An artifact file that cannot be trusted; the message says what does not fit."""
+
 
 RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
 RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; those of them that share a model
