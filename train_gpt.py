@@ -11,11 +11,12 @@ Read it top to bottom, in the order in which data flows:
     4 byte accounting    ids -> source bytes, the only denominator of BPB
     5 model              layer plan, lanes, recurrence; the table of all parameters
     6 optimization       schedules, Newton-Schulz, Muon and AdamW, averages
-    7 quantization       weights -> integer codes -> artifact file -> weights
-    8 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
-    9 test-time training a chunk is scored, then trained on; all modes
-   10 training           the clock, the phases, the loop
-   11 main
+    7 quantization       weights -> integer codes: GPTQ, and the fit to SIZE_LIMIT
+    8 artifact           codes -> compressed streams -> file -> weights
+    9 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
+   10 test-time training a chunk is scored, then trained on; all modes
+   11 training           the clock, the phases, the loop
+   12 main
 
 Letters: B batch, T time, D model, H heads, G kv-heads, K head dim, V vocabulary.
 """
@@ -80,7 +81,7 @@ def setting(default: Any, text: str, low: float | None = None, high: float | Non
 # the last one that runs is the headline, except slot: that one is not compliant
 EVAL_MODES = ("roundtrip", "sliding", "ttt", "ngram", "slot")
 STORED_AS_CODES = ("attn", "mlp", "repeat", "embed")
-CODECS = ("lzma", "zlib", "zstd")
+CODECS = ("rans", "lzma", "zlib", "zstd")
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,11 @@ class Config:
     swa_every: int = setting(50, "steps between snapshots once the lr scale is under 0.2", 1)
     late_qat_threshold: float = setting(0.15, "fake-quantize once the lr scale is lower", 0, 1)
     # export
-    n_int6_layers: int = setting(4, "MLP layers at INT6, half of them first, half last (even)", 0)
+    quant: str = setting("gptq", "rounding: by the inputs' second moments, or to the nearest",
+                         choices=("gptq", "rtn"))
+    gptq_calibration_seqs: int = setting(64, "training sequences for the second moments", 1)
+    n_int6_layers: int | None = setting(None, "MLP layers at INT6, half first, half last (even), "
+                                        "the others INT5; auto: as SIZE_LIMIT allows", 0)
     class_bits: str = setting("", "bits by class against the table, such as 'mlp=4,attn=8' (2..8)")
     compressor: str = setting("auto", "codec; auto: the smallest, stream by stream",
                               choices=("auto", *CODECS))
@@ -224,7 +229,7 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
-    "published": {},  # plain rounding without fit: the yardstick; record moves on by measured gains
+    "published": dict(quant="rtn", n_int6_layers=4),  # no fit: the yardstick of every A/B
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz", model_dim=64,
         num_heads=2, num_kv_heads=1, rope_dims=16, bigram_dim=32, ve_dim=32,
@@ -245,7 +250,7 @@ DROPPED = {  # spellings of published scripts -> what to set here
     "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
 }
-ABSENT = ("GPTQ_", "CHECKPOINT_", "QUANT", "RESUME")  # of the design
+ABSENT = ("CHECKPOINT_", "RESUME")  # of the design
 
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
@@ -280,6 +285,7 @@ def split_list(text: str) -> list[str]:
 
 PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "int": ("a whole number", int),
+    "int | None": ("a whole number or auto", lambda t: None if t == "auto" else int(t)),
     "float": ("a finite number", parse_float),
     "bool": ("0 or 1", lambda t: {"0": False, "1": True, "false": False, "true": True}[t.lower()]),
     "str": ("text", str),
@@ -301,7 +307,9 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
             problems.append(f"{name}={environ[name]}: expected {expected}")
             continue
         low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        if choices and value not in choices:
+        if value is None:
+            values[f.name] = value
+        elif choices and value not in choices:
             problems.append(f"{name}={value}: allowed are {show(choices)}")
         elif (low is not None and value < low) or (high is not None and value > high):
             upper = "" if high is None else f" and at most {high}"
@@ -340,8 +348,8 @@ def contradictions(c: Config) -> list[str]:
         (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)), "ve_layers",
          f"name layers of 0..{layers - 1}, each once; VE_ENABLED=0 turns them off"),
         (c.xsa_last_n <= layers, "xsa_last_n", f"there are {layers} layers"),
-        (c.n_int6_layers % 2 == 0 and c.n_int6_layers <= layers + 1, "n_int6_layers",
-         f"must be even and at most {layers + layers % 2}"),
+        (c.n_int6_layers in (None, *range(0, layers + 2, 2)), "n_int6_layers",
+         f"must be auto, or even and at most {layers + layers % 2}"),
         (c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
         (c.val_tokens_limit != 1, "val_tokens_limit", "must be 0 (all) or at least 2"),
         (not set("/\\") & set(c.run_id), "run_id", "must be a file name"),
@@ -370,6 +378,8 @@ def parse_class_bits(text: str) -> dict[str, int] | None:
 
 def show(value: Any) -> str:
     """A setting's value as one would type it."""
+    if value is None:
+        return "auto"
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     if isinstance(value, bool):
@@ -829,34 +839,34 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
-def fake_quantize(weight: Tensor, bits: int) -> Tensor:
+def fake_quantize(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
     """`weight` on its export grid, with the gradient of the identity; bits 0: as it is."""
     if not bits:
         return weight
-    scales = row_scales(weight.detach(), bits)
+    scales = row_scales(weight.detach(), bits, step)
     return weight + (round_to_grid(weight.detach(), scales, bits) * scales - weight).detach()
 
 
 class Linear(nn.Linear):
     """Linear without bias: fp32 master weight, computed in the input's dtype."""
 
-    qat_bits = 0  # set by GPT.set_phase
+    qat_bits, qat_step = 0, 0.0  # set by GPT.set_phase
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, fake_quantize(self.weight, self.qat_bits).to(x.dtype))
+        return F.linear(x, fake_quantize(self.weight, self.qat_bits, self.qat_step).to(x.dtype))
 
 
 class Table(nn.Embedding):
     """Embedding table: fp32 master weight, looked up in `dtype`."""
 
-    qat_bits, dtype = 0, torch.float32  # set by GPT.set_phase and GPT
+    qat_bits, qat_step, dtype = 0, 0.0, torch.float32  # set by GPT.set_phase and GPT
 
     def values(self) -> Tensor:
         """The weight that this phase computes with."""
-        return fake_quantize(self.weight, self.qat_bits).to(self.dtype)
+        return fake_quantize(self.weight, self.qat_bits, self.qat_step).to(self.dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.values())
@@ -1079,7 +1089,7 @@ class GPT(nn.Module):
         if c.parallel_start_layer < c.num_layers:
             self.lane_merge = vector(1, value=0.5)
         self.plans = {recur: layer_plan(c, recur) for recur in (False, True)}
-        self.recur = False
+        self.recur, self.coarseness = False, 0.0  # of the grid that late QAT trains on
         cos, sin = rope_tables(max(c.train_seq_len, c.eval_seq_len), c)
         self.register_buffer("cos", cos.to(runtime.dtype), persistent=False)
         self.register_buffer("sin", sin.to(runtime.dtype), persistent=False)
@@ -1110,8 +1120,9 @@ class GPT(nn.Module):
         self.recur = phase.recur
         for name, module in self.named_modules():
             if isinstance(module, (Linear, Table)):
-                bits = param_spec(f"{name}.weight", self.config).bits
-                module.qat_bits = bits if phase.qat and bits <= 8 else 0
+                bits, step = grid_of(f"{name}.weight", self.config, self.coarseness)
+                on = phase.qat and bits <= 8
+                module.qat_bits, module.qat_step = (bits, step) if on else (0, 0.0)
 
     @torch.no_grad()
     def repeats(self) -> list[tuple[Tensor, Tensor]]:
@@ -1178,15 +1189,20 @@ class ParamSpec(NamedTuple):
     optimizer: str
     decay: bool
     bits: int
+    step: float = 0.0  # quantization step against the other classes', in row standard deviations
 
 
-# The one table of all parameters, first match wins: pattern, kind, optimizer, decay, bits.
+# The one table of all parameters, first match wins: pattern, kind, optimizer, decay, bits, step.
+# Steps are reverse water-filling, (measured loss per weight and squared step) ** -1/2: what the
+# last bytes buy is then the same in every class (records/quantization.py sensitivity).
 PARAM_TABLE = (
-    (r"(embed|bigram\.table|value\.table)\.weight", "embed", "embed", True, 8),
-    (r"head\.weight", "embed", "head", True, 8),
-    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", "attn", "muon", True, 6),
-    (r"repeat_mlps\.\d+\.(up|down)\.weight", "repeat", "muon", True, 6),
-    (r"blocks\.(?P<layer>\d+)\.mlp\.(up|down)\.weight", "mlp", "muon", True, 5),
+    (r"embed\.weight", "embed", "embed", True, 8, 0.1),
+    (r"(bigram|value)\.table\.weight", "embed", "embed", True, 8, 0.7),
+    (r"head\.weight", "embed", "head", True, 8, 0.1),
+    (r"blocks\.\d+\.attn\.(q|k|v|out)\.weight", "attn", "muon", True, 6, 1.3),
+    (r"repeat_mlps\.\d+\.(up|down)\.weight", "repeat", "muon", True, 6, 1.4),
+    (r"blocks\.(?P<layer>\d+)\.mlp\.up\.weight", "mlp", "muon", True, 5, 0.65),
+    (r"blocks\.(?P<layer>\d+)\.mlp\.down\.weight", "mlp", "muon", True, 5, 1.0),
     (r"(bigram|value)\.proj\.weight", "projection", "scalar", True, 16),
     (r".*(scale|mix|mix_mlp|gain|gate|route|merge|skip_weights)", "vector", "scalar", False, 32),
 )
@@ -1195,14 +1211,26 @@ PARAM_TABLE = (
 @functools.cache
 def param_spec(name: str, c: Config) -> ParamSpec:
     """The table's row for a parameter, INT6 layers and CLASS_BITS applied."""
+    edge = c.num_layers if c.n_int6_layers is None else c.n_int6_layers // 2
     for pattern, *row in PARAM_TABLE:
-        match, spec, edge = re.fullmatch(pattern, name), ParamSpec(*row), c.n_int6_layers // 2
+        match, spec = re.fullmatch(pattern, name), ParamSpec(*row)
         if not match:
             continue
         if spec.kind == "mlp" and not edge <= int(match["layer"]) < c.num_layers - edge:
             spec = spec._replace(bits=6)
         return spec._replace(bits=parse_class_bits(c.class_bits).get(spec.kind, spec.bits))
     raise AssertionError(f"parameter {name} is in no row of PARAM_TABLE")
+
+
+def grid_of(name: str, c: Config, coarseness: float) -> tuple[int, float]:
+    """(bits, least step in row deviations) at a coarseness, the one knob of the fit.
+
+    0 is as fine as the bits allow; with N_INT6_LAYERS=auto, MLPs whose steps are wide are INT5.
+    """
+    kind, _, _, bits, step = param_spec(name, c)
+    free = kind in ("mlp", "repeat") and c.n_int6_layers is None and kind not in c.class_bits
+    wide = largest_code(5) * coarseness * step >= HARMLESS_CLIP
+    return 5 if free and wide else bits, coarseness * step
 
 
 # --- 6 optimization ---------------------------------------------------
@@ -1345,21 +1373,13 @@ class Average:
         return "swa" if self.swa else "ema" if self.ema else "last"
 
 
-# --- 7 quantization and artifact --------------------------------------
+# --- 7 quantization ---------------------------------------------------
 
 QUANTILES = (1.0, 0.99999, 0.9999, 0.9995, 0.999)  # of |row|, candidates for the largest code
 SMALLEST_SCALE = 2.0**-24  # of fp16; the scale of a row of zeros
-ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"PROTEUS\n", 1
-MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
-    "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
-    "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
-    "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
-).split()
-LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
-
-
-class ArtifactError(RunError):
-    """An artifact file that cannot be trusted; the message says what does not fit."""
+HARMLESS_CLIP = 6.0  # row standard deviations: beyond this the largest code cuts next to nothing
+COARSEST = 2.0  # row standard deviations; with larger steps little is left of a matrix
+FIT_MARGIN = 0.003  # of the room for the artifact: what the fit leaves free, or up to twice that
 
 
 def largest_code(bits: int) -> int:
@@ -1382,13 +1402,76 @@ def row_quantiles(magnitudes: Tensor) -> Tensor:
                         for place, i in places], dim=1)
 
 
-def row_scales(weight: Tensor, bits: int) -> Tensor:
-    """Row scales (R, 1), exact in fp16: of all QUANTILES the one with the least squared error."""
+def row_scales(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
+    """Row scales (R, 1), exact in fp16: of all QUANTILES the one with the least squared error.
+
+    None is under `step` row standard deviations: wider steps are what makes codes cheaper.
+    """
     clips = row_quantiles(weight.abs()) / largest_code(bits)
     scales = clips.clamp_min(SMALLEST_SCALE).half().float().unsqueeze(2)  # (R, quantiles, 1)
     grids = round_to_grid(weight.unsqueeze(1), scales, bits) * scales
     errors = (grids - weight.unsqueeze(1)).square().sum(2)
-    return scales.squeeze(2).gather(1, errors.argmin(1, keepdim=True))
+    best = scales.squeeze(2).gather(1, errors.argmin(1, keepdim=True))
+    return best.maximum((step * weight.std(1, correction=0, keepdim=True)).half().float())
+
+
+@torch.no_grad()
+def input_hessians(model: GPT, batches: tuple[Tensor, ...], runtime: Runtime) -> dict[str, Tensor]:
+    """Sum of x x^T over all ranks' inputs x of each matrix, fp32 (C, C), by the matrix's name.
+
+    q, k and v share one; both passes of a shared layer add up; the head reads the final states.
+    """
+    sums = {f"{name}.weight": torch.zeros(module.in_features, module.in_features,
+                                          device=runtime.device)
+            for name, module in model.named_modules() if re.search(r"\.(q|out|up|down)$", name)}
+    head = "embed.weight" if model.head is None else "head.weight"
+    sums[head] = torch.zeros(2 * (model.config.model_dim,), device=runtime.device)
+
+    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        sums[name].addmm_(x.mT, x)
+
+    hooks = [model.get_submodule(name[:-7]).register_forward_pre_hook(functools.partial(add, name))
+             for name in sums if name != head]
+    for ids in batches:
+        add(head, model, (model.hidden(ids),))
+    for hook in hooks:
+        hook.remove()
+    sums = {name: runtime.all_reduce(total) for name, total in sums.items()}
+    return sums | {name.replace(".q.", leaf): total for name, total in sums.items()
+                   for leaf in (".k.", ".v.") if ".q." in name}
+
+
+def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, bits: Tensor) -> Tensor:
+    """Codes (n, R, C), as floats, whose outputs on the inputs behind `hessian` (n, C, C) err least.
+
+    Column by column, each rounding error is made up for by the columns after it, in the order of
+    descending diagonal (Frantar et al. 2022); scales (n, R, 1), bits (n, 1, 1).
+    """
+    hessian, C = hessian.double(), weight.size(2)
+    mean = hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30).view(-1, 1, 1)
+    eye = torch.eye(C, dtype=hessian.dtype, device=hessian.device)
+    hessian = hessian / mean + 0.01 * eye  # inputs that are always 0 keep a diagonal of 0.01
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    hessian = hessian.gather(1, order.unsqueeze(2).expand(-1, -1, C))
+    hessian = hessian.gather(2, order.unsqueeze(1).expand(-1, C, -1))
+    # H = R R^T with R upper, so H^-1 = U^T U with U = R^-1 upper: what GPTQ needs, in one inversion
+    upper = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
+    upper = torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).float()
+    places = order.unsqueeze(1).expand_as(weight)
+    weight, codes = weight.gather(2, places), torch.empty_like(weight)
+    for start in range(0, C, 128):
+        stop = min(start + 128, C)
+        part, inner = weight[:, :, start:stop].clone(), upper[:, start:stop, start:stop]
+        errors = torch.empty_like(part)
+        for i in range(stop - start):
+            now = slice(i, i + 1)
+            code = round_to_grid(part[:, :, now], scales, bits)
+            errors[:, :, now] = (part[:, :, now] - code * scales) / inner[:, now, now]
+            codes[:, :, start + i] = code.squeeze(2)
+            part[:, :, i:].baddbmm_(errors[:, :, now], inner[:, now, i:], alpha=-1)
+        weight[:, :, stop:].baddbmm_(errors, upper[:, start:stop, stop:], alpha=-1)
+    return codes.scatter(2, places, codes)
 
 
 class Stored(NamedTuple):
@@ -1416,25 +1499,173 @@ def stream_parts(kind: str, bits: int, shape: list[int]) -> list[tuple[str, np.d
     return [codes, ("scales", np.dtype("<f2"), rows)]
 
 
-def quantize(state: Mapping[str, Tensor], c: Config) -> dict[str, Stored]:
-    """Every tensor of `state` as PARAM_TABLE stores it; raises RunError if one is not finite."""
-    stored = {}
+def gptq_codes(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], bits: Mapping[str, int],
+               hessians: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
+    """int8 codes of every matrix with a Hessian; ranks share the work, equal shapes are batched."""
+    names = sorted(hessians.keys() & state.keys(), key=lambda name: (*state[name].shape, name))
+    codes = {name: torch.zeros_like(state[name], dtype=torch.int8) for name in names}
+    mine = names[runtime.rank :: runtime.world]
+    for shape in dict.fromkeys(state[name].shape for name in mine):
+        same = [name for name in mine if state[name].shape == shape]
+        stacks = [torch.stack([of[name] for name in same]) for of in (state, hessians, scales)]
+        wide = stacks[0].new_tensor([bits[name] for name in same]).view(-1, 1, 1)
+        codes |= zip(same, gptq(*stacks, wide).to(torch.int8), strict=True)
+    return {name: runtime.all_reduce(codes[name]) for name in names}
+
+
+def quantize(state: Mapping[str, Tensor], c: Config, coarseness: float = 0.0,
+             hessians: Mapping[str, Tensor] | None = None,
+             runtime: Runtime | None = None) -> dict[str, Stored]:
+    """Every tensor of `state` as PARAM_TABLE stores it; raises RunError if one is not finite.
+
+    Matrices with a Hessian by GPTQ on all ranks of `runtime`, the others to the nearest.
+    """
+    stored, bits, scales = {}, {}, {}
     for name, tensor in state.items():
         require(torch.isfinite(tensor).all(), f"{name} is not finite; nothing was exported")
-        kind, _, _, bits = param_spec(name, c)
-        values, scales = tensor.float(), None
-        if bits <= 8:
-            rows = row_scales(values, bits)
-            values = round_to_grid(values, rows, bits).to(torch.int8)
-            scales = rows.squeeze(1).half().cpu().numpy()
-        elif bits == 16:
-            values = values.half()
-        stored[name] = Stored(kind, bits, values.cpu().numpy(), scales)
+        bits[name], step = grid_of(name, c, coarseness)
+        if bits[name] <= 8:
+            scales[name] = row_scales(tensor.float(), bits[name], step)
+    codes = gptq_codes(state, scales, bits, hessians, runtime) if hessians else {}
+    for name, tensor in state.items():
+        values, rows = tensor.half() if bits[name] == 16 else tensor.float(), None
+        if name in scales:
+            rows = scales[name].squeeze(1).half().cpu().numpy()
+            nearest = round_to_grid(values, scales[name], bits[name])
+            values = codes.get(name, nearest).to(torch.int8)
+        stored[name] = Stored(param_spec(name, c).kind, bits[name], values.cpu().numpy(), rows)
     return stored
+
+
+def predicted_bytes(model: GPT, c: Config, coarseness: float) -> dict[str, float]:
+    """Artifact bytes by kind, without training: a code takes 2.05 - log2 step bits, step in sigma.
+
+    At coarseness 0 the largest code lies at 6 sigma for trained rows: then the published artifact
+    (its repeats at INT5) comes out at its 15.8 MB.
+    """
+    expected: dict[str, float] = {}
+    for name, p in model.named_parameters():
+        bits, step = grid_of(name, c, coarseness)
+        coded, kind = bits <= 8, param_spec(name, c).kind
+        bits = 2.05 - math.log2(max(step, 6 / 2 ** (bits - 1))) if coded else bits
+        expected[kind] = expected.get(kind, 0) + p.numel() * bits / 8 + 2 * p.size(0) * coded
+    return expected
+
+
+def sampled_bytes(state: Mapping[str, Tensor], c: Config, coarseness: float) -> float:
+    """Artifact bytes by the entropies of some 64 rows of each tensor, rounded to the nearest."""
+    sample = {name: p[:: max(1, len(p) // 64)] for name, p in state.items()}
+    sizes = {n: s.values.nbytes if s.scales is None else entropy_bytes(s.values) + s.scales.nbytes
+             for n, s in quantize(sample, c, coarseness).items()}
+    return sum(size * state[n].numel() / sample[n].numel() for n, size in sizes.items())
+
+
+def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
+    """The smallest coarseness at which code and artifact are within SIZE_LIMIT; bisected.
+
+    0 where nothing is to be solved: QUANT=rtn with a fixed N_INT6_LAYERS.
+    """
+    room, low, high = c.size_limit - os.path.getsize(__file__), 0.0, COARSEST
+    if (c.quant == "rtn" and c.n_int6_layers is not None) or bytes_at(low) <= room:
+        return low
+    for _ in range(14):
+        middle = (low + high) / 2
+        low, high = (low, middle) if bytes_at(middle) <= room else (middle, high)
+    return high
+
+
+# --- 8 artifact -------------------------------------------------------
+
+ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"PROTEUS\n", 2
+MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
+    "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
+    "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
+    "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
+).split()
+LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+
+
+class ArtifactError(RunError):
+    """An artifact file that cannot be trusted; the message says what does not fit."""
+
+
+RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
+RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; those of them that share a model
+
+
+def rans_shape(size: int) -> tuple[int, int, int]:
+    """(lanes, steps, blocks of a lane) for `size` bytes: about RANS_STEPS of any size."""
+    lanes = max(1, size // RANS_STEPS)
+    steps = max(1, -(-size // lanes))
+    return lanes, steps, -(-steps // RANS_BLOCK)
+
+
+def rans_encode(raw: bytes) -> bytes:
+    """Range asymmetric numeral systems (Duda 2013): lanes of bytes are coded side by side.
+
+    A block is coded by one of up to 4 order-0 models, dealt out by its mean magnitude as int8.
+    """
+    lanes, steps, _ = rans_shape(len(raw))
+    symbols = np.pad(np.frombuffer(raw, np.int8), (0, lanes * steps - len(raw)))
+    symbols = np.ascontiguousarray(symbols.reshape(lanes, steps).T)
+    starts, models = np.arange(0, steps, RANS_BLOCK), min(4, 1 + len(raw) // 65536)
+    levels = np.add.reduceat(np.abs(symbols, dtype=np.float32), starts)
+    levels /= np.diff(starts, append=steps)[:, None]
+    kinds = np.searchsorted(np.quantile(levels, np.arange(1, models) / models), levels)
+    places = (kinds << 8).repeat(RANS_BLOCK, 0)[:steps] + symbols.view(np.uint8)
+    counts = np.bincount(places.ravel(), minlength=models << 8).reshape(models, 256)
+    used = counts > 0
+    spare = (1 << RANS_BITS) - used.sum(1, keepdims=True)
+    share = used + counts * spare // counts.sum(1, keepdims=True).clip(1)
+    share[np.arange(models), counts.argmax(1)] += (1 << RANS_BITS) - share.sum(1)
+    frequency, below = (a.ravel().astype(np.uint64) for a in (share, share.cumsum(1) - share))
+    state, words = np.full(lanes, RANS_LEAST, np.uint64), []
+    for place in places[::-1]:
+        spill = state >= frequency[place] << (32 - RANS_BITS)
+        words.append(state[spill].astype("<u2").tobytes())
+        state[spill] >>= 16
+        whole, rest = np.divmod(state, frequency[place])
+        state = (whole << RANS_BITS) + rest + below[place]
+    head = zlib.compress(share.astype("<u2").tobytes() + kinds.astype(np.uint8).tobytes(), 9)
+    return b"".join((struct.pack("<BI", models, len(head)), head, state.astype("<u4").tobytes(),
+                     *reversed(words)))
+
+
+def rans_decode(data: bytes, size: int) -> bytes:
+    """Inverse of rans_encode; raises ValueError on data that it cannot have made.
+
+    A lane has at least 4 bytes, so `size` and the work are bounded by what `data` can stand for.
+    """
+    lanes, steps, blocks = rans_shape(size)
+    models, length = struct.unpack_from("<BI", data)
+    state = np.frombuffer(data, "<u4", lanes, 5 + length).astype(np.uint64)
+    words = np.frombuffer(data[5 + length + 4 * lanes :], "<u2").astype(np.uint64)
+    head = zlib.decompressobj().decompress(data[5 : 5 + length], (models << 9) + blocks * lanes)
+    share = np.frombuffer(head, "<u2", models << 8).reshape(models, 256).astype(np.uint64)
+    kinds = np.frombuffer(head, np.uint8, blocks * lanes, models << 9).reshape(blocks, lanes)
+    if (share.sum(1) != 1 << RANS_BITS).any() or kinds.max() >= models:
+        raise ValueError("impossible models")
+    frequency, below = share.ravel(), (share.cumsum(1) - share).ravel()
+    place_at = np.arange(models << 8).repeat(share.ravel().astype(np.int64))
+    symbols, done = np.empty((steps, lanes), np.uint8), 0
+    for step in range(steps):
+        slot = state & ((1 << RANS_BITS) - 1)
+        place = place_at[(kinds[step // RANS_BLOCK].astype(np.uint64) << RANS_BITS) + slot]
+        symbols[step] = place & 255
+        state = frequency[place] * (state >> RANS_BITS) + slot - below[place]
+        low = state < RANS_LEAST
+        count = np.count_nonzero(low)
+        state[low] = (state[low] << 16) + words[done : done + count]
+        done += count
+    if done != len(words) or (state != RANS_LEAST).any():
+        raise ValueError("its end does not fit its beginning")
+    return symbols.T.tobytes()[:size]
 
 
 def compress(raw: bytes, codec: str) -> bytes:
     """`raw` under a codec; of zlib only the Huffman coder is used."""
+    if codec == "rans":
+        return rans_encode(raw)
     if codec == "lzma":
         return lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     if codec == "zlib":
@@ -1449,7 +1680,9 @@ def decompress(data: bytes, codec: str, size: int) -> bytes:
     """Inverse of `compress`; raises ArtifactError unless exactly `size` bytes come out."""
     raw = b""
     try:
-        if codec == "lzma":
+        if codec == "rans":
+            raw = rans_decode(data, size)
+        elif codec == "lzma":
             raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, None, LZMA_FILTERS).decompress(data, size)
         elif codec == "zlib":
             raw = zlib.decompressobj(-15).decompress(data, size)
@@ -1459,7 +1692,8 @@ def decompress(data: bytes, codec: str, size: int) -> bytes:
             raw = zstd.ZstdDecompressor().stream_reader(data).read(size)
         else:
             raise ArtifactError(f"unknown codec {codec!r}; known are {show(CODECS)}")
-    except (lzma.LZMAError, zlib.error, getattr(zstandard_module(), "ZstdError", OSError)) as error:
+    except (lzma.LZMAError, zlib.error, struct.error, ValueError,
+            getattr(zstandard_module(), "ZstdError", OSError)) as error:
         raise ArtifactError(f"a {codec} stream is damaged: {error}") from error
     require(len(raw) == size, f"a {codec} stream ends after {len(raw)} of {size} bytes",
             ArtifactError)
@@ -1602,40 +1836,76 @@ def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, Stored]:
     return stored
 
 
-def export_model(model: GPT, val: Validation, runtime: Runtime, c: Config) -> int:
+def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, runtime: Runtime,
+                 c: Config) -> int:
     """Quantize and write ARTIFACT_PATH, log every size; returns code and artifact in bytes.
 
+    The entropies of a sample give a first coarseness, the size of the artifact corrects it.
     Raises RunError over SIZE_LIMIT; the weights then stay in fp32 beside the artifact.
     """
-    log, path = runtime.log, Path(c.artifact_path)
+    path, code = Path(c.artifact_path), os.path.getsize(__file__)
     shape = {name.upper(): show(getattr(c, name)) for name in MODEL_FIELDS}
-    state = {name: p.detach() for name, p in model.named_parameters()}
+    state = {name: p.detach().float() for name, p in model.named_parameters()}
     if not model.recur:  # a run that ended before recurrence started is a model without it
         shape["RECUR_LAYERS"] = ""
         state = {name: p for name, p in state.items() if not name.startswith("repeat_mlps")}
     header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
-    streams = write_artifact(path, header, quantize(state, c), c.compressor)
+    margin, unforeseen, streams = FIT_MARGIN * (c.size_limit - code), 0.0, []
+
+    def write() -> int:
+        streams[:] = write_artifact(path, header, stored, c.compressor)
+        return code + path.stat().st_size
+
+    def expected(at: float) -> float:
+        return sampled_bytes(state, c, at) + unforeseen + margin
+
+    for _ in range(6):
+        coarseness = runtime.on_first_rank(lambda: least_coarseness(expected, c))
+        stored = quantize(state, c, coarseness, hessians, runtime)
+        total = runtime.on_first_rank(write)
+        free = c.size_limit - total
+        runtime.log.line(f"fit coarseness:{coarseness:.4f} total:{total} free:{free}")
+        if 0 <= free <= 2 * margin or (coarseness == 0 <= free) or coarseness == COARSEST:
+            break
+        unforeseen += total - code - (expected(coarseness) - margin)
+    runtime.on_first_rank(lambda: log_sizes(state, stored, streams, total, runtime.log))
+    if free < 0:
+        kept = path.with_name(path.name + ".fp32")
+        plain = {n: Stored("kept", 32, p.cpu().numpy(), None) for n, p in state.items()}
+        runtime.on_first_rank(lambda: write_artifact(kept, header, plain, "zlib") and None)
+        raise RunError(f"Total submission size {total} is {-free} bytes over "
+                       f"SIZE_LIMIT={c.size_limit}; lower N_INT6_LAYERS or CLASS_BITS. The fp32 "
+                       f"weights are kept: LOAD_ARTIFACT={kept}")
+    return total
+
+
+def log_sizes(state: Mapping[str, Tensor], stored: Mapping[str, Stored], streams: list[Stream],
+              total: int, log: RunLog) -> None:
+    """What every stream takes, how far from the weights its codes are, and the totals."""
+    measured: dict[str, np.ndarray] = {}  # squares: error, weights, clips, deviations
+    for name, tensor in stored.items():
+        if tensor.scales is not None:
+            weight, stream = state[name].cpu(), f"{tensor.kind}.int{tensor.bits}"
+            error, clips = tensor.restore() - weight, largest_code(tensor.bits) * tensor.scales
+            sums = (error, weight, clips, weight.std(1, correction=0))
+            sums = [float(torch.as_tensor(x).float().square().sum()) for x in sums]
+            measured[stream] = measured.get(stream, 0) + np.array(sums)
     for s in streams:
-        size = len(s.data)
+        error, square, clip, deviation = np.maximum(measured.get(s.name, np.zeros(4)), 1e-30)
+        size, coded = len(s.data), s.name in measured
         log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
-                  "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}", name=s.name, codec=s.codec,
-                  weights=s.weights, bytes=size, bits=8 * size / s.weights, floor=s.floor)
-    code, artifact = os.path.getsize(__file__), path.stat().st_size
-    total, floor = code + artifact, sum(s.floor for s in streams)
-    codec = max(streams, key=lambda s: len(s.data)).codec
+                  "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}"
+                  + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * coded,
+                  name=s.name, codec=s.codec, weights=s.weights, bytes=size, floor=s.floor,
+                  bits=8 * size / s.weights, entropy=8 * s.floor / s.weights,
+                  k=math.sqrt(clip / deviation), error=math.sqrt(error / square))
+    code, floor = os.path.getsize(__file__), sum(s.floor for s in streams)
+    artifact, codec = total - code, max(streams, key=lambda s: len(s.data)).codec
     log.line(f"artifact_floor_bytes:{floor:.0f} above_floor:{artifact / floor - 1:+.2%}")
     log.line(f"Code size: {code} bytes")
     log.line(f"Serialized model mixed_quant+{codec}: {artifact} bytes")
     log.event("size", "Total submission size: {total} bytes", code=code, artifact=artifact,
               total=total, floor=floor)
-    if total > c.size_limit:
-        kept = path.with_name(path.name + ".fp32")
-        plain = {n: Stored("kept", 32, p.float().cpu().numpy(), None) for n, p in state.items()}
-        write_artifact(kept, header, plain, "zlib")
-        raise RunError(f"Total submission size {total} is {total - c.size_limit} bytes over "
-                       f"SIZE_LIMIT={c.size_limit}; lower N_INT6_LAYERS or CLASS_BITS. The fp32 "
-                       f"weights are kept: LOAD_ARTIFACT={kept}")
-    return total
 
 
 def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c: Config) -> GPT:
@@ -1645,7 +1915,7 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
     require(isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values())
             and set(texts) == {name.upper() for name in MODEL_FIELDS},
             f"{path}: no readable model configuration: {texts}", ArtifactError)
-    config = replace(c, n_int6_layers=0, **parse_settings(texts, problems))
+    config = replace(c, n_int6_layers=None, **parse_settings(texts, problems))
     problems += contradictions(config)
     require(not problems, f"{path}: impossible model configuration: {problems}", ArtifactError)
     made_for = (header.get("vocab_size"), header.get("vocab_sha256"))
@@ -1665,7 +1935,7 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
     return model.to(runtime.device)
 
 
-# --- 8 evaluation -----------------------------------------------------
+# --- 9 evaluation -----------------------------------------------------
 
 
 def plan_windows(targets: int, seq_len: int, stride: int) -> np.ndarray:
@@ -1846,7 +2116,7 @@ def slot_forward(model: GPT, runtime: Runtime, c: Config) -> Callable:
     return forward
 
 
-# --- 9 test-time training ---------------------------------------------
+# --- 10 test-time training --------------------------------------------
 
 
 def first_layer(name: str, c: Config) -> int:
@@ -1965,9 +2235,10 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
     return scores
 
 
-# --- 10 training ------------------------------------------------------
+# --- 11 training ------------------------------------------------------
 
 CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
+CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians against that measured before the clock
 
 
 class TrainClock:
@@ -2046,6 +2317,7 @@ class Trainer:
         self.micro_seqs = micro_batch_seqs(rank_seqs, self.config, self.runtime)
         self.accumulation = rank_seqs // self.micro_seqs
         self.steps = 0
+        self.reserve_ms = 0.0  # of the clock, for what comes after the last step
 
     def run(self) -> None:
         """Train until ITERATIONS or the clock; the model is left with its last weights."""
@@ -2072,10 +2344,11 @@ class Trainer:
         """One optimizer step, launched without waiting for the device."""
         c, clock, cap_ms = self.config, self.clock, 1e3 * self.config.max_wallclock_seconds
         now = self.facts.elapsed_ms + self.lag * self.facts.step_ms
-        scale = lr_scale(step, now, self.facts.step_ms, c)
+        scale = lr_scale(step, now + self.reserve_ms, self.facts.step_ms, c)
         self.enter(Phase(self.phase.recur or recurrence_due(step, now, c),
                          self.phase.qat or scale < c.late_qat_threshold), step)
-        late = cap_ms and clock.expected_ms(step + self.lag) > cap_ms - CLOCK_RESERVE_MS
+        cap_ms -= CLOCK_RESERVE_MS + self.reserve_ms
+        late = c.max_wallclock_seconds and clock.expected_ms(step + self.lag) > cap_ms
         loss = self.backward(*self.loader.batch(step)) / self.runtime.world
         rank_0, pin = self.runtime.rank == 0, self.runtime.cuda
         facts = torch.tensor([bool(late), clock.elapsed_ms * rank_0, clock.step_ms * rank_0],
@@ -2173,8 +2446,33 @@ class Trainer:
                 Average(self.model, c).update(0, 1.0)
         with torch.no_grad():
             torch._foreach_copy_(self.params, saved)
+        if c.quant == "gptq" and c.max_wallclock_seconds:
+            for _ in range(2):  # the first time primes
+                self.reserve_ms = CALIBRATION_MARGIN * self.hessians()[1]
         self.model.set_phase(self.phase)
         self.runtime.synchronize()
+
+    def hessians(self) -> tuple[dict[str, Tensor], float]:
+        """Hessians on the training data after the last step so far, and the milliseconds taken."""
+        c, begin, first = self.config, self.runtime.event(), self.steps * self.loader.batch_seqs
+        share = self.runtime.share_of(c.gptq_calibration_seqs)
+        ids = [self.loader.sequence(first + i)[:-1] for i in range(share.start, share.stop)]
+        ids = torch.from_numpy(np.array(ids, np.int64).reshape(-1, c.train_seq_len))
+        batches = ids.to(self.runtime.device).split(self.micro_seqs)
+        hessians, end = input_hessians(self.model, batches, self.runtime), self.runtime.event()
+        self.runtime.synchronize()
+        return hessians, begin.elapsed_time(end)
+
+    def finish(self) -> tuple[str, dict[str, Tensor]]:
+        """Average, then calibrate on the clock; returns which weights these are, and Hessians."""
+        weights, hessians = self.average.store(), {}
+        self.model.set_phase(Phase(recur=self.phase.recur))
+        if self.config.quant == "gptq":
+            hessians, milliseconds = self.hessians()
+            self.clock.elapsed_ms += milliseconds
+            self.log.event("calibration", "gptq_calibration train_time:{train_ms:.0f}ms",
+                           train_ms=self.clock.elapsed_ms)
+        return weights, hessians
 
     def validate(self) -> None:
         """Plain validation of the current weights; the clock stands still."""
@@ -2203,7 +2501,7 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
     return max(n for n in range(1, most + 1) if rank_seqs % n == 0)
 
 
-# --- 11 main ----------------------------------------------------------
+# --- 12 main ----------------------------------------------------------
 
 
 def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
@@ -2215,30 +2513,17 @@ def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
     return 6.0 * weights + 6.0 * layers * c.train_seq_len * c.model_dim
 
 
-def predicted_bytes(model: GPT, c: Config) -> dict[str, float]:
-    """Artifact bytes by kind: a code of b bits takes 2.05 + b - 1 - log2 k bits.
-
-    k, the largest code in row standard deviations, is 6 for trained rows, rounded plainly: then
-    the published artifact (its repeats at INT5) comes out at its 15.8 MB.
-    """
-    expected: dict[str, float] = {}
-    for name, p in model.named_parameters():
-        kind, _, _, bits = param_spec(name, c)
-        coded = bits <= 8
-        size = p.numel() * (bits - 1.535 if coded else bits) / 8 + 2 * p.size(0) * coded
-        expected[kind] = expected.get(kind, 0) + size
-    return expected
-
-
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     """Print configuration, parameters, predicted bytes, memory and operations per step."""
     line = runtime.log.line
     line(settings_listing(c))
     count, code = sum(p.numel() for p in model.parameters()), os.path.getsize(__file__)
-    expected = predicted_bytes(model, c)
+    coarseness = least_coarseness(lambda at: sum(predicted_bytes(model, c, at).values()), c)
+    expected = predicted_bytes(model, c, coarseness)
     for kind, size in expected.items():
         line(f"predicted_bytes {kind}:{size:.0f}")
-    line(f"predicted_bytes code:{code} total:{sum(expected.values()) + code:.0f}")
+    line(f"predicted_bytes code:{code} total:{sum(expected.values()) + code:.0f} "
+         f"coarseness:{coarseness:.3f}")
     tokens = c.train_batch_tokens // runtime.world
     micro = micro_batch_seqs(tokens // c.train_seq_len, c, runtime) * c.train_seq_len
     kept = len(layer_plan(c, True)) * (14 * c.model_dim + 2 * c.hidden_dim)  # for backward
@@ -2286,19 +2571,20 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
     trainer = Trainer(model, loader, evaluator)
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.line(f"world_size:{runtime.world} grad_accum_steps:{trainer.accumulation}")
+    model.coarseness = least_coarseness(
+        lambda at: sum(predicted_bytes(model, config, at).values()), config)
     with stage("train", summary):
         trainer.run()
+        weights, hessians = trainer.finish()
     allocated, reserved = runtime.peak_memory_mib()
     log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
     with stage("post_ema", summary):
-        weights = trainer.average.store()
-        model.set_phase(Phase(recur=trainer.phase.recur))
         score, _ = evaluator.score(trainer.forward, config.eval_seq_len)
     log.event("post_ema", "DIAGNOSTIC post_ema val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
               "eval_time:{eval_ms:.0f}ms", val_loss=score.loss, val_bpb=score.bpb,
               eval_ms=1e3 * summary["seconds_post_ema"])
     with stage("export", summary):
-        total = runtime.on_first_rank(lambda: export_model(model, evaluator.val, runtime, config))
+        total = export_model(model, hessians, evaluator.val, runtime, config)
     summary |= dict(steps=trainer.steps, train_ms=round(trainer.clock.elapsed_ms), weights=weights,
                     peak_memory_mib=allocated, bytes_total=total,
                     bytes_artifact=total - os.path.getsize(__file__),
