@@ -94,7 +94,9 @@ def a_runtime(rank=0, world=1):
     runtime.rank, runtime.world, runtime.cuda, runtime.compiles = rank, world, False, False
     runtime.device, runtime.dtype = torch.device("cpu"), torch.float32
     runtime.attention, runtime.attention_name = t.sdpa, "sdpa"
-    runtime.log = types.SimpleNamespace(line=lambda *_, **__: None, event=lambda *_, **__: None)
+    runtime.signal, runtime.defer_signals = 0, False
+    runtime.log = types.SimpleNamespace(line=lambda *_, **__: None, event=lambda *_, **__: None,
+                                        run_id="none")
     runtime.all_reduce = lambda tensor: tensor
     return runtime
 
@@ -402,8 +404,8 @@ def test_published_names_are_answered():
         assert names & set(re.findall(r"[A-Z][A-Z0-9_]+", remedy)), name
 
 
-@pytest.mark.parametrize("name", ["TTT_ENABLED", "NGRAM_ORDER", "SLOT_ENABLED", "CHECKPOINT_EVERY",
-                                  "GPTQ_CALIBRATION_SEQS", "QUANT", "RESUME"])  # fmt: skip
+@pytest.mark.parametrize("name", ["TTT_ENABLED", "NGRAM_ORDER", "SLOT_ENABLED",
+                                  "GPTQ_CALIBRATION_SEQS", "QUANT"])  # fmt: skip
 def test_settings_of_later_versions_are_refused(name):
     """A mode that this version lacks is an error, never silence."""
     text = a_problems({name: "1"})
@@ -2067,10 +2069,10 @@ B_BOUNDARY = np.arange(B_VOCAB) == 0
 
 
 def b_runtime(device: str = "cpu") -> SimpleNamespace:
-    """What GPT, Muon and Optimizer need of a Runtime, without a log or process group."""
-    return SimpleNamespace(device=torch.device(device), dtype=torch.float32, cuda=False,
-                           compiles=False, attention=t.sdpa, rank=0, world=1,
-                           on_first_rank=lambda work: work())
+    """A Runtime without a log or process group, as GPT, Muon and Optimizer need it."""
+    runtime = a_runtime()
+    runtime.device = torch.device(device)
+    return runtime
 
 
 def b_config(**settings) -> t.Config:
@@ -2522,7 +2524,7 @@ def test_b_every_parameter_gets_a_gradient():
     lane_merge needs a third: until routes differ, both lanes hold the same.
     """
     for settings in (dict(), dict(parallel_start_layer=3, recur_layers=(3, 4))):
-        c = b_config(**settings)
+        c = b_config(grad_clip_norm=0.0, **settings)
         model = b_model(c, seed=None)
         with torch.no_grad():
             for base, repeat in model.repeats():
@@ -2536,7 +2538,7 @@ def test_b_every_parameter_gets_a_gradient():
             for n, p in model.named_parameters():
                 if p.grad is not None and p.grad.abs().max() > 0:
                     updates.setdefault(n, done)
-            optimizer.step(1.0, 0.9)
+            optimizer.step(torch.zeros(1), 1.0, 0.9)
         late = {n: updates.get(n) for n, _ in model.named_parameters() if updates.get(n, 9) > 2}
         assert late == {"lane_merge": 3}
 
@@ -2633,16 +2635,31 @@ def b_ref_muon(weights, grads, lr, momentum, wd, steps, row_norm) -> list[np.nda
 B_SHAPES = [(24, 24), (48, 16), (16, 48), (24, 24), (16, 48)]
 
 
+def b_muon_step(muon: t.Muon, scale: float, momentum: float) -> None:
+    """One unclipped update at `scale` times MATRIX_LR."""
+    muon.reduce()
+    muon.start(torch.ones(1), momentum)
+    muon.finish(scale * muon.config.matrix_lr)
+
+
+def b_momentum(muon: t.Muon) -> dict[torch.nn.Parameter, torch.Tensor]:
+    """The momentum of each matrix, with one rank."""
+    params = [p for stack in muon.stacks for p in stack.params]
+    return dict(zip(params, muon.matrices(muon.momentum[None], muon.stacks), strict=True))
+
+
 def b_run_muon(c: t.Config, dtype, scale: float, momentum: float, steps: int):
     """Our Muon over B_SHAPES for some steps; returns (initial, gradients, final weights)."""
     params = [torch.nn.Parameter(w) for w in b_matrices(*B_SHAPES)]
     start = [p.detach().clone() for p in params]
     grads = [b_matrices(*B_SHAPES, seed=10 + s) for s in range(steps)]
-    muon = t.Muon([params[:2], params[2:]], c, dtype)
+    runtime = b_runtime()
+    runtime.dtype = dtype
+    muon = t.Muon([params[:2], params[2:]], c, runtime)
     for step in grads:
         for p, g in zip(params, step, strict=True):
             p.grad = g.clone()
-        muon.step(scale, momentum)
+        b_muon_step(muon, scale, momentum)
     return start, grads, [p.detach() for p in params]
 
 
@@ -2680,12 +2697,13 @@ def test_b_muon_equals_torch(momentum):
 def test_b_muon_group_without_gradients():
     """Parameters without gradients are neither moved nor decayed, nor is their momentum."""
     params = [torch.nn.Parameter(w) for w in b_matrices((8, 8), (8, 8))]
-    muon = t.Muon([params[:1], params[1:]], b_config(muon_wd=0.5), torch.float32)
+    muon = t.Muon([params[:1], params[1:]], b_config(muon_wd=0.5), b_runtime())
     before = params[1].detach().clone()
     params[0].grad = torch.ones(8, 8)
-    muon.step(1.0, 0.9)
-    assert torch.equal(params[1], before) and not muon.momentum[params[1]].any()
-    assert muon.momentum[params[0]].any()
+    b_muon_step(muon, 1.0, 0.9)
+    momentum = b_momentum(muon)
+    assert torch.equal(params[1], before) and not momentum[params[1]].any()
+    assert momentum[params[0]].any()
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -2696,13 +2714,13 @@ def test_b_each_parameter_in_one_group(tied):
     model = b_model(c)
     optimizer = t.Optimizer(model, c, b_runtime())
     found: dict[torch.nn.Parameter, list] = {}
-    for params, _ in optimizer.muon.stacks:
-        for p in params:
+    for stack in optimizer.muon.stacks:
+        for p in stack.params:
             found.setdefault(p, []).append(("muon", None))
     for group in optimizer.adam.param_groups:
         for p in group["params"]:
             found.setdefault(p, []).append((group["lr"], group["weight_decay"]))
-    assert set(optimizer.muon.momentum) == {p for p, g in found.items() if g[0][0] == "muon"}
+    assert set(b_momentum(optimizer.muon)) == {p for p, g in found.items() if g[0][0] == "muon"}
     for name, p in model.named_parameters():
         matrix = p.dim() == 2 and (".attn." in name or "mlp" in name) and name.endswith("weight")
         table = name in ("embed.weight", "bigram.table.weight", "value.table.weight")
@@ -2722,13 +2740,13 @@ def test_b_optimizer_step_rates_and_betas():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    optimizer.step(0.25, 0.9)
+    optimizer.step(torch.zeros(1), 0.25, 0.9)
     after = dict(model.named_parameters())
     for name, lr, wd in (("embed.weight", 0.005, 0.5), ("bigram.proj.weight", 0.0025, 0.5),
                          ("blocks.0.attn_scale", 0.0025, 0.0)):
         expected = before[name] * (1 - lr * wd) - lr
         torch.testing.assert_close(after[name].detach(), expected, atol=1e-6, rtol=0)
-    optimizer.step(0.5, 0.9)
+    optimizer.step(torch.zeros(1), 0.5, 0.9)
     assert {g["lr"] for g in optimizer.adam.param_groups} == {0.005, 0.01}
     assert all(g["betas"] == (0.8, 0.9) for g in optimizer.adam.param_groups)
 
@@ -2743,7 +2761,7 @@ def test_b_repeats_untouched_without_gradients():
     for _ in range(2):
         model.zero_grad()
         model(ids[:, :-1], ids[:, 1:]).mean().backward()
-        optimizer.step(1.0, 0.9)
+        optimizer.step(torch.zeros(1), 1.0, 0.9)
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("repeat_mlps"), name
 
@@ -2895,7 +2913,7 @@ def test_b_recurrence_switch(b_make):
     copy = trainer.copy_to_repeats
 
     def spy() -> None:
-        momentum, ema, swa = (trainer.optimizer.muon.momentum, trainer.average.ema,
+        momentum, ema, swa = (b_momentum(trainer.optimizer.muon), trainer.average.ema,
                               trainer.average.swa)
         for (base, repeat), (base_0, repeat_0) in zip(model.repeats(), start, strict=True):
             assert torch.equal(repeat, repeat_0) and not momentum[repeat].any()
@@ -2991,14 +3009,21 @@ def b_manual_gradients(trainer: t.Trainer, step: int) -> tuple[float, list]:
 
 
 def b_captured_step(trainer: t.Trainer) -> list:
-    """The gradients that the optimizer is given in step 0."""
-    captured = []
-    trainer.optimizer = SimpleNamespace(step=lambda scale, momentum: captured.extend(
-        None if p.grad is None else p.grad.clone() for p in trainer.params))
+    """The gradients that AdamW is given in step 0, and Muon (its first momentum is just that)."""
+    captured = {}
+    optimizer = trainer.optimizer = t.Optimizer(trainer.model, trainer.config, trainer.runtime)
+    adam_step = optimizer.adam.step
+
+    def spy() -> None:
+        captured.update({p: p.grad.clone() for p in optimizer.small})
+        adam_step()
+
+    optimizer.adam.step = spy
     trainer.clock.resume()
     trainer.train_step(0)
     trainer.read_facts(0)
-    return captured
+    captured |= {p: buffer for p, buffer in b_momentum(optimizer.muon).items() if buffer.any()}
+    return [captured.get(p) for p in trainer.params]
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -3010,7 +3035,9 @@ def test_b_clipping_on_the_global_gradient(b_make, world):
     factor = 1.0
     if world == 2:  # a second rank whose loss and gradients are three times as large
         trainer.runtime.world, factor = 2, 2.0
-        trainer.runtime.all_reduce = lambda packed: packed + 3 * packed
+        trainer.runtime.all_reduce = lambda packed: torch.cat((4 * packed[:-1], packed[-1:]))
+        trainer.runtime.reduce_scatter = lambda rows: 4 * rows[0]
+        trainer.runtime.all_gather = lambda rows: lambda: None
     captured = b_captured_step(trainer)
     trainer.runtime.world = 1
     norm = factor * math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
@@ -3129,7 +3156,7 @@ def b_full():
         loss = model(ids[:, :-1], ids[:, 1:]).mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip_norm)))
-        optimizer.step(1.0, 0.92)
+        optimizer.step(torch.zeros(1), 1.0, 0.92)
         losses.append(float(loss.detach()))
     with torch.no_grad():
         losses.append(float(model(ids[:, :-1], ids[:, 1:]).mean()))
