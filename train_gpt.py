@@ -65,7 +65,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """A signal ended the run; RESUME=1 goes on."""
+    """A signal ended the run; RESUME=1 goes on from its last checkpoint."""
 
     code = 75  # EX_TEMPFAIL: try again later
 
@@ -1990,25 +1990,20 @@ UNBOUND = re.compile(  # settings that change no trained weight, so that a resum
     r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
 
 
-def seal(data: bytes | memoryview) -> bytes:
-    """What a file of a checkpoint begins with: the CRC-32 of the rest."""
-    return b"%08x" % zlib.crc32(data)
-
-
-def read_sealed(path: Path) -> bytes:
-    """A file of a checkpoint with its seal; raises ArtifactError if it is damaged."""
+def read_checked(path: Path, crc: int) -> bytes:
+    """A file of a checkpoint; raises ArtifactError unless its CRC-32 is `crc`."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}") from error
-    require(data[:8] == seal(memoryview(data)[8:]), f"{path} is damaged (CRC)", ArtifactError)
+    require(zlib.crc32(data) == crc, f"{path} is damaged (CRC)", ArtifactError)
     return data
 
 
 class Checkpoints:
-    """CHECKPOINT_PATH/<RUN_ID>/step<n>/: a shard of arrays from each rank, then rank 0's `commit`.
+    """CHECKPOINT_PATH/<RUN_ID>/step<n>/: rank<r>, arrays of each rank, and last commit.<CRC-32>.
 
-    The commit holds the state, what it is bound to (settings, data, ranks) and all shards' seals.
+    The commit has the run's state, all that binds it (settings, data, ranks) and the ranks' CRCs.
     """
 
     def __init__(self, c: Config, runtime: Runtime, data: str) -> None:
@@ -2022,31 +2017,32 @@ class Checkpoints:
     def write(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Write a checkpoint and remove old ones; a rank that cannot is a RunError on all."""
         rank, buffer, problem = self.runtime.rank, io.BytesIO(), ""
+        folder = self.root / f"step{state['steps']:08d}"
         np.savez(buffer, **arrays)
-        own, folder = seal(buffer.getbuffer()), self.root / f"step{state['steps']:08d}"
         try:
-            write_atomic(folder / f"rank{rank}", own, buffer.getbuffer())
+            write_atomic(folder / f"rank{rank}", buffer.getbuffer())
         except RunError as error:
             problem = f"rank {rank}: {error}"
-        seals, problems = zip(*self.runtime.gather((own.decode(), problem)), strict=True)
-        about = json.dumps(dict(state=state, bound=self.bound, seals=seals)).encode()
+        outcomes = self.runtime.gather((problem, zlib.crc32(buffer.getbuffer())))
 
         def commit() -> None:
+            problems, crcs = zip(*outcomes, strict=True)
+            about = json.dumps(dict(state=state, bound=self.bound, crcs=crcs)).encode()
             try:
                 require(not any(problems), max(problems))
-                write_atomic(folder / "commit", seal(about), about)
+                write_atomic(folder / f"commit.{zlib.crc32(about):08x}", about)
             except RunError:
                 shutil.rmtree(folder, ignore_errors=True)  # room for the next attempt
                 raise
-            kept = self.committed()[: self.keep]
+            kept = [path.parent for path in self.commits()[: self.keep]]
             for other in set(self.root.glob("step*")) - set(kept):
                 shutil.rmtree(other, ignore_errors=True)
 
         self.runtime.on_first_rank(commit)
 
-    def committed(self) -> list[Path]:
-        """Folders of committed checkpoints, the newest first."""
-        return sorted((path.parent for path in self.root.glob("step????????/commit")), reverse=True)
+    def commits(self) -> list[Path]:
+        """The commits of this run, the newest first."""
+        return sorted(self.root.glob("step????????/commit.????????"), reverse=True)
 
     def load(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """State and arrays of the newest whole checkpoint; both are empty if there is none.
@@ -2055,19 +2051,17 @@ class Checkpoints:
         bound to anything else than this run.
         """
         runtime = self.runtime
-        for folder in runtime.on_first_rank(self.committed):
-            problem = ""
+        for path in runtime.on_first_rank(self.commits):
+            folder, problem, crc = path.parent, "", int(path.suffix[1:], 16)
             try:
-                sealed = runtime.on_first_rank(functools.partial(read_sealed, folder / "commit"))
-                about = json.loads(sealed[8:])
+                commit = runtime.on_first_rank(functools.partial(read_checked, path, crc))
+                about = json.loads(commit)
                 differ = [f"{name}={theirs} (now {ours})" for name, ours in self.bound.items()
                           if ours != (theirs := about["bound"].get(name))]
                 require(not differ, f"{folder} was made with {', '.join(differ)}: set that again, "
                         "or another RUN_ID")
-                data = read_sealed(folder / f"rank{runtime.rank}")
-                require(data[:8].decode() == about["seals"][runtime.rank],
-                        f"{folder}: the shard is not the committed one", ArtifactError)
-                with np.load(io.BytesIO(data[8:]), allow_pickle=False) as shard:
+                data = read_checked(folder / f"rank{runtime.rank}", about["crcs"][runtime.rank])
+                with np.load(io.BytesIO(data), allow_pickle=False) as shard:
                     arrays = dict(shard)
             except ArtifactError as error:
                 problem = str(error)
@@ -2117,7 +2111,8 @@ class Trainer:
         rank_seqs = loader.batch_seqs // self.runtime.world
         self.micro_seqs = micro_batch_seqs(rank_seqs, self.config, self.runtime)
         self.accumulation = rank_seqs // self.micro_seqs
-        self.steps, self.resumed, self.saved = 0, False, (0, time.monotonic())
+        self.steps = self.saved = 0  # steps done, and those of the last checkpoint
+        self.saved_at, self.resumed = time.monotonic(), False
 
     def run(self) -> None:
         """Train until ITERATIONS, the clock or a signal; leaves the model with its last weights."""
@@ -2141,7 +2136,7 @@ class Trainer:
                 self.validate()
         self.clock.pause()
         self.read_facts(self.steps)
-        if self.saved[0] != self.steps:
+        if self.saved < self.steps:
             self.save()
         self.end()
         self.validate()
@@ -2149,24 +2144,23 @@ class Trainer:
 
     def end(self) -> None:
         """Log how training ended, on every rank alike; raises Stopped if a signal ended it."""
-        runtime, step, total = self.runtime, self.steps, self.config.iterations
+        c, step, runtime = self.config, self.steps, self.runtime
         ranks = runtime.gather((step, self.clock.elapsed_ms, runtime.signal))
         runtime.defer_signals = False
         steps, times, signals = zip(*ranks, strict=True)
         assert set(steps) == {step}, f"ranks stopped at different steps: {steps}"
-        number = max(signals)
+        name = signal.Signals(max(signals)).name if any(signals) else ""
+        known = dict(step=step, total=c.iterations, reason=name or "wallclock_cap",
+                     train_ms=max(times), cap_ms=1e3 * c.max_wallclock_seconds,
+                     reserve_ms=CLOCK_RESERVE_MS)
         self.log.event("clock", "train_clock slowest_rank:{train_ms:.0f}ms cap:{cap_ms:.0f}ms "
-                       "reserve:{reserve_ms:.0f}ms all_ranks_at_step:{step}", step=step,
-                       train_ms=max(times), reserve_ms=CLOCK_RESERVE_MS,
-                       cap_ms=1e3 * self.config.max_wallclock_seconds)
-        if step < total:
+                       "reserve:{reserve_ms:.0f}ms all_ranks_at_step:{step}", **known)
+        if step < c.iterations:
             self.log.event("stop", "stopping_early: {reason} train_time:{train_ms:.0f}ms "
-                           "step:{step}/{total}", step=step, total=total, train_ms=max(times),
-                           reason=signal.Signals(number).name if number else "wallclock_cap")
-        if number:
-            require(self.saved[0] == step, "stopped by a signal, and no checkpoint was written")
-            raise Stopped(f"stopped by {signal.Signals(number).name} with a checkpoint at step "
-                          f"{step} of {total}: RESUME=1 goes on")
+                           "step:{step}/{total}", **known)
+        if name:
+            require(self.saved == step, f"stopped by {name}, and no checkpoint could be written")
+            raise Stopped(f"stopped by {name}, with a checkpoint of step {step}: RESUME=1 goes on")
 
     def train_step(self, step: int) -> None:
         """One optimizer step, launched without waiting for the device."""
@@ -2176,12 +2170,11 @@ class Trainer:
         self.enter(Phase(self.phase.recur or recurrence_due(step, now, c),
                          self.phase.qat or scale < c.late_qat_threshold), step)
         late = clock.expected_ms(step + self.lag) > usable_ms(c)
-        due = c.checkpoint_every and time.monotonic() - self.saved[1] >= c.checkpoint_every
-        if due:
-            self.saved = self.saved[0], time.monotonic()
+        due = rank_0 and 0 < c.checkpoint_every <= time.monotonic() - self.saved_at
+        self.saved_at = time.monotonic() if due else self.saved_at
         loss = self.backward(*self.loader.batch(step)) / self.runtime.world
         pin = self.runtime.cuda
-        facts = torch.tensor([bool(late), bool(self.runtime.signal), bool(due) * rank_0,
+        facts = torch.tensor([bool(late), bool(self.runtime.signal), bool(due),
                               clock.elapsed_ms * rank_0, clock.step_ms * rank_0],
                              pin_memory=pin).to(self.runtime.device, non_blocking=True)
         facts = torch.cat((loss.view(1), facts))
@@ -2191,59 +2184,52 @@ class Trainer:
         host.copy_(facts, non_blocking=True)
         self.unread.append((step, scale, host, clock.mark()))
 
-    def tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """All that a step changes: what is the same on every rank, and what is this rank's own."""
+    def tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """All that a step changes: what this rank's shard holds, and what rank 0's has for all."""
         adam, average, small = self.optimizer.adam.state, self.average, self.optimizer.small
         kinds = dict(weight=self.params, ema=average.ema, swa=average.swa) | {
             key: [adam[p][key] for p in small] for key in ("step", "exp_avg", "exp_avg_sq")}
         same = {f"{kind}{i}": t for kind, tensors in kinds.items() for i, t in enumerate(tensors)}
-        return same, {"momentum": self.optimizer.muon.momentum}
+        own = dict(momentum=self.optimizer.muon.momentum, rng=torch.get_rng_state())
+        return own | (same if self.runtime.rank == 0 else {}), list(same.values())
 
     def save(self) -> None:
         """Checkpoint this step boundary while the clock stands still; a failure is but logged."""
         self.clock.pause()
         self.read_facts(self.steps)  # a step that diverged is never kept
         self.facts = self.facts._replace(save=0.0)
-        same, own = self.tensors()
-        own |= {"rng": torch.get_rng_state()} | (same if self.runtime.rank == 0 else {})
         state = dict(steps=self.steps, phase=self.phase, snapshots=self.average.snapshots,
                      facts=self.facts._replace(quit=0.0), elapsed_ms=self.clock.elapsed_ms,
                      recent=list(self.clock.recent))
         try:
-            arrays = {name: tensor.detach().cpu().numpy() for name, tensor in own.items()}
+            arrays = {name: t.detach().cpu().numpy() for name, t in self.tensors()[0].items()}
             self.checkpoints.write(arrays, state)
-            self.saved = self.steps, time.monotonic()
+            self.saved = self.steps
             self.log.event("checkpoint", "checkpoint step:{step}", step=self.steps)
         except RunError as error:
             self.log.event("checkpoint_failed", "warning: no checkpoint at step:{step}: {reason}",
                            step=self.steps, reason=str(error))
         self.clock.resume()
 
+    @torch.no_grad()
     def resume(self) -> None:
         """Go on from the newest checkpoint, or from the start, saying so, where there is none."""
         state, arrays = self.checkpoints.load()
-        if not state:
-            self.log.line(f"RESUME=1: no checkpoint in {self.checkpoints.root}; starting at step 0")
-            return
-        torch.set_rng_state(torch.from_numpy(arrays.pop("rng")))
-        same, own = self.tensors()
-        own |= same if self.runtime.rank == 0 else {}
-        require({name: a.shape for name, a in arrays.items()} == {
-            name: tuple(t.shape) for name, t in own.items()},
-            "the checkpoint's tensors are those of another version of this script; set RESUME=0")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(torch.from_numpy(arrays[name]))
-        self.runtime.broadcast(list(same.values()))
-        self.steps = self.clock.steps = state["steps"]
-        self.clock.elapsed_ms = state["elapsed_ms"]
-        self.clock.recent.extend(state["recent"])
-        self.facts, self.average.snapshots = Facts(*state["facts"]), state["snapshots"]
-        self.phase = Phase(*state["phase"])
-        self.model.set_phase(self.phase)
-        self.resumed, self.saved = True, (self.steps, time.monotonic())
-        self.log.event("resume", "resumed step:{step} train_time:{train_ms:.0f}ms",
-                       step=self.steps, train_ms=self.clock.elapsed_ms)
+        own, same = self.tensors()
+        for name, array in arrays.items():
+            own[name].copy_(torch.from_numpy(array))
+        if state:
+            torch.set_rng_state(own["rng"])
+            self.runtime.broadcast(same)
+            self.steps = self.saved = self.clock.steps = state["steps"]
+            self.clock.elapsed_ms = state["elapsed_ms"]
+            self.clock.recent.extend(state["recent"])
+            self.facts, self.average.snapshots = Facts(*state["facts"]), state["snapshots"]
+            self.phase = Phase(*state["phase"])
+            self.model.set_phase(self.phase)
+        self.resumed = bool(state)
+        self.log.event("resume", "resumed step:{step} of {folder}", step=self.steps,
+                       folder=str(self.checkpoints.root) if state else "nothing: no checkpoint")
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
@@ -2266,7 +2252,7 @@ class Trainer:
             loss, grad_norm = self.facts.loss, self.facts.grad_norm
             require(math.isfinite(loss + grad_norm), f"loss {loss}, gradient norm {grad_norm} at "
                     f"step {step + 1}: the run diverged; lower the learning rates (the last "
-                    f"checkpoint is of step {self.saved[0]})")
+                    f"checkpoint is of step {self.saved})")
             usual = statistics.median(self.losses) if len(self.losses) > 9 else math.inf
             if loss > SPIKE * usual:
                 self.log.event("spike", "loss_spike step:{step} train_loss:{loss:.4f} "
@@ -2514,7 +2500,9 @@ def main(arguments: list[str]) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|allocate", str(error)):
+            raise
         print(f"error: {error}\nout of memory: lower MICRO_BATCH_TOKENS (then TRAIN_BATCH_TOKENS), "
               "or in evaluation VAL_BATCH_SIZE", file=sys.stderr, flush=True)
         return 1
