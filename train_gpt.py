@@ -505,9 +505,9 @@ class Runtime:
         try:
             yield
         except RuntimeError as error:
-            collective = not isinstance(error, RunError) and re.search("gloo|NCCL", str(error))
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
-            lost = self.lost_ranks() if collective else ()
+            failed = type(error) is not RunError and re.search("gloo|NCCL", str(error))
+            lost = self.lost_ranks() if failed and self.world > 1 else ()
             require(not lost, f"rank {show(lost)} of {self.world} has died, so rank {self.rank} "
                     f"ends; start again with RESUME=1 ({error})")
             raise
@@ -1350,13 +1350,12 @@ class Stack(NamedTuple):
 class Muon:
     """Momentum, orthogonalised, for matrices, each of which one rank owns as a whole.
 
-    Gradients, updates and nothing else travel, as rows (one for each owner) of one buffer each:
-        reduce   one reduce-scatter sums every gradient at its owner
-        start    the owner alone has the momentum and orthogonalises, same shapes at once; then one
+    What travels lies packed in a buffer with a row for each owner:
+        reduce   one reduce-scatter sums the gradients at their owners
+        start    the owner alone has the momentum and orthogonalises, same shapes at once; one
                  all-gather of the updates, in the dtype they were computed in, begins
-        finish   once they are here (AdamW runs meanwhile) every rank moves all weights alike
-    The reduction does not overlap with backward: a compiled backward is one graph whose gradients
-    appear at its end, and the record's 116 MB take under 1 % of a step at NVLink's speed.
+        finish   once it has ended (AdamW runs meanwhile) every rank moves all weights alike
+    Nothing overlaps with backward: a compiled one is one graph, all gradients appear at its end.
     A group without gradients (repeats before recurrence starts) is neither moved nor decayed.
     """
 
@@ -1646,13 +1645,13 @@ def smallest(raw: bytes, compressor: str) -> tuple[str, bytes]:
     return min(((codec, compress(raw, codec)) for codec in codecs), key=lambda pair: len(pair[1]))
 
 
-def write_atomic(path: Path, *parts: bytes | memoryview) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:
-            stream.writelines(parts)
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -1984,7 +1983,7 @@ class TrainClock:
         return self.elapsed_ms + (step + 1 - self.steps) * max(self.recent, default=0.0)
 
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
 UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
     r"(run_id|preset|dry_run|resume|compressor|size_limit|load_artifact|train_log_every|\w+_path"
     r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
