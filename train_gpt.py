@@ -45,7 +45,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -476,10 +475,12 @@ class Runtime:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiles = self.cuda and not c.torch_compile_disable
         if self.world > 1:
-            self.store = next(dist.rendezvous("env://"))[0]
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
+            self.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             dist.init_process_group(
                 "nccl" if self.cuda else "gloo", store=self.store, rank=self.rank,
                 world_size=self.world, device_id=self.device if self.cuda else None)
+            self.peers = self.gather((platform.node(), os.getpid()))
         self.attention, self.attention_name = select_attention(self.device, c)
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
@@ -507,25 +508,25 @@ class Runtime:
         except RuntimeError as error:
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
             failed = type(error) is not RunError and re.search("gloo|NCCL", str(error))
-            lost = self.lost_ranks() if failed and self.world > 1 else ()
-            require(not lost, f"rank {show(lost)} of {self.world} has died, so rank {self.rank} "
-                    f"ends; start again with RESUME=1 ({error})")
+            lost = self.lost_ranks() if failed and self.world > 1 else ""
+            require(not lost, f"rank {lost} of {self.world} has died, so rank {self.rank} ends; "
+                    f"start again with RESUME=1 ({error})")
             raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def lost_ranks(self) -> tuple[int, ...]:
-        """The ranks that do not, within five seconds of this one, report a failed collective."""
-        keys = [f"failed/{rank}" for rank in range(self.world)]
-        try:
-            self.store.set(keys[self.rank], "")
-            dist.destroy_process_group()  # what the others wait for fails now
-            with contextlib.suppress(RuntimeError):
-                self.store.wait(keys, timedelta(seconds=5))
-            return tuple(rank for rank, key in enumerate(keys) if not self.store.check([key]))
-        except RuntimeError:  # without torchrun, rank 0 keeps the store
-            return (0,)
+    def lost_ranks(self) -> str:
+        """This node's ranks that have died, as the first one knew who noticed within 5 seconds."""
+        for _ in range(50):
+            lost = show(tuple(rank for rank, (node, pid) in enumerate(self.peers)
+                              if node == platform.node() and not os.path.exists(f"/proc/{pid}")))
+            if lost:
+                with contextlib.suppress(RuntimeError):  # without torchrun, rank 0 has the store
+                    lost = self.store.compare_set("lost", "", lost).decode()
+                return lost
+            time.sleep(0.1)
+        return ""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over ranks, on the device it came from."""
