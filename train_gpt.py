@@ -35,6 +35,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import signal
 import statistics
 import struct
 import sys
@@ -60,6 +62,14 @@ from torch import Tensor, nn
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says what is wrong and what to do."""
+
+    code = 1  # of the process
+
+
+class Stopped(RunError):
+    """A signal ended the run; RESUME=1 goes on from its last checkpoint."""
+
+    code = 75  # EX_TEMPFAIL: try again later
 
 
 class ConfigError(RunError):
@@ -188,6 +198,10 @@ class Config:
     val_tokens_limit: int = setting(0, "validation tokens at most; 0: all", 0)
     scores_path: str = setting("", "folder for one <mode>.npz of scores per token; empty: none")
     train_log_every: int = setting(500, "steps between training log lines", 1)
+    checkpoint_every: float = setting(0.0, "seconds; 0: at SIGTERM, SIGINT and the end only", 0)
+    checkpoint_keep: int = setting(2, "checkpoints that are kept, the newest", 1)
+    checkpoint_path: str = setting("checkpoints", "parent of the folder <RUN_ID> of checkpoints")
+    resume: bool = setting(False, "go on from RUN_ID's newest checkpoint (torchrun's restarts do)")
     torch_compile_disable: bool = setting(False, "run eagerly on CUDA too (a CPU always does)")
 
     @property
@@ -221,6 +235,8 @@ class Config:
         explicit = parse_settings(environ, problems)
         if not cuda and not {"preset", "data_path"} & set(explicit):
             explicit["preset"] = "demo"
+        if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # by torchrun, after a fault
+            explicit["resume"] = bool(explicit.get("run_id")) and "load_artifact" not in explicit
         config = cls(**(PRESETS[explicit.get("preset", "record")] | explicit))
         problems += contradictions(config)
         require(not problems, "\n  ".join(["the settings are wrong:", *problems]), ConfigError)
@@ -231,14 +247,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "published": dict(quant="rtn", n_int6_layers=4),  # no fit: the yardstick of every A/B
     "demo": dict(
-        data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz", model_dim=64,
-        num_heads=2, num_kv_heads=1, rope_dims=16, bigram_dim=32, ve_dim=32,
-        recur_start_step=0.4, train_batch_tokens=2048, train_seq_len=256, iterations=900,
-        warmdown_iters=360, warmup_steps=4,
-        max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-        muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
-        val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.1,
-        ttt_chunk_tokens=2048,
+        data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
+        checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
+        rope_dims=16, bigram_dim=32, ve_dim=32, recur_start_step=0.4,
+        train_batch_tokens=2048, train_seq_len=256, iterations=900, warmdown_iters=360,
+        warmup_steps=4, max_wallclock_seconds=0.0, muon_momentum=0.95,
+        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
+        swa_every=10, eval_seq_len=256, val_batch_size=16384, val_loss_every=0, train_log_every=50,
+        ttt_lr=0.1, ttt_chunk_tokens=2048,
     ),
 }
 
@@ -250,7 +266,6 @@ DROPPED = {  # spellings of published scripts -> what to set here
     "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
 }
-ABSENT = ("CHECKPOINT_", "RESUME")  # of the design
 
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
@@ -264,8 +279,6 @@ def unknown_names(environ: Mapping[str, str]) -> list[str]:
         reason = f"no such setting; did you mean {near}?" if near else ""
         if name in DROPPED:
             reason = f"not a setting here; set {DROPPED[name]}"
-        elif name.startswith(ABSENT):
-            reason = "not in this version; unset it"
         problems += [f"{name}={environ[name]}: {reason}"] if reason else []
     return problems
 
@@ -354,7 +367,10 @@ def contradictions(c: Config) -> list[str]:
         (c.val_tokens_limit != 1, "val_tokens_limit", "must be 0 (all) or at least 2"),
         (not set("/\\") & set(c.run_id), "run_id", "must be a file name"),
         (c.artifact_path, "artifact_path", "must name a file"),
-        (not (c.dry_run and c.load_artifact), "dry_run", "cannot go with LOAD_ARTIFACT"),
+        (c.checkpoint_path, "checkpoint_path", "must name a folder"),
+        (c.run_id or not c.resume, "resume", "needs the RUN_ID of the run that is to go on"),
+        *((not (getattr(c, name) and c.load_artifact), name, "cannot go with LOAD_ARTIFACT")
+          for name in ("dry_run", "resume")),
         (len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES)
          and set(c.modes) - {"slot"}, "eval_modes", f"name some of {show(EVAL_MODES)}, each once, "
          "with one besides slot that is enabled"),
@@ -409,15 +425,26 @@ def settings_table() -> str:
 
 
 class RunLog:
-    """logs/<run_id>.txt for people and .jsonl for programs; silent on ranks above 0."""
+    """logs/<run_id>.txt for people and .jsonl for programs; silent unless opened (on rank 0)."""
 
-    def __init__(self, run_id: str, rank: int) -> None:
+    def __init__(self, run_id: str) -> None:
         self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}"
         self.text = self.events = None
-        if rank == 0:
-            Path("logs").mkdir(exist_ok=True)
-            self.text = open(f"logs/{self.run_id}.txt", "w", encoding="utf-8")
-            self.events = open(f"logs/{self.run_id}.jsonl", "w", encoding="utf-8")
+
+    def open(self, append: bool) -> None:
+        """Take the run id; raises RunError if it is in use or, unless we append, was used."""
+        import fcntl  # Unix only
+
+        Path("logs").mkdir(exist_ok=True)
+        path = Path("logs", f"{self.run_id}.txt")
+        self.text = open(path, "a", encoding="utf-8")
+        try:
+            fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the end of the process frees it
+        except OSError as error:
+            raise RunError(f"{path}: another run is writing it; set another RUN_ID") from error
+        require(append or not self.text.tell(), f"{path}: RUN_ID={self.run_id} has been used; set "
+                "another one, or RESUME=1 to go on with that run")
+        self.events = open(path.with_suffix(".jsonl"), "a", encoding="utf-8")
 
     def line(self, text: str, console: bool = True) -> None:
         """Text to the log, and to the console."""
@@ -462,6 +489,7 @@ class Runtime:
     def __init__(self, c: Config) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.signal, self.defer_signals = 0, False
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cpu")
         if self.cuda:
@@ -474,17 +502,59 @@ class Runtime:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiles, self.compiler = select_compiler(self.device, c)
         if self.world > 1:
-            device = self.device if self.cuda else None
-            dist.init_process_group("nccl" if self.cuda else "gloo", device_id=device)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
+            self.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+            dist.init_process_group(
+                "nccl" if self.cuda else "gloo", store=self.store, rank=self.rank,
+                world_size=self.world, device_id=self.device if self.cuda else None)
+            self.peers = self.gather((platform.node(), os.getpid()))
         eager = replace(c, torch_compile_disable=not self.compiles)
         self.attention, self.attention_name = select_attention(self.device, eager)
-        self.log = RunLog(c.run_id, self.rank)
+        self.log = RunLog(c.run_id)
+        self.on_first_rank(lambda: self.log.open(c.resume))
 
     def close(self) -> None:
         """Leave the process group and close the log."""
         if dist.is_initialized():
             dist.destroy_process_group()
         self.log.close()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """SIGTERM and SIGINT raise Stopped or, while deferred, are noted in `signal`.
+
+        A collective that failed because ranks died becomes a RunError that names them.
+        """
+        def note(number: int, _: Any) -> None:
+            self.signal = number
+            require(self.defer_signals, f"stopped by signal {number}; RESUME=1 goes on from the "
+                    "last checkpoint", Stopped)
+
+        before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        except RuntimeError as error:
+            self.defer_signals = True  # the launcher ends this rank too, but it answers first
+            failed = type(error) is not RunError and re.search("gloo|NCCL", str(error))
+            lost = self.lost_ranks() if failed and self.world > 1 else ""
+            require(not lost, f"rank {lost} of {self.world} has died, so rank {self.rank} ends; "
+                    f"start again with RESUME=1 ({error})")
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def lost_ranks(self) -> str:
+        """This node's ranks that have died, as the first one knew who noticed within 5 seconds."""
+        for _ in range(50):
+            lost = show(tuple(rank for rank, (node, pid) in enumerate(self.peers)
+                              if node == platform.node() and not os.path.exists(f"/proc/{pid}")))
+            if lost:
+                with contextlib.suppress(RuntimeError):  # without torchrun, rank 0 has the store
+                    lost = self.store.compare_set("lost", "", lost).decode()
+                return lost
+            time.sleep(0.1)
+        return ""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over ranks, on the device it came from."""
@@ -499,6 +569,28 @@ class Runtime:
         packed = self.all_reduce(torch.cat([t.flatten() for t in tensors]))
         for t, part in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
+    def reduce_scatter(self, rows: Tensor) -> Tensor:
+        """This rank's row of the sum over ranks of `rows` (world, n)."""
+        if self.world == 1:
+            return rows[0]
+        own = torch.empty_like(rows[0])  # torch 2.13 has renamed both collectives
+        (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(
+            own, rows.view(-1))
+        return own
+
+    def all_gather(self, rows: Tensor) -> Callable[[], Any]:
+        """Fill in the other ranks' rows of `rows` (world, n); returns what waits for them."""
+        if self.world == 1:
+            return lambda: None
+        begin = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        return begin(rows.view(-1), rows[self.rank], async_op=True).wait
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def broadcast(self, tensors: list[Tensor]) -> None:
         """Rank 0's values to every rank, in place."""
@@ -1236,14 +1328,22 @@ def grid_of(name: str, c: Config, coarseness: float) -> tuple[int, float]:
 # --- 6 optimization ---------------------------------------------------
 
 
+CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
+
+
+def usable_ms(c: Config) -> float:
+    """Milliseconds that training steps may take: the cap less the reserve, or without end."""
+    return 1e3 * c.max_wallclock_seconds - CLOCK_RESERVE_MS if c.max_wallclock_seconds else math.inf
+
+
 def lr_scale(step: float, elapsed_ms: float, step_ms: float, c: Config) -> float:
     """Learning rate over its peak: 1, then linear to MIN_LR over WARMDOWN_ITERS steps.
 
     The steps left are what ITERATIONS leaves and what the clock leaves at `step_ms` a step.
     """
     left = c.iterations - step
-    if c.max_wallclock_seconds and step_ms > 0:
-        left = min(left, (1e3 * c.max_wallclock_seconds - CLOCK_RESERVE_MS - elapsed_ms) / step_ms)
+    if step_ms > 0:
+        left = min(left, (usable_ms(c) - elapsed_ms) / step_ms)
     share = min(1.0, max(0.0, left / c.warmdown_iters)) if c.warmdown_iters else 1.0
     return c.min_lr + (1 - c.min_lr) * share
 
@@ -1276,56 +1376,121 @@ def newton_schulz(g: Tensor, steps: int) -> Tensor:
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
-class Muon:
-    """Momentum, orthogonalised, for matrices; same shapes are stacked and treated at once.
+def deal(costs: list[float], ranks: int) -> list[int]:
+    """The owner of each item: the most costly first, each to the rank with the least so far."""
+    loads, owners = [0.0] * ranks, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
+    return owners
 
+
+class Stack(NamedTuple):
+    """Matrices of one owner, group and shape, and where they lie in the owner's row."""
+
+    owner: int
+    params: list[nn.Parameter]
+    start: int
+
+    def view(self, row: Tensor) -> Tensor:
+        """Their part of a row, (n, rows, cols)."""
+        n, shape = len(self.params), self.params[0].shape
+        return row[self.start : self.start + n * shape.numel()].view(n, *shape)
+
+
+class Muon:
+    """Momentum, orthogonalised, for matrices, each of which one rank owns as a whole.
+
+    What travels lies packed in a buffer with a row for each owner:
+        reduce   one reduce-scatter sums the gradients at their owners
+        start    the owner alone has the momentum and orthogonalises, same shapes at once; one
+                 all-gather of the updates, in the dtype they were computed in, begins
+        finish   once it has ended (AdamW runs meanwhile) every rank moves all weights alike
+    Nothing overlaps with backward: a compiled one is one graph, all gradients appear at its end.
     A group without gradients (repeats before recurrence starts) is neither moved nor decayed.
     """
 
-    def __init__(self, groups: list[list[nn.Parameter]], c: Config, dtype: torch.dtype) -> None:
-        self.config, self.dtype = c, dtype
-        self.stacks = []
-        self.momentum: dict[nn.Parameter, Tensor] = {}  # views into the stacks
-        for group in groups:
-            for shape in dict.fromkeys(p.shape for p in group):
-                same = [p for p in group if p.shape == shape]
-                buffer = torch.zeros(len(same), *shape, device=same[0].device)
-                self.stacks.append((same, buffer))
-                self.momentum |= zip(same, buffer, strict=True)
+    def __init__(self, groups: list[list[nn.Parameter]], c: Config, runtime: Runtime) -> None:
+        self.config, self.runtime, world = c, runtime, runtime.world
+        items = [(p, number) for number, group in enumerate(groups) for p in group]
+        owners = deal([p.numel() * min(p.shape) for p, _ in items], world)
+        alike: dict[tuple[int, int, torch.Size], list[nn.Parameter]] = {}
+        for (p, number), owner in zip(items, owners, strict=True):
+            alike.setdefault((owner, number, p.shape), []).append(p)
+        self.stacks, filled = [], [0] * world
+        for (owner, _, shape), params in alike.items():
+            self.stacks.append(Stack(owner, params, filled[owner]))
+            filled[owner] += len(params) * shape.numel()
+        device = runtime.device
+        self.grads = torch.zeros(world, max(filled), device=device)
+        self.updates = torch.zeros(world, max(filled), device=device, dtype=runtime.dtype)
+        self.momentum = torch.zeros(max(filled), device=device)  # of this rank's own matrices
+
+    def matrices(self, rows: Tensor, stacks: list[Stack]) -> list[Tensor]:
+        """The matrices of `stacks` in `rows` (world, n), as views."""
+        return [m for stack in stacks for m in stack.view(rows[stack.owner])]
 
     @torch.no_grad()
-    def step(self, scale: float, momentum: float) -> None:
-        """One update at `scale` times MATRIX_LR."""
-        lr = scale * self.config.matrix_lr
-        for params, buffer in self.stacks:
-            if params[0].grad is None:
-                continue
-            grads = torch.stack([p.grad for p in params])
-            buffer.mul_(momentum).add_(grads)
+    def reduce(self) -> Tensor:
+        """Sum gradients at their owners; returns the sum of squares of this rank's own, (1,)."""
+        self.moving = [stack for stack in self.stacks if stack.params[0].grad is not None]
+        self.moved = [p for stack in self.moving for p in stack.params]
+        torch._foreach_copy_(self.matrices(self.grads, self.moving), [p.grad for p in self.moved])
+        row = self.runtime.reduce_scatter(self.grads)
+        self.own = [(stack.view(row), stack) for stack in self.moving
+                    if stack.owner == self.runtime.rank]
+        return sum((g.square().sum() for g, _ in self.own), row.new_zeros(())).view(1)
+
+    @torch.no_grad()
+    def start(self, factor: Tensor, momentum: float) -> None:
+        """Updates of this rank's matrices from `factor` times their gradients, sent to all."""
+        for grads, stack in self.own:
+            buffer = stack.view(self.momentum)
+            buffer.mul_(momentum).add_(grads.mul_(factor))
             update = self.orthogonalize(grads.add_(buffer, alpha=momentum))
-            torch._foreach_mul_(params, 1 - lr * self.config.muon_wd)
-            torch._foreach_add_(params, list(update), alpha=-lr)
+            stack.view(self.updates[stack.owner]).copy_(update)
+        self.arrived = self.runtime.all_gather(self.updates)
+
+    @torch.no_grad()
+    def finish(self, lr: float) -> None:
+        """Decay and update every weight at `lr`."""
+        self.arrived()
+        updates = self.matrices(self.updates.float(), self.moving)
+        rates = [-lr * math.sqrt(max(1.0, p.size(0) / p.size(1))) for p in self.moved]
+        torch._foreach_mul_(self.moved, 1 - lr * self.config.muon_wd)
+        torch._foreach_add_(self.moved, torch._foreach_mul(updates, rates))
 
     def orthogonalize(self, update: Tensor) -> Tensor:
-        """(n, rows, cols) -> the same, each with singular values near sqrt(max(1, rows / cols))."""
-        update = update.to(self.dtype)
+        """(n, rows, cols) -> the same, each with singular values near 1."""
+        update = update.to(self.runtime.dtype)
         if self.config.muon_row_norm:
             update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        update = newton_schulz(update, self.config.muon_backend_steps).float()
-        return update * math.sqrt(max(1.0, update.size(-2) / update.size(-1)))
+        return newton_schulz(update, self.config.muon_backend_steps)
+
+    def copy_momentum(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Give the second of each pair the momentum of the first, whoever owns them."""
+        rows = torch.zeros_like(self.grads)
+        rows[self.runtime.rank] = self.momentum
+        self.runtime.all_gather(rows)()
+        params = [p for stack in self.stacks for p in stack.params]
+        found = dict(zip(params, self.matrices(rows, self.stacks), strict=True))
+        for first, second in pairs:
+            found[second].copy_(found[first])
+        self.momentum.copy_(rows[self.runtime.rank])
 
 
 class Optimizer:
     """Muon and AdamW over all parameters, dealt out by PARAM_TABLE, each to exactly one group."""
 
     def __init__(self, model: GPT, c: Config, runtime: Runtime) -> None:
+        self.config, self.runtime = c, runtime
         roles: dict[tuple[str, str, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             spec = param_spec(name, c)
             kind = spec.kind if spec.optimizer == "muon" else ""
             roles.setdefault((spec.optimizer, kind, spec.decay), []).append(parameter)
         muon = [params for (role, _, _), params in roles.items() if role == "muon"]
-        self.muon = Muon(muon, c, runtime.dtype)
+        self.muon = Muon(muon, c, runtime)
         table_lr = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
         rates = {"embed": table_lr, "head": c.head_lr, "scalar": c.scalar_lr}
         groups = [dict(params=params, lr=rates[role], weight_decay=c.adam_wd if decay else 0.0)
@@ -1333,13 +1498,34 @@ class Optimizer:
         self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps,
                                       fused=runtime.cuda)
         self.peaks = [group["lr"] for group in self.adam.param_groups]
+        self.small = [p for group in groups for p in group["params"]]
+        for p in self.small:  # as AdamW would make it, so that a checkpoint can be read into it
+            self.adam.state[p] = dict(step=torch.zeros((), device=runtime.device),
+                                      exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
-    def step(self, scale: float, momentum: float) -> None:
-        """One update of every parameter with a gradient, at `scale` times the peak rates."""
+    @torch.no_grad()
+    def step(self, facts: Tensor, scale: float, momentum: float) -> Tensor:
+        """One update of every parameter with a gradient, at `scale` times the peak rates.
+
+        The gradients are averaged over ranks and clipped by the norm of that average. Returns the
+        sums over ranks of `facts`, and the norm.
+        """
+        squares, world = self.muon.reduce(), self.runtime.world
+        grads = [p.grad for p in self.small if p.grad is not None]
+        packed = torch.cat([*(g.flatten() for g in grads), facts, squares])
+        small, facts, squares = self.runtime.all_reduce(packed).split(
+            [len(packed) - len(facts) - 1, len(facts), 1])
+        norm = (squares + small.square().sum()).sqrt() / world
+        factor = (self.config.grad_clip_norm or math.inf) / (norm + 1e-6)
+        factor = factor.clamp(max=1.0) / world
+        self.muon.start(factor, momentum)
+        parts = (small * factor).split([g.numel() for g in grads])
+        torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
         for group, peak in zip(self.adam.param_groups, self.peaks, strict=True):
             group["lr"] = scale * peak
         self.adam.step()
-        self.muon.step(scale, momentum)
+        self.muon.finish(scale * self.config.matrix_lr)
+        return torch.cat((facts, norm))
 
 
 class Average:
@@ -1716,7 +1902,7 @@ def smallest(raw: bytes, compressor: str) -> tuple[str, bytes]:
     return min(((codec, compress(raw, codec)) for codec in codecs), key=lambda pair: len(pair[1]))
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file whole or not at all: temporary file, fsync, rename."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -2237,10 +2423,7 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
 
 # --- 11 training ------------------------------------------------------
 
-CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
 CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians against that measured before the clock
-
-
 class TrainClock:
     """Training milliseconds from asynchronous events; stands still between pause and resume."""
 
@@ -2283,21 +2466,115 @@ class TrainClock:
         return self.elapsed_ms + (step + 1 - self.steps) * max(self.recent, default=0.0)
 
 
+CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
+UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
+    r"(run_id|preset|dry_run|resume|compressor|size_limit|load_artifact|train_log_every|\w+_path"
+    r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
+
+
+def read_checked(path: Path, crc: int) -> bytes:
+    """A file of a checkpoint; raises ArtifactError unless its CRC-32 is `crc`."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror}") from error
+    require(zlib.crc32(data) == crc, f"{path} is damaged (CRC)", ArtifactError)
+    return data
+
+
+class Checkpoints:
+    """CHECKPOINT_PATH/<RUN_ID>/step<n>/: rank<r>, arrays of each rank, and last commit.<CRC-32>.
+
+    The commit has the run's state, all that binds it (settings, data, ranks) and the ranks' CRCs.
+    """
+
+    def __init__(self, c: Config, runtime: Runtime, data: str) -> None:
+        self.keep, self.runtime = c.checkpoint_keep, runtime
+        self.root = Path(c.checkpoint_path, runtime.log.run_id)
+        self.bound = {name.upper(): show(value) for name, value in asdict(c).items()
+                      if not UNBOUND.fullmatch(name)}
+        self.bound |= dict(CHECKPOINT_FORMAT=CHECKPOINT_FORMAT, WORLD_SIZE=runtime.world,
+                           DTYPE=str(runtime.dtype), DATA=data)
+
+    def write(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
+        """Write a checkpoint and remove old ones; a rank that cannot is a RunError on all."""
+        rank, buffer, problem = self.runtime.rank, io.BytesIO(), ""
+        folder = self.root / f"step{state['steps']:08d}"
+        np.savez(buffer, **arrays)
+        try:
+            write_atomic(folder / f"rank{rank}", buffer.getbuffer())
+        except RunError as error:
+            problem = f"rank {rank}: {error}"
+        outcomes = self.runtime.gather((problem, zlib.crc32(buffer.getbuffer())))
+
+        def commit() -> None:
+            problems, crcs = zip(*outcomes, strict=True)
+            about = json.dumps(dict(state=state, bound=self.bound, crcs=crcs)).encode()
+            try:
+                require(not any(problems), max(problems))
+                write_atomic(folder / f"commit.{zlib.crc32(about):08x}", about)
+            except RunError:
+                shutil.rmtree(folder, ignore_errors=True)  # room for the next attempt
+                raise
+            kept = [path.parent for path in self.commits()[: self.keep]]
+            for other in set(self.root.glob("step*")) - set(kept):
+                shutil.rmtree(other, ignore_errors=True)
+
+        self.runtime.on_first_rank(commit)
+
+    def commits(self) -> list[Path]:
+        """The commits of this run, the newest first."""
+        return sorted(self.root.glob("step????????/commit.????????"), reverse=True)
+
+    def load(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """State and arrays of the newest whole checkpoint; both are empty if there is none.
+
+        A damaged one is renamed and passed over, and the log says so; raises RunError if one is
+        bound to anything else than this run.
+        """
+        runtime = self.runtime
+        for path in runtime.on_first_rank(self.commits):
+            folder, problem, crc = path.parent, "", int(path.suffix[1:], 16)
+            try:
+                commit = runtime.on_first_rank(functools.partial(read_checked, path, crc))
+                about = json.loads(commit)
+                differ = [f"{name}={theirs} (now {ours})" for name, ours in self.bound.items()
+                          if ours != (theirs := about["bound"].get(name))]
+                require(not differ, f"{folder} was made with {', '.join(differ)}: set that again, "
+                        "or another RUN_ID")
+                data = read_checked(folder / f"rank{runtime.rank}", about["crcs"][runtime.rank])
+                with np.load(io.BytesIO(data), allow_pickle=False) as shard:
+                    arrays = dict(shard)
+            except ArtifactError as error:
+                problem = str(error)
+            problem = max(runtime.gather(problem))
+            if not problem:
+                return about["state"], arrays
+            runtime.log.event("refused", "checkpoint passed over: {reason}", reason=problem)
+            runtime.on_first_rank(functools.partial(folder.rename, f"{folder}.damaged"))
+        return {}, {}
+
+
 class Facts(NamedTuple):
     """What every rank knows of a step: global values that travelled with its gradients."""
 
     loss: float = 0.0
-    stop: float = 0.0  # ranks whose clock says that the run must end
+    late: float = 0.0  # ranks whose clock says that the run must end
+    quit: float = 0.0  # ranks that a signal told to end
+    save: float = 0.0  # whether rank 0 wants a checkpoint
     elapsed_ms: float = 0.0  # rank 0's clock when the step was launched
     step_ms: float = 0.0  # rank 0's median step time
     grad_norm: float = 0.0
 
 
+SPIKE = 1.25  # a loss beyond this many medians of the last 50 is logged as an event
+
+
 class Trainer:
-    """The training loop: phases, schedules, averages, clock and log.
+    """The training loop: phases, schedules, averages, clock, checkpoints and log.
 
     The host runs up to `lag` steps ahead of the device: the decisions of step s use the facts of
-    step s - lag, which are the same on every rank.
+    step s - lag, which are the same on every rank. So all ranks stop and save at the same step.
     """
 
     def __init__(self, model: GPT, loader: Loader, evaluator: Evaluator) -> None:
@@ -2312,53 +2589,130 @@ class Trainer:
         self.clock = TrainClock(self.runtime)
         self.lag = 2 if self.runtime.cuda else 1
         self.unread: deque[tuple[int, float, Tensor, Any]] = deque()
-        self.facts = Facts()
+        self.facts, self.losses = Facts(), deque(maxlen=50)
         rank_seqs = loader.batch_seqs // self.runtime.world
         self.micro_seqs = micro_batch_seqs(rank_seqs, self.config, self.runtime)
         self.accumulation = rank_seqs // self.micro_seqs
-        self.steps = 0
+        self.steps = self.saved = 0  # steps done, and those of the last checkpoint
+        self.saved_at, self.resumed = time.monotonic(), False
         self.reserve_ms = 0.0  # of the clock, for what comes after the last step
 
     def run(self) -> None:
-        """Train until ITERATIONS or the clock; the model is left with its last weights."""
-        c = self.config
+        """Train until ITERATIONS, the clock or a signal; leaves the model with its last weights."""
+        c, runtime, loader = self.config, self.runtime, self.loader
+        data = repr(([p.name for p in loader.paths], [len(ids) for ids in loader.shards],
+                     self.evaluator.val.vocab_sha256))
+        self.checkpoints = Checkpoints(c, runtime, hashlib.sha256(data.encode()).hexdigest())
         self.warm_up()
-        self.optimizer = Optimizer(self.model, c, self.runtime)
+        self.optimizer = Optimizer(self.model, c, runtime)
+        if c.resume:
+            self.resume()
+        runtime.defer_signals = True
         self.clock.resume()
-        while self.steps < c.iterations and not self.facts.stop:
+        while self.steps < c.iterations and not (self.facts.late or self.facts.quit):
             self.train_step(self.steps)
             self.steps += 1
             self.read_facts(self.steps - self.lag)
+            if self.facts.save:
+                self.save()
             if c.val_loss_every and self.steps % c.val_loss_every == 0 < c.iterations - self.steps:
                 self.validate()
         self.clock.pause()
         self.read_facts(self.steps)
-        if self.steps < c.iterations:
-            self.log.event("stop", "stopping_early: {reason} train_time:{train_ms:.0f}ms "
-                           "step:{step}/{total}", reason="wallclock_cap", step=self.steps,
-                           total=c.iterations, train_ms=self.clock.elapsed_ms)
+        if self.saved < self.steps:
+            self.save()
+        self.end()
         self.validate()
         self.clock.pause()
 
+    def end(self) -> None:
+        """Log how training ended, on every rank alike; raises Stopped if a signal ended it."""
+        c, step, runtime = self.config, self.steps, self.runtime
+        ranks = runtime.gather((step, self.clock.elapsed_ms, runtime.signal))
+        runtime.defer_signals = False
+        steps, times, signals = zip(*ranks, strict=True)
+        assert set(steps) == {step}, f"ranks stopped at different steps: {steps}"
+        name = signal.Signals(max(signals)).name if any(signals) else ""
+        known = dict(step=step, total=c.iterations, reason=name or "wallclock_cap",
+                     train_ms=max(times), cap_ms=1e3 * c.max_wallclock_seconds,
+                     reserve_ms=CLOCK_RESERVE_MS)
+        self.log.event("clock", "train_clock slowest_rank:{train_ms:.0f}ms cap:{cap_ms:.0f}ms "
+                       "reserve:{reserve_ms:.0f}ms all_ranks_at_step:{step}", **known)
+        if step < c.iterations:
+            self.log.event("stop", "stopping_early: {reason} train_time:{train_ms:.0f}ms "
+                           "step:{step}/{total}", **known)
+        if name:
+            require(self.saved == step, f"stopped by {name}, and no checkpoint could be written")
+            raise Stopped(f"stopped by {name}, with a checkpoint of step {step}: RESUME=1 goes on")
+
     def train_step(self, step: int) -> None:
         """One optimizer step, launched without waiting for the device."""
-        c, clock, cap_ms = self.config, self.clock, 1e3 * self.config.max_wallclock_seconds
+        c, clock, rank_0 = self.config, self.clock, self.runtime.rank == 0
         now = self.facts.elapsed_ms + self.lag * self.facts.step_ms
         scale = lr_scale(step, now + self.reserve_ms, self.facts.step_ms, c)
         self.enter(Phase(self.phase.recur or recurrence_due(step, now, c),
                          self.phase.qat or scale < c.late_qat_threshold), step)
-        cap_ms -= CLOCK_RESERVE_MS + self.reserve_ms
-        late = c.max_wallclock_seconds and clock.expected_ms(step + self.lag) > cap_ms
+        late = clock.expected_ms(step + self.lag) + self.reserve_ms > usable_ms(c)
+        due = rank_0 and 0 < c.checkpoint_every <= time.monotonic() - self.saved_at
+        self.saved_at = time.monotonic() if due else self.saved_at
         loss = self.backward(*self.loader.batch(step)) / self.runtime.world
-        rank_0, pin = self.runtime.rank == 0, self.runtime.cuda
-        facts = torch.tensor([bool(late), clock.elapsed_ms * rank_0, clock.step_ms * rank_0],
+        pin = self.runtime.cuda
+        facts = torch.tensor([bool(late), bool(self.runtime.signal), bool(due),
+                              clock.elapsed_ms * rank_0, clock.step_ms * rank_0],
                              pin_memory=pin).to(self.runtime.device, non_blocking=True)
-        facts = self.reduce_and_clip(torch.cat((loss.view(1), facts)))
-        self.optimizer.step(scale, muon_momentum(step, c))
+        facts = torch.cat((loss.view(1), facts))
+        facts = self.optimizer.step(facts, scale, muon_momentum(step, c))
         self.average.update(step, scale)
         host = torch.empty(facts.shape, pin_memory=pin)
         host.copy_(facts, non_blocking=True)
         self.unread.append((step, scale, host, clock.mark()))
+
+    def tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
+        """All that a step changes: what this rank's shard holds, and what rank 0's has for all."""
+        adam, average, small = self.optimizer.adam.state, self.average, self.optimizer.small
+        kinds = dict(weight=self.params, ema=average.ema, swa=average.swa) | {
+            key: [adam[p][key] for p in small] for key in ("step", "exp_avg", "exp_avg_sq")}
+        same = {f"{kind}{i}": t for kind, tensors in kinds.items() for i, t in enumerate(tensors)}
+        own = dict(momentum=self.optimizer.muon.momentum, rng=torch.get_rng_state())
+        return own | (same if self.runtime.rank == 0 else {}), list(same.values())
+
+    def save(self) -> None:
+        """Checkpoint this step boundary while the clock stands still; a failure is but logged."""
+        self.clock.pause()
+        self.read_facts(self.steps)  # a step that diverged is never kept
+        self.facts = self.facts._replace(save=0.0)
+        state = dict(steps=self.steps, phase=self.phase, snapshots=self.average.snapshots,
+                     facts=self.facts._replace(quit=0.0), elapsed_ms=self.clock.elapsed_ms,
+                     recent=list(self.clock.recent))
+        try:
+            arrays = {name: t.detach().cpu().numpy() for name, t in self.tensors()[0].items()}
+            self.checkpoints.write(arrays, state)
+            self.saved = self.steps
+            self.log.event("checkpoint", "checkpoint step:{step}", step=self.steps)
+        except RunError as error:
+            self.log.event("checkpoint_failed", "warning: no checkpoint at step:{step}: {reason}",
+                           step=self.steps, reason=str(error))
+        self.clock.resume()
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, or from the start, saying so, where there is none."""
+        state, arrays = self.checkpoints.load()
+        own, same = self.tensors()
+        for name, array in arrays.items():
+            own[name].copy_(torch.from_numpy(array))
+        if state:
+            torch.set_rng_state(own["rng"])
+            self.runtime.broadcast(same)
+            self.steps = self.saved = self.clock.steps = state["steps"]
+            self.clock.elapsed_ms = state["elapsed_ms"]
+            self.clock.recent.extend(state["recent"])
+            self.facts, self.average.snapshots = Facts(*state["facts"]), state["snapshots"]
+            self.phase = Phase(*state["phase"])
+            self.model.set_phase(self.phase)
+        self.resumed = bool(state)
+        self.log.event("resume", "resumed step:{step} of {folder}", step=self.steps,
+                       folder=str(self.checkpoints.root) if state else "nothing: no checkpoint")
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
@@ -2371,28 +2725,22 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def reduce_and_clip(self, facts: Tensor) -> Tensor:
-        """Mean of the gradients over ranks, clipped; returns the sum of `facts` and their norm.
-
-        All travel in one packed all-reduce.
-        """
-        grads = [p.grad for p in self.params if p.grad is not None]
-        if self.runtime.world > 1:
-            torch._foreach_div_(grads, self.runtime.world)
-            self.runtime.all_reduce_packed([*grads, facts])
-        most = self.config.grad_clip_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.params, most)
-        return torch.cat((facts, grad_norm.view(1)))
-
     def read_facts(self, last: int) -> None:
         """Take in the facts of the steps up to `last`; a value that is not finite ends the run."""
         while self.unread and self.unread[0][0] <= last:
             step, scale, host, event = self.unread.popleft()
             event.synchronize()
-            self.facts = Facts(*host.tolist())
+            late, self.facts = self.facts.late, Facts(*host.tolist())
+            self.facts = self.facts._replace(late=late + self.facts.late)  # once late, always
             loss, grad_norm = self.facts.loss, self.facts.grad_norm
             require(math.isfinite(loss + grad_norm), f"loss {loss}, gradient norm {grad_norm} at "
-                    f"step {step + 1}: the run diverged; lower the learning rates")
+                    f"step {step + 1}: the run diverged; lower the learning rates (the last "
+                    f"checkpoint is of step {self.saved})")
+            usual = statistics.median(self.losses) if len(self.losses) > 9 else math.inf
+            if loss > SPIKE * usual:
+                self.log.event("spike", "loss_spike step:{step} train_loss:{loss:.4f} "
+                               "median:{usual:.4f}", step=step + 1, loss=loss, usual=usual)
+            self.losses.append(loss)
             self.clock.poll()
             if step < 10 or (step + 1) % self.config.train_log_every == 0:
                 train_ms, done = self.clock.elapsed_ms, max(self.clock.steps, 1)
@@ -2418,10 +2766,10 @@ class Trainer:
     @torch.no_grad()
     def copy_to_repeats(self) -> None:
         """Weights, momentum and averages of the base MLPs, bit for bit, to their repeats."""
-        momentum, place = self.optimizer.muon.momentum, {p: i for i, p in enumerate(self.params)}
-        for base, repeat in self.model.repeats():
+        pairs, place = self.model.repeats(), {p: i for i, p in enumerate(self.params)}
+        self.optimizer.muon.copy_momentum(pairs)
+        for base, repeat in pairs:
             repeat.copy_(base)
-            momentum[repeat].copy_(momentum[base])
             for average in filter(None, (self.average.ema, self.average.swa)):
                 average[place[repeat]].copy_(average[place[base]])
 
@@ -2441,8 +2789,7 @@ class Trainer:
                 ids = torch.randint(self.model.vocab_size, shape, generator=random)
                 ids = ids.to(self.runtime.device)
                 loss = self.backward(ids[:, :-1], ids[:, 1:])
-                self.reduce_and_clip(loss.repeat(4))
-                optimizer.step(1.0, c.muon_momentum)
+                optimizer.step(loss.repeat(6), 1.0, c.muon_momentum)
                 Average(self.model, c).update(0, 1.0)
         with torch.no_grad():
             torch._foreach_copy_(self.params, saved)
@@ -2528,7 +2875,7 @@ def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     micro = micro_batch_seqs(tokens // c.train_seq_len, c, runtime) * c.train_seq_len
     kept = len(layer_plan(c, True)) * (14 * c.model_dim + 2 * c.hidden_dim)  # for backward
     activations = micro * (kept * runtime.dtype.itemsize + 8 * model.vocab_size)
-    state = 4 * count * (4 + c.swa_enabled)  # weights, gradients, momentum, averages
+    state = 4 * count * (5 + c.swa_enabled)  # weights, gradients (packed too), moments, averages
     line(f"model_params:{count} predicted_mib state:{state >> 20} activations:{activations >> 20}")
     for recur in (False, True):
         work = tokens * operations_per_token(c, model.vocab_size, recur) / 1e12
@@ -2585,7 +2932,8 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
               eval_ms=1e3 * summary["seconds_post_ema"])
     with stage("export", summary):
         total = export_model(model, hessians, evaluator.val, runtime, config)
-    summary |= dict(steps=trainer.steps, train_ms=round(trainer.clock.elapsed_ms), weights=weights,
+    summary |= dict(steps=trainer.steps, resumed=int(trainer.resumed), weights=weights,
+                    train_ms=round(trainer.clock.elapsed_ms),
                     peak_memory_mib=allocated, bytes_total=total,
                     bytes_artifact=total - os.path.getsize(__file__),
                     post_ema_bpb=round(score.bpb, 6))
@@ -2623,9 +2971,9 @@ def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
 
 def run(c: Config) -> None:
     """From shards to a scored artifact; raises RunError for whatever stops the run."""
-    runtime, summary = Runtime(c), {}
-    try:
+    with contextlib.closing(Runtime(c)) as runtime, runtime.guarded():
         torch.manual_seed(c.seed)
+        summary: dict[str, Any] = {}
         if c.preset == "demo" and c.data_path == PRESETS["demo"]["data_path"]:
             with stage("data", summary):
                 summary |= runtime.on_first_rank(lambda: demo_data(c, runtime))
@@ -2642,12 +2990,10 @@ def run(c: Config) -> None:
         with stage("eval", summary):
             scores = evaluate_artifact(c.load_artifact or c.artifact_path, evaluator, table)
         summarize(runtime, summary | {"byte_audit": val.audit}, scores)
-    finally:
-        runtime.close()
 
 
 def main(arguments: list[str]) -> int:
-    """Run as the environment says; 0, or 1 after a message on stderr."""
+    """Run as the environment says; after a message on stderr 1, or 75 if RESUME=1 can go on."""
     if arguments:
         print(f"{__doc__}\n{settings_table()}")
         return 0 if arguments in (["--help"], ["-h"]) else 1
@@ -2655,8 +3001,10 @@ def main(arguments: list[str]) -> int:
         run(Config.from_env(os.environ, torch.cuda.is_available()))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
-    except torch.OutOfMemoryError as error:
+        return error.code
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|allocate", str(error)):
+            raise
         print(f"error: {error}\nout of memory: lower MICRO_BATCH_TOKENS (then TRAIN_BATCH_TOKENS), "
               "or in evaluation VAL_BATCH_SIZE", file=sys.stderr, flush=True)
         return 1

@@ -85,7 +85,7 @@ def run_one(folder: Path, settings: dict[str, str], slot: Slot) -> dict:
     kept.write_text(text, encoding="utf-8")
     names = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)}
     env = {name: value for name, value in os.environ.items() if name not in names}
-    env |= settings | {"RUN_ID": "run", "OMP_NUM_THREADS": str(len(slot.cores))}
+    env |= {"RUN_ID": "run", "RESUME": "1", "OMP_NUM_THREADS": str(len(slot.cores))} | settings
     if slot.gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = str(slot.gpu)
 
