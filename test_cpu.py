@@ -5073,7 +5073,7 @@ def test_d_ablation_table_and_plans():
         assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
         for changes in plan["variants"].values():
             texts = {k: str(v).format(root=ROOT) for k, v in (plan["base"] | changes).items()}
-            if not any(name.startswith(t.ABSENT) for name in texts):  # settings still to come
+            if not any(name.startswith(getattr(t, "ABSENT", ())) for name in texts):  # to come
                 t.Config.from_env(texts, cuda=True)
 
 
@@ -5585,7 +5585,7 @@ def test_r_credits_are_one_table():
     names = {f.name.upper() for f in fields(t.Config)}
     for row in r_tool("rules").credits():
         for name in row.get("when", {}):
-            assert name in names or name.startswith(t.ABSENT), name
+            assert name in names or name.startswith(getattr(t, "ABSENT", ())), name
 
 
 # plans
