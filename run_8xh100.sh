@@ -6,11 +6,12 @@
 #   PRESET=demo AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh        the same in small, no GPU
 #
 # Set by environment (defaults): NPROC (all GPUs, else 1), NNODES (1) with NODE_RANK and
-# RDZV_ENDPOINT=host:port for several machines (run it on each), SEEDS (42 1337 2024), SHARDS (80), DATA_DIR
-# (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file; else looked
-# up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, RECORDS (the folder of the
-# tracks), AGAINST (a result to test against), PREFLIGHT (arguments of pytest), PYTHON (an interpreter with everything installed), and
-# any setting of train_gpt.py. PRESET=demo without SHARDS or DATA_PATH takes the demo's own text.
+# RDZV_ENDPOINT=host:port for several machines (run it on each), SEEDS (42 1337 2024), SHARDS (80),
+# DATA_DIR (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file;
+# else looked up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, RECORDS (the
+# folder of the tracks), AGAINST (a result to test against), PREFLIGHT (arguments of pytest),
+# PYTHON (an interpreter with everything installed), and any setting of train_gpt.py. PRESET=demo
+# without SHARDS or DATA_PATH takes the demo's own text.
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 cd "$root"
