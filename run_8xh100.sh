@@ -6,11 +6,12 @@
 #   PRESET=demo AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh        the same in small, no GPU
 #
 # Set by environment (defaults): NPROC (all GPUs, else 1), NNODES (1) with NODE_RANK and
-# RDZV_ENDPOINT=host:port for several machines, SEEDS (42 1337 2024), SHARDS (80), DATA_DIR
-# (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file; else looked
-# up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, AGAINST (a result to test
-# against), PREFLIGHT (arguments of pytest), PYTHON (an interpreter with everything installed), and
-# any setting of train_gpt.py. PRESET=demo without SHARDS or DATA_PATH takes the demo's own text.
+# RDZV_ENDPOINT=host:port for several machines (run it on each), SEEDS (42 1337 2024), SHARDS (80),
+# DATA_DIR (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file;
+# else looked up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, RECORDS (the
+# folder of the tracks), AGAINST (a result to test against), PREFLIGHT (arguments of pytest),
+# PYTHON (an interpreter with everything installed), and any setting of train_gpt.py. PRESET=demo
+# without SHARDS or DATA_PATH takes the demo's own text.
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 cd "$root"
@@ -124,9 +125,13 @@ launch() {  # RUN_ID, then settings; all ranks of the packed script, in the runs
     [[ $NNODES == 1 ]] || where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d
                                  --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="$id")
     (cd "$runs" && env RUN_ID="$id" ARTIFACT_PATH="$id.ptz" "$@" "$PYTHON" -m torch.distributed.run \
-        "${where[@]}" --nproc_per_node="$NPROC" train_gpt.py)
+        "${where[@]}" --nproc_per_node="$NPROC" train_gpt.py) || return 1
+    touch "$runs/$id.done"  # the only trace of a run on machines that keep no log
 }
-finished() { grep -q '^final_int8_zlib_roundtrip_exact' "$runs/logs/$1.txt" 2>/dev/null; }
+finished() {
+    [[ $NODE_RANK != 0 && -e $runs/$1.done ]] ||
+        grep -q '^final_int8_zlib_roundtrip_exact' "$runs/logs/$1.txt" 2>/dev/null
+}
 
 say "6 smoke test: every phase once, on all ranks"
 if ! finished smoke; then
