@@ -10,10 +10,10 @@ Read it top to bottom, in the order in which data flows:
     3 data               shards -> batches that depend on (seed, step) only
     4 byte accounting    ids -> source bytes, the only denominator of BPB
     5 model              layer plan, lanes, recurrence; the table of all parameters
-    6 optimization       schedules, Newton-Schulz, Muon and AdamW, averages
+    6 optimization       schedules, Newton-Schulz, Muon over ranks, AdamW, averages
     7 quantization       weights -> integer codes -> artifact file -> weights
     8 evaluation         one window plan, one scoring loop, Score
-    9 training           the clock, the phases, the loop
+    9 training           the clock, checkpoints, the phases, the loop
    10 main
 
 Letters: B batch, T time, D model, H heads, G kv-heads, K head dim, V vocabulary.
@@ -507,7 +507,7 @@ class Runtime:
             yield
         except RuntimeError as error:
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
-            failed = type(error) is not RunError and re.search("gloo|NCCL", str(error))
+            failed = not isinstance(error, RunError) and re.search("gloo|NCCL", str(error))
             lost = self.lost_ranks() if failed and self.world > 1 else ""
             require(not lost, f"rank {lost} of {self.world} has died, so rank {self.rank} ends; "
                     f"start again with RESUME=1 ({error})")
