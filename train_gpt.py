@@ -2197,10 +2197,9 @@ class Trainer:
         """Checkpoint this step boundary while the clock stands still; a failure is but logged."""
         self.clock.pause()
         self.read_facts(self.steps)  # a step that diverged is never kept
-        self.facts = self.facts._replace(save=0.0)
         state = dict(steps=self.steps, phase=self.phase, snapshots=self.average.snapshots,
-                     facts=self.facts._replace(quit=0.0), elapsed_ms=self.clock.elapsed_ms,
-                     recent=list(self.clock.recent))
+                     facts=self.facts._replace(quit=0.0, save=0.0),
+                     elapsed_ms=self.clock.elapsed_ms, recent=list(self.clock.recent))
         try:
             arrays = {name: t.detach().cpu().numpy() for name, t in self.tensors()[0].items()}
             self.checkpoints.write(arrays, state)
