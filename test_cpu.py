@@ -7567,6 +7567,31 @@ def test_k_muon_of_several_ranks_is_muon_of_one():
         math.prod(shape) for shape in B_SHAPES)  # on the owner and nowhere else
 
 
+def test_k_momentum_is_copied_across_owners():
+    """What a repeat's owner gets is the momentum that the base's owner has, bit for bit."""
+    params, muons = k_muons(b_config(), 3, [])
+    for muon in muons:
+        muon.momentum.normal_()
+    before = torch.stack([muon.momentum.clone() for muon in muons])
+    owner = {p: s.owner for muon in muons for s in muon.stacks for p in s.params}
+    pairs = ((0, 3), (2, 4))
+    assert any(owner[params[0][a]] != owner[params[0][b]] for a, b in pairs)
+    for rank, muon in enumerate(muons):
+        def gathered(rows, rank=rank):
+            assert not rows[[r for r in range(3) if r != rank]].any()  # not known here
+            return lambda: [rows[r].copy_(before[r]) for r in range(3) if r != rank]
+
+        muon.runtime.all_gather = gathered
+        muon.copy_momentum([(params[rank][a], params[rank][b]) for a, b in pairs])
+    after, own = torch.stack([muon.momentum for muon in muons]), muons[0]
+    order = [p for s in own.stacks for p in s.params]
+    old, new = (dict(zip(order, own.matrices(rows, own.stacks), strict=True))
+                for rows in (before, after))
+    source = {b: a for a, b in pairs}
+    for i, p in enumerate(params[0]):
+        assert torch.equal(new[p], old[params[0][source.get(i, i)]])
+
+
 def k_compare(tmp_path, data, *rank_counts, **settings):
     """Check losses and artifact sizes of runs on several ranks against one rank's."""
     settings |= dict(iterations=30, swa_enabled=False, late_qat_threshold=0.0)

@@ -10,12 +10,12 @@ Read it top to bottom, in the order in which data flows:
     3 data               shards -> batches that depend on (seed, step) only
     4 byte accounting    ids -> source bytes, the only denominator of BPB
     5 model              layer plan, lanes, recurrence; the table of all parameters
-    6 optimization       schedules, Newton-Schulz, Muon and AdamW, averages
+    6 optimization       schedules, Newton-Schulz, Muon over ranks, AdamW, averages
     7 quantization       weights -> integer codes: GPTQ, and the fit to SIZE_LIMIT
     8 artifact           codes -> compressed streams -> file -> weights
     9 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
    10 test-time training a chunk is scored, then trained on; all modes
-   11 training           the clock, the phases, the loop
+   11 training           the clock, checkpoints, the phases, the loop
    12 main
 
 Letters: B batch, T time, D model, H heads, G kv-heads, K head dim, V vocabulary.
@@ -535,7 +535,7 @@ class Runtime:
             yield
         except RuntimeError as error:
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
-            failed = type(error) is not RunError and re.search("gloo|NCCL", str(error))
+            failed = not isinstance(error, RunError) and re.search("gloo|NCCL", str(error))
             lost = self.lost_ranks() if failed and self.world > 1 else ""
             require(not lost, f"rank {lost} of {self.world} has died, so rank {self.rank} ends; "
                     f"start again with RESUME=1 ({error})")
@@ -2680,10 +2680,9 @@ class Trainer:
         """Checkpoint this step boundary while the clock stands still; a failure is but logged."""
         self.clock.pause()
         self.read_facts(self.steps)  # a step that diverged is never kept
-        self.facts = self.facts._replace(save=0.0)
         state = dict(steps=self.steps, phase=self.phase, snapshots=self.average.snapshots,
-                     facts=self.facts._replace(quit=0.0), elapsed_ms=self.clock.elapsed_ms,
-                     recent=list(self.clock.recent))
+                     facts=self.facts._replace(quit=0.0, save=0.0),
+                     elapsed_ms=self.clock.elapsed_ms, recent=list(self.clock.recent))
         try:
             arrays = {name: t.detach().cpu().numpy() for name, t in self.tensors()[0].items()}
             self.checkpoints.write(arrays, state)
