@@ -231,7 +231,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         warmdown_iters=360, warmup_steps=4,
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
-        val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.1,
+        val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.03,
         ttt_chunk_tokens=2048,
     ),
 }
