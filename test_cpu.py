@@ -2057,7 +2057,7 @@ def test_imports_are_torch_numpy_and_the_standard_library():
 
 
 def test_the_file_keeps_its_shape():
-    """A bounded number of lines and bytes, 100 columns, ASCII; main under 100 lines, functions 75."""
+    """Bounded lines and bytes, 100 columns, ASCII; main under 100 lines, functions 75."""
     data = (ROOT / "train_gpt.py").read_bytes()
     lines = data.decode("ascii").splitlines()
     assert len(lines) < 2460 and len(data) < 123_000
