@@ -2098,7 +2098,7 @@ def test_imports_are_torch_numpy_and_the_standard_library():
 
 
 def test_the_file_keeps_its_shape():
-    """About 2,200 lines and 100 kB, 100 columns, ASCII; main under 100 lines, functions 75."""
+    """Bounded lines and bytes, 100 columns, ASCII; main under 100 lines, functions 75."""
     data = (ROOT / "train_gpt.py").read_bytes()
     lines = data.decode("ascii").splitlines()
     assert len(lines) < 2520 and len(data) < 125_000
@@ -3299,7 +3299,7 @@ def test_preflight_04_forward_and_backward(b_full, capsys):
 
 
 def test_preflight_05_code_size(capsys):
-    """train_gpt.py is about 100 kB of ASCII; a record counts the packed file."""
+    """train_gpt.py is a bounded ASCII file; a record counts the packed file."""
     data = (ROOT / "train_gpt.py").read_bytes()
     b_report(capsys, f"train_gpt.py {len(data)} bytes, {data.count(10)} lines")
     size, is_ascii = len(data), data.isascii()
@@ -7050,17 +7050,17 @@ def test_q_calibration_is_inside_the_clock(b_make, monkeypatch):
     real = t.input_hessians
 
     def slow(*arguments):
-        t.time.sleep(0.2)
+        t.time.sleep(0.4)  # more than CLOCK_RESERVE_MS hides
         return real(*arguments)
 
     monkeypatch.setattr(t, "input_hessians", slow)
-    trainer = b_make(max_wallclock_seconds=1.5, iterations=10**6, gptq_calibration_seqs=8)
+    trainer = b_make(max_wallclock_seconds=1.6, iterations=10**6, gptq_calibration_seqs=8)
     trainer.run()
-    assert trainer.reserve_ms >= 300
+    assert trainer.reserve_ms >= 600
     trained = trainer.clock.elapsed_ms
     weights, hessians = trainer.finish()
     assert weights == "ema" and len(hessians) == 6 * 6 + 2 * 2 + 1
-    assert trained + 200 <= trainer.clock.elapsed_ms <= 1500
+    assert trained + 400 <= trainer.clock.elapsed_ms <= 1600
     (event,) = b_events(trainer, "calibration")
     assert event["train_ms"] == trainer.clock.elapsed_ms
     ids = np.stack([trainer.loader.sequence(4 * trainer.steps + i)[:-1] for i in range(8)])

@@ -1899,7 +1899,9 @@ def smallest(raw: bytes, compressor: str) -> tuple[str, bytes]:
     """(codec, data) under COMPRESSOR; auto tries every codec that is installed."""
     codecs = [codec for codec in CODECS if codec != "zstd" or zstandard_module()]
     codecs = codecs if compressor == "auto" else [compressor]
-    return min(((codec, compress(raw, codec)) for codec in codecs), key=lambda pair: len(pair[1]))
+    with ThreadPoolExecutor() as pool:  # compressors leave the interpreter to others
+        packed = pool.map(functools.partial(compress, raw), codecs)
+        return min(zip(codecs, packed, strict=True), key=lambda pair: len(pair[1]))
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
