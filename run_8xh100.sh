@@ -122,6 +122,9 @@ fi
 launch() {  # RUN_ID, then settings; all ranks of the packed script, in the runs' folder
     local id=$1 where=(--standalone)
     shift
+    for old in "$runs/logs/$id".{txt,jsonl} "$runs"/{,data/}checkpoints/"$id"; do  # of an attempt that failed
+        [[ ! -e $old ]] || mv "$old" "$old.failed_$(date +%s)"
+    done
     [[ $NNODES == 1 ]] || where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d
                                  --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="$id")
     (cd "$runs" && env RUN_ID="$id" ARTIFACT_PATH="$id.ptz" "$@" "$PYTHON" -m torch.distributed.run \

@@ -6575,8 +6575,8 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         "evaluation clock", "train_seed42.log"),
     "a chunk scored again": (lambda f: r_chunks(f, 1, 2, 2, 3), "order", "train_seed42.log"),
     "a chunk out of order": (lambda f: r_chunks(f, 2, 1), "order", "train_seed42.log"),
-    "TTT's headline without TTT": (lambda f: r_log(
-        f, "\nheadline_mode: sliding", "\nheadline_mode: ttt"), "order", "train_seed42.log"),
+    "TTT's headline without TTT": (lambda f: (f / "train_seed42.log").write_text(re.sub(
+        r"\nlegal_ttt.*", "", (f / "train_seed42.log").read_text())), "order", "train_seed42.log"),
     "bytes not proven": (lambda f: r_log(f, "\nbyte_audit:exact", "\nbyte_audit:unverified"),
                          "audit", "train_seed42.log"),
     "bytes of another text": (lambda f: r_edit(f / "manifest.json", '"source_bytes": ',
@@ -6586,8 +6586,8 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
     "no attribution": (lambda f: r_submission(f, attribution={}), "attribution", "submission"),
     "wrong credit": (lambda f: r_submission(f, attribution__Muon="me"), "attribution",
                      "submission.json"),
-    "resumed run": (lambda f: r_log(f, "\nseed:42\n", "\nseed:42\nresumed from step 3\n"),
-                    "complete", "train_seed42.log"),
+    "resumed run": (lambda f: r_log(f, "\nseed:42\n", (
+        "\nseed:42\nresumed step:3 of checkpoints/seed42\n")), "complete", "train_seed42.log"),
     "log cut short": (lambda f: (f / "train_seed42.log").write_text(
         (f / "train_seed42.log").read_text().rsplit("\n", 2)[0]), "complete", "train_seed42.log"),
     "another GPU": (lambda f: r_log(f, "NVIDIA H100", "NVIDIA A100"), "hardware", "train_seed42"),
@@ -6684,7 +6684,7 @@ def test_r_curves_are_labelled(r_runs, tmp_path, monkeypatch):
     names = [text.get_text() for text in kept[0].legends[0].get_texts()]
     assert names == ["seed 42", "seed 1337", "seed 2024"]
     marks = [text.get_text() for text in kept[0].axes[1].get_legend().get_texts()]
-    assert marks == ["post-ema", "roundtrip", "sliding"]
+    assert marks == ["post-ema", "roundtrip", "sliding", "ttt"]
     plt.close(kept[0])
 
 

@@ -361,7 +361,7 @@ def check_order(folder: Folder) -> Found:
                 break
         ttt = run.scores.get("ttt")
         if run.ours and run.summary.get("headline_mode") == "ttt" and (
-                not ttt or not run.chunks or ttt.bpb != run.headline.bpb):
+                not ttt or not run.chunks or run.headline and ttt.bpb != run.headline.bpb):
             yield run.path.name, "the headline is TTT's, but no score-first TTT is in the log"
 
 

@@ -209,7 +209,7 @@ def read_line(run: Run, line: str) -> None:
         run.settings[match[1]] = match[2]
     elif match := re.match(r"([a-z][a-z0-9_]*): (\S+)$", line):
         run.summary[match[1]] = match[2]
-    run.resumed = run.resumed or bool(re.match(r"resumed\b", line))
+    run.resumed = run.resumed or bool(re.match(r"resumed step:[1-9]", line))
     for name, pattern in FACT_PATTERNS.items():
         if match := pattern.match(line):
             run.facts[name] = int(match[1]) if name in FACTS else match[1]
