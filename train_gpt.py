@@ -57,7 +57,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- 1 configuration: field `train_seq_len` <=> variable TRAIN_SEQ_LEN 
+# --- 1 configuration: field `train_seq_len` <=> variable TRAIN_SEQ_LEN ---
 
 
 class RunError(RuntimeError):
@@ -70,10 +70,6 @@ class Stopped(RunError):
     """A signal ended the run; RESUME=1 goes on from its last checkpoint."""
 
     code = 75  # EX_TEMPFAIL: try again later
-
-
-class ConfigError(RunError):
-    """One or more settings are wrong; the message lists all of them with the remedy."""
 
 
 def require(holds: Any, message: str, error: type[RunError] = RunError) -> None:
@@ -99,8 +95,7 @@ class Config:
     """Every setting of a run. The defaults are the record run on 8xH100."""
 
     # run, data, tokenizer
-    preset: str = setting("record", "base values under the explicit ones",
-                          choices=("record", "published", "demo"))
+    preset: str = setting("record", "set of defaults", choices=("record", "published", "demo"))
     run_id: str = setting("", "name of logs/<RUN_ID>.txt and .jsonl; empty: time and a random tag")
     seed: int = setting(1337, "initial weights and order of the data", 0, 2**31 - 1)
     data_path: str = setting("./data/datasets/fineweb10B_scylla", "folder of the shards")
@@ -164,14 +159,12 @@ class Config:
     swa_every: int = setting(50, "steps between snapshots once the lr scale is under 0.2", 1)
     late_qat_threshold: float = setting(0.15, "fake-quantize once the lr scale is lower", 0, 1)
     # export
-    quant: str = setting("gptq", "rounding: by the inputs' second moments, or to the nearest",
-                         choices=("gptq", "rtn"))
-    gptq_calibration_seqs: int = setting(64, "training sequences for the second moments", 1)
+    quant: str = setting("gptq", "rounding: GPTQ, or to the nearest", choices=("gptq", "rtn"))
+    gptq_calibration_seqs: int = setting(64, "training sequences for GPTQ", 1)
     n_int6_layers: int | None = setting(None, "MLP layers at INT6, half first, half last (even), "
                                         "the others INT5; auto: as SIZE_LIMIT allows", 0)
     class_bits: str = setting("", "bits by class against the table, such as 'mlp=4,attn=8' (2..8)")
-    compressor: str = setting("auto", "codec; auto: the smallest, stream by stream",
-                              choices=("auto", *CODECS))
+    compressor: str = setting("auto", "auto: the smallest per stream", choices=("auto", *CODECS))
     size_limit: int = setting(16_000_000, "code and artifact at most, in bytes", 1)
     artifact_path: str = setting("final_model.int6.ptz", "where the artifact is written")
     load_artifact: str = setting("", "evaluate this artifact instead of training")
@@ -227,7 +220,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], cuda: bool = False) -> Config:
-        """Config from environment variables; raises ConfigError naming every problem.
+        """Config from environment variables; raises RunError naming every problem.
 
         `cuda` says whether a GPU is there: without one and without DATA_PATH, PRESET is demo.
         """
@@ -239,7 +232,7 @@ class Config:
             explicit["resume"] = bool(explicit.get("run_id")) and "load_artifact" not in explicit
         config = cls(**(PRESETS[explicit.get("preset", "record")] | explicit))
         problems += contradictions(config)
-        require(not problems, "\n  ".join(["the settings are wrong:", *problems]), ConfigError)
+        require(not problems, "\n  ".join(["the settings are wrong:", *problems]))
         return config
 
 
@@ -249,19 +242,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
-        rope_dims=16, bigram_dim=32, ve_dim=32, recur_start_step=0.4,
-        train_batch_tokens=2048, train_seq_len=256, iterations=900, warmdown_iters=360,
-        warmup_steps=4, max_wallclock_seconds=0.0, muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
-        swa_every=10, eval_seq_len=256, val_batch_size=16384, val_loss_every=0, train_log_every=50,
-        ttt_lr=0.1, ttt_chunk_tokens=2048,
-    ),
+        rope_dims=16, bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=2048,
+        train_seq_len=256, iterations=900, warmdown_iters=360, warmup_steps=4,
+        max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
+        val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.1,
+        ttt_chunk_tokens=2048),
 }
-
 DROPPED = {  # spellings of published scripts -> what to set here
     "N_INT6_MLP_LAYERS": "N_INT6_LAYERS", "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
-    "EMA_ENABLED": "EMA_DECAY (0: none)",
-    "EMA_EVERY": "EMA_DECAY (0: none); the average is updated every step",
+    "EMA_ENABLED": "EMA_DECAY (0: none)", "EMA_EVERY": "EMA_DECAY; it averages every step",
     "QAT_ENABLED": "LATE_QAT_THRESHOLD (0: never)", "LATE_QAT": "LATE_QAT_THRESHOLD (0: never)",
     "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
@@ -270,25 +260,14 @@ DROPPED = {  # spellings of published scripts -> what to set here
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
     """A line for each variable that looks like a setting but is none."""
-    names = [f.name.upper() for f in fields(Config)]
-    squashed = {name.replace("_", ""): name for name in names}
-    problems = []
+    names, problems = [f.name.upper() for f in fields(Config)], []
     for name in sorted({*environ} - {*names, "SEEDS"}):  # SEEDS is run_8xh100.sh's
-        close = difflib.get_close_matches(name, names, 1, 0.88)
-        near = squashed.get(name.replace("_", "")) or (close[0] if close else None)
-        reason = f"no such setting; did you mean {near}?" if near else ""
+        near = difflib.get_close_matches(name, names, 1, 0.88)
         if name in DROPPED:
-            reason = f"not a setting here; set {DROPPED[name]}"
-        problems += [f"{name}={environ[name]}: {reason}"] if reason else []
+            problems.append(f"{name}={environ[name]}: not a setting here; set {DROPPED[name]}")
+        elif near:
+            problems.append(f"{name}={environ[name]}: no such setting; did you mean {near[0]}?")
     return problems
-
-
-def parse_float(text: str) -> float:
-    """A finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
 
 
 def split_list(text: str) -> list[str]:
@@ -299,7 +278,7 @@ def split_list(text: str) -> list[str]:
 PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "int": ("a whole number", int),
     "int | None": ("a whole number or auto", lambda t: None if t == "auto" else int(t)),
-    "float": ("a finite number", parse_float),
+    "float": ("a finite number", float),
     "bool": ("0 or 1", lambda t: {"0": False, "1": True, "false": False, "true": True}[t.lower()]),
     "str": ("text", str),
     "tuple[int, ...]": ("a comma list of whole numbers", lambda t: tuple(map(int, split_list(t)))),
@@ -312,19 +291,18 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
     values = {}
     for f in fields(Config):
         name, (expected, parse) = f.name.upper(), PARSERS[f.type]
+        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
         if name not in environ:
             continue
         try:
             value = parse(environ[name])
         except (ValueError, KeyError):
+            value = math.nan
+        if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}={environ[name]}: expected {expected}")
-            continue
-        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        if value is None:
-            values[f.name] = value
         elif choices and value not in choices:
             problems.append(f"{name}={value}: allowed are {show(choices)}")
-        elif (low is not None and value < low) or (high is not None and value > high):
+        elif None not in (value, low) and not low <= value <= (math.inf if high is None else high):
             upper = "" if high is None else f" and at most {high}"
             problems.append(f"{name}={value}: must be at least {low}{upper}")
         else:
@@ -332,26 +310,22 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
     return values
 
 
-MULTIPLES = (
-    ("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
-    ("train_batch_tokens", "train_seq_len"), ("micro_batch_tokens", "train_seq_len"),
-)
-
-
 def contradictions(c: Config) -> list[str]:
     """A line for each way in which the settings contradict each other."""
     recur, lanes, layers = c.recur_layers, c.parallel_start_layer, c.num_layers
     block = tuple(range(recur[0], recur[0] + len(recur))) if recur else ()
     valued = c.ve_layers if c.ve_enabled else (0,)
+    multiples = dict(model_dim="num_heads", num_heads="num_kv_heads",
+                     train_batch_tokens="train_seq_len", micro_batch_tokens="train_seq_len")
     rules = [
         *((getattr(c, many) % getattr(c, one) == 0, many,
-           f"not a multiple of {one.upper()}={getattr(c, one)}") for many, one in MULTIPLES),
+           f"not a multiple of {one.upper()}={getattr(c, one)}") for many, one in multiples.items()),
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
          f"must be even and at most the head dimension {c.head_dim}"),
         (c.eval_stride <= c.eval_seq_len, "eval_stride",
          f"larger than EVAL_SEQ_LEN={c.eval_seq_len}, so tokens would be skipped"),
-        (layers // 2 <= lanes <= layers, "parallel_start_layer", "must be in the decoder half, "
-         f"{layers // 2}..{layers}, as skips are stored from one stream"),
+        (layers // 2 <= lanes <= layers, "parallel_start_layer",
+         f"must be in {layers // 2}..{layers}: skips are stored from one stream"),
         (recur == block and set(recur) <= set(range(layers)), "recur_layers",
          f"must be consecutive layers of 0..{layers - 1}, as they run again as one block"),
         (not recur or max(recur) < lanes or min(recur) >= lanes, "recur_layers", "crosses "
@@ -369,11 +343,11 @@ def contradictions(c: Config) -> list[str]:
         (c.artifact_path, "artifact_path", "must name a file"),
         (c.checkpoint_path, "checkpoint_path", "must name a folder"),
         (c.run_id or not c.resume, "resume", "needs the RUN_ID of the run that is to go on"),
-        *((not (getattr(c, name) and c.load_artifact), name, "cannot go with LOAD_ARTIFACT")
-          for name in ("dry_run", "resume")),
+        (not (c.dry_run and c.load_artifact), "dry_run", "cannot go with LOAD_ARTIFACT"),
+        (not (c.resume and c.load_artifact), "resume", "cannot go with LOAD_ARTIFACT"),
         (len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES)
-         and set(c.modes) - {"slot"}, "eval_modes", f"name some of {show(EVAL_MODES)}, each once, "
-         "with one besides slot that is enabled"),
+         and set(c.modes) - {"slot"}, "eval_modes",
+         f"name some of {show(EVAL_MODES)}, each once, with one besides slot that is enabled"),
         (c.ttt_chunk_tokens >= c.eval_seq_len, "ttt_chunk_tokens",
          f"smaller than a window, EVAL_SEQ_LEN={c.eval_seq_len}"),
         (c.ttt_freeze_blocks < layers or not c.ttt_enabled, "ttt_freeze_blocks",
@@ -414,10 +388,9 @@ def settings_table() -> str:
     """Every setting as a Markdown table: the README's table and the answer to --help."""
     rows = ["| setting | record | demo | what it is |", "|--|--|--|--|"]
     for f in fields(Config):
-        demo = show(PRESETS["demo"][f.name]) if f.name in PRESETS["demo"] else ""
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | "
-                    f"{f.metadata['help']}{choices} |")
+        demo, text = show(PRESETS["demo"].get(f.name, "")), f.metadata["help"]
+        text += f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | {text} |")
     return "\n".join(rows)
 
 
