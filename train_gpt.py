@@ -11,7 +11,7 @@ Read it top to bottom, in the order in which data flows:
     4 byte accounting    ids -> source bytes, the only denominator of BPB
     5 model              layer plan, lanes, recurrence; the table of all parameters
     6 optimization       schedules, Newton-Schulz, Muon over ranks, AdamW, averages
-    7 quantization       weights -> integer codes: GPTQ, and the fit to SIZE_LIMIT
+    7 quantization       weights -> integer codes: GPTQ, the fit to SIZE_LIMIT
     8 artifact           codes -> compressed streams -> file -> weights
     9 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
    10 test-time training a chunk is scored, then trained on; all modes
@@ -41,7 +41,6 @@ import statistics
 import struct
 import sys
 import time
-import uuid
 import zipfile
 import zlib
 from collections import deque
@@ -67,7 +66,7 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """A signal ended the run; RESUME=1 goes on from its last checkpoint."""
+    """A signal ended the run; RESUME=1 goes on."""
 
     code = 75  # EX_TEMPFAIL: try again later
 
@@ -315,23 +314,22 @@ def contradictions(c: Config) -> list[str]:
     recur, lanes, layers = c.recur_layers, c.parallel_start_layer, c.num_layers
     block = tuple(range(recur[0], recur[0] + len(recur))) if recur else ()
     valued = c.ve_layers if c.ve_enabled else (0,)
+    window, chosen, start = c.eval_seq_len, set(c.eval_modes), c.recur_start_step
     multiples = dict(model_dim="num_heads", num_heads="num_kv_heads",
                      train_batch_tokens="train_seq_len", micro_batch_tokens="train_seq_len")
     rules = [
-        *((getattr(c, many) % getattr(c, one) == 0, many,
-           f"not a multiple of {one.upper()}={getattr(c, one)}") for many, one in multiples.items()),
+        *((getattr(c, name) % getattr(c, of) == 0, name,
+           f"not a multiple of {of.upper()}={getattr(c, of)}") for name, of in multiples.items()),
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
          f"must be even and at most the head dimension {c.head_dim}"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride",
-         f"larger than EVAL_SEQ_LEN={c.eval_seq_len}, so tokens would be skipped"),
+        (c.eval_stride <= window, "eval_stride", f"over EVAL_SEQ_LEN={window}: would skip tokens"),
         (layers // 2 <= lanes <= layers, "parallel_start_layer",
-         f"must be in {layers // 2}..{layers}: skips are stored from one stream"),
+         f"must be in {layers // 2}..{layers}, as skips are stored from one stream"),
         (recur == block and set(recur) <= set(range(layers)), "recur_layers",
          f"must be consecutive layers of 0..{layers - 1}, as they run again as one block"),
         (not recur or max(recur) < lanes or min(recur) >= lanes, "recur_layers", "crosses "
          f"PARALLEL_START_LAYER={lanes}; two lanes cannot run a one-lane layer again"),
-        (c.recur_start_step < 1 or c.recur_start_step % 1 == 0, "recur_start_step",
-         "must be a whole step, or a fraction below 1"),
+        (start < 1 or start % 1 == 0, "recur_start_step", "must be whole, or a fraction below 1"),
         (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)), "ve_layers",
          f"name layers of 0..{layers - 1}, each once; VE_ENABLED=0 turns them off"),
         (c.xsa_last_n <= layers, "xsa_last_n", f"there are {layers} layers"),
@@ -345,11 +343,10 @@ def contradictions(c: Config) -> list[str]:
         (c.run_id or not c.resume, "resume", "needs the RUN_ID of the run that is to go on"),
         (not (c.dry_run and c.load_artifact), "dry_run", "cannot go with LOAD_ARTIFACT"),
         (not (c.resume and c.load_artifact), "resume", "cannot go with LOAD_ARTIFACT"),
-        (len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES)
-         and set(c.modes) - {"slot"}, "eval_modes",
+        (len(c.eval_modes) == len(chosen & {*EVAL_MODES}) and {*c.modes} - {"slot"}, "eval_modes",
          f"name some of {show(EVAL_MODES)}, each once, with one besides slot that is enabled"),
-        (c.ttt_chunk_tokens >= c.eval_seq_len, "ttt_chunk_tokens",
-         f"smaller than a window, EVAL_SEQ_LEN={c.eval_seq_len}"),
+        (c.ttt_chunk_tokens >= window, "ttt_chunk_tokens",
+         f"smaller than a window, EVAL_SEQ_LEN={window}"),
         (c.ttt_freeze_blocks < layers or not c.ttt_enabled, "ttt_freeze_blocks",
          f"leaves none of {layers} layers to train; TTT_ENABLED=0 turns training off"),
         (parse_class_bits(c.class_bits) is not None, "class_bits",
@@ -401,11 +398,11 @@ class RunLog:
     """logs/<run_id>.txt for people and .jsonl for programs; silent unless opened (on rank 0)."""
 
     def __init__(self, run_id: str) -> None:
-        self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}"
+        self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{os.urandom(3).hex()}"
         self.text = self.events = None
 
     def open(self, append: bool) -> None:
-        """Take the run id; raises RunError if it is in use or, unless we append, was used."""
+        """Take the run id; RunError if it is in use or, unless we append, was used."""
         import fcntl  # Unix only
 
         Path("logs").mkdir(exist_ok=True)
@@ -421,10 +418,8 @@ class RunLog:
 
     def line(self, text: str, console: bool = True) -> None:
         """Text to the log, and to the console."""
-        if self.text:
-            print(text, file=self.text, flush=True)
-            if console:
-                print(text, flush=True)
+        for stream in (self.text, sys.stdout)[: 1 + console] if self.text else ():
+            print(text, file=stream, flush=True)
 
     def event(self, kind: str, template: str = "", **values: Any) -> None:
         """One JSON object of `kind` with `values`, and the line that `template` makes of them."""
@@ -440,11 +435,8 @@ class RunLog:
         self.text = self.events = None
 
 
-class HostEvent:
-    """The interface of torch.cuda.Event on a machine without one: the monotonic clock."""
-
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
+class HostEvent(float):
+    """torch.cuda.Event on a machine without one: seconds of the monotonic clock."""
 
     def query(self) -> bool:
         return True
@@ -453,26 +445,24 @@ class HostEvent:
         return None
 
     def elapsed_time(self, later: HostEvent) -> float:
-        return 1e3 * (later.seconds - self.seconds)
+        return 1e3 * (later - self)
 
 
 class Runtime:
     """This process among its peers: rank, device, compute dtype, collectives, log."""
 
     def __init__(self, c: Config) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.signal, self.defer_signals = 0, False
-        self.cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
+        self.cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
-            local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             require(local < gpus, f"LOCAL_RANK={local} but this machine has {gpus} GPUs; start "
                     f"torchrun with --nproc_per_node={gpus}")
-            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiles, self.compiler = select_compiler(self.device, c)
         if self.world > 1:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
@@ -486,17 +476,11 @@ class Runtime:
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
 
-    def close(self) -> None:
-        """Leave the process group and close the log."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        self.log.close()
-
     @contextlib.contextmanager
-    def guarded(self) -> Iterator[None]:
-        """SIGTERM and SIGINT raise Stopped or, while deferred, are noted in `signal`.
+    def guarded(self) -> Iterator[Runtime]:
+        """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died.
 
-        A collective that failed because ranks died becomes a RunError that names them.
+        In the end it leaves the process group and closes the log.
         """
         def note(number: int, _: Any) -> None:
             self.signal = number
@@ -505,7 +489,7 @@ class Runtime:
 
         before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield
+            yield self
         except RuntimeError as error:
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
             failed = not isinstance(error, RunError) and re.search("gloo|NCCL", str(error))
@@ -516,9 +500,12 @@ class Runtime:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            self.log.close()
 
     def lost_ranks(self) -> str:
-        """This node's ranks that have died, as the first one knew who noticed within 5 seconds."""
+        """This node's dead ranks, as the first to notice knew them, within 5 seconds."""
         for _ in range(50):
             lost = show(tuple(rank for rank, (node, pid) in enumerate(self.peers)
                               if node == platform.node() and not os.path.exists(f"/proc/{pid}")))
@@ -542,13 +529,14 @@ class Runtime:
         packed = self.all_reduce(torch.cat([t.flatten() for t in tensors]))
         for t, part in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
+
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """This rank's row of the sum over ranks of `rows` (world, n)."""
         if self.world == 1:
             return rows[0]
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         own = torch.empty_like(rows[0])  # torch 2.13 has renamed both collectives
-        (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(
-            own, rows.view(-1))
+        scatter(own, rows.view(-1))
         return own
 
     def all_gather(self, rows: Tensor) -> Callable[[], Any]:
@@ -590,7 +578,9 @@ class Runtime:
 
     def event(self) -> Any:
         """A timing event of the device, recorded now."""
-        event = torch.cuda.Event(enable_timing=True) if self.cuda else HostEvent()
+        if not self.cuda:
+            return HostEvent(time.perf_counter())
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -619,6 +609,11 @@ class Runtime:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, cut to a part of a log line; it may say nothing."""
+    return (str(error) or repr(error)).partition("\n")[0][:100]
+
+
 def select_compiler(device: torch.device, c: Config) -> tuple[bool, str]:
     """Whether models are compiled on this device, and by what or why not."""
     if device.type == "cpu" or c.torch_compile_disable:
@@ -626,7 +621,7 @@ def select_compiler(device: torch.device, c: Config) -> tuple[bool, str]:
     try:
         torch.compile(torch.square)(torch.ones(8, device=device))
     except Exception as error:  # of any kind: no Triton, no headers, a chip it does not know
-        return False, f"inductor is broken: {str(error).splitlines()[0][:160]}"
+        return False, f"inductor is broken: {first_line(error)}"
     return True, "inductor"
 
 
@@ -647,7 +642,7 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
-    """The fastest attention that works at this model's head shape, and its name with the reason."""
+    """The fastest attention that works at this head shape, and its name with the reason."""
     if device.type != "cuda":
         return sdpa, "sdpa (no CUDA)"
     switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp")
@@ -667,7 +662,7 @@ def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
             torch.cuda.synchronize()
             return attend, f"{name} ({'; '.join(reasons) or 'installed'})"
         except Exception as error:  # of any kind: the next one is tried, and the log says why
-            reasons.append(f"{name}: {str(error).splitlines()[0][:80]}")
+            reasons.append(f"{name}: {first_line(error)}")
     raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
 
 
@@ -2834,15 +2829,15 @@ def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
 
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     """Print configuration, parameters, predicted bytes, memory and operations per step."""
-    line = runtime.log.line
+    line, code = runtime.log.line, os.path.getsize(__file__)
     line(settings_listing(c))
-    count, code = sum(p.numel() for p in model.parameters()), os.path.getsize(__file__)
     coarseness = least_coarseness(lambda at: sum(predicted_bytes(model, c, at).values()), c)
     expected = predicted_bytes(model, c, coarseness)
     for kind, size in expected.items():
         line(f"predicted_bytes {kind}:{size:.0f}")
     line(f"predicted_bytes code:{code} total:{sum(expected.values()) + code:.0f} "
          f"coarseness:{coarseness:.3f}")
+    count = sum(p.numel() for p in model.parameters())
     tokens = c.train_batch_tokens // runtime.world
     micro = micro_batch_seqs(tokens // c.train_seq_len, c, runtime) * c.train_seq_len
     kept = len(layer_plan(c, True)) * (14 * c.model_dim + 2 * c.hidden_dim)  # for backward
@@ -2874,10 +2869,9 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     log.event("config", **asdict(c))
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
-    log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}")
-    log.line(f"attention:{runtime.attention_name} compile:{int(runtime.compiles)} "
-             f"({runtime.compiler})")
-    log.line(f"seed:{c.seed}")
+    log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}\n"
+             f"attention:{runtime.attention_name} compile:{int(runtime.compiles)} "
+             f"({runtime.compiler})\nseed:{c.seed}")
     inside = not table.is_boundary[val.ids[0]]
     note = " (the first id is context only: its bytes are not counted)" if inside else ""
     log.event("bytes", "byte_audit:{audit} bytes:{bytes}" + note, audit=val.audit, bytes=total)
@@ -2904,11 +2898,10 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
               eval_ms=1e3 * summary["seconds_post_ema"])
     with stage("export", summary):
         total = export_model(model, hessians, evaluator.val, runtime, config)
-    summary |= dict(steps=trainer.steps, resumed=int(trainer.resumed), weights=weights,
-                    train_ms=round(trainer.clock.elapsed_ms),
-                    peak_memory_mib=allocated, bytes_total=total,
-                    bytes_artifact=total - os.path.getsize(__file__),
-                    post_ema_bpb=round(score.bpb, 6))
+    summary |= dict(
+        steps=trainer.steps, resumed=int(trainer.resumed), weights=weights, bytes_total=total,
+        train_ms=round(trainer.clock.elapsed_ms), peak_memory_mib=allocated,
+        bytes_artifact=total - os.path.getsize(__file__), post_ema_bpb=round(score.bpb, 6))
 
 
 def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score]) -> None:
@@ -2924,9 +2917,8 @@ def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score
     for key in sorted(summary, key=lambda key: [word not in key for word in order]):
         runtime.log.line(f"{key}: {summary[key]}")
     runtime.log.event("summary", **summary)
-    score = scores[headline]
-    runtime.log.line("final_int8_zlib_roundtrip_exact "
-                     f"val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    runtime.log.line(f"final_int8_zlib_roundtrip_exact val_loss:{scores[headline].loss:.8f} "
+                     f"val_bpb:{scores[headline].bpb:.8f}")
 
 
 def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
@@ -2937,13 +2929,13 @@ def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
         built = retokenize_scylla.build_demo(Path(c.data_path).parent, runtime.log.line)
     except (ImportError, OSError, ValueError) as error:
         raise RunError(f"cannot build the demo's data: {error}") from error
-    yardstick = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
-    return {"order2_byte_model_bpb": round(yardstick, 4)}
+    bpb = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
+    return {"order2_byte_model_bpb": round(bpb, 4)}
 
 
 def run(c: Config) -> None:
     """From shards to a scored artifact; raises RunError for whatever stops the run."""
-    with contextlib.closing(Runtime(c)) as runtime, runtime.guarded():
+    with Runtime(c).guarded() as runtime:
         torch.manual_seed(c.seed)
         summary: dict[str, Any] = {}
         if c.preset == "demo" and c.data_path == PRESETS["demo"]["data_path"]:
