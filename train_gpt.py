@@ -296,7 +296,7 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
         try:
             value = parse(environ[name])
         except (ValueError, KeyError):
-            value = math.nan
+            value = math.nan  # not readable
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}={environ[name]}: expected {expected}")
         elif choices and value not in choices:
@@ -2830,6 +2830,7 @@ def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     """Print configuration, parameters, predicted bytes, memory and operations per step."""
     line, code = runtime.log.line, os.path.getsize(__file__)
+    count = sum(p.numel() for p in model.parameters())
     line(settings_listing(c))
     coarseness = least_coarseness(lambda at: sum(predicted_bytes(model, c, at).values()), c)
     expected = predicted_bytes(model, c, coarseness)
@@ -2837,7 +2838,6 @@ def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
         line(f"predicted_bytes {kind}:{size:.0f}")
     line(f"predicted_bytes code:{code} total:{sum(expected.values()) + code:.0f} "
          f"coarseness:{coarseness:.3f}")
-    count = sum(p.numel() for p in model.parameters())
     tokens = c.train_batch_tokens // runtime.world
     micro = micro_batch_seqs(tokens // c.train_seq_len, c, runtime) * c.train_seq_len
     kept = len(layer_plan(c, True)) * (14 * c.model_dim + 2 * c.hidden_dim)  # for backward
