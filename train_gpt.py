@@ -476,12 +476,15 @@ class Runtime:
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
 
-    @contextlib.contextmanager
-    def guarded(self) -> Iterator[Runtime]:
-        """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died.
+    def close(self) -> None:
+        """Leave the process group and close the log."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.log.close()
 
-        In the end it leaves the process group and closes the log.
-        """
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died."""
         def note(number: int, _: Any) -> None:
             self.signal = number
             require(self.defer_signals, f"stopped by signal {number}; RESUME=1 goes on from the "
@@ -489,7 +492,7 @@ class Runtime:
 
         before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield self
+            yield
         except RuntimeError as error:
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
             failed = not isinstance(error, RunError) and re.search("gloo|NCCL", str(error))
@@ -500,9 +503,6 @@ class Runtime:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            self.log.close()
 
     def lost_ranks(self) -> str:
         """This node's dead ranks, as the first to notice knew them, within 5 seconds."""
@@ -2935,7 +2935,7 @@ def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
 
 def run(c: Config) -> None:
     """From shards to a scored artifact; raises RunError for whatever stops the run."""
-    with Runtime(c).guarded() as runtime:
+    with contextlib.closing(Runtime(c)) as runtime, runtime.guarded():
         torch.manual_seed(c.seed)
         summary: dict[str, Any] = {}
         if c.preset == "demo" and c.data_path == PRESETS["demo"]["data_path"]:
