@@ -105,7 +105,7 @@ fi
 say "4 settings and code"
 settings=$("$PYTHON" -c 'import os, torch, train_gpt as t
 try: print(t.settings_listing(t.Config.from_env(os.environ, torch.cuda.is_available())))
-except t.ConfigError as error: raise SystemExit(f"error: {error}")')
+except t.RunError as error: raise SystemExit(f"error: {error}")')
 key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES") | sha256sum | cut -c1-12)
 runs=$DATA_DIR/runs/$key
 mkdir -p "$runs/logs"

@@ -11,7 +11,7 @@ Read it top to bottom, in the order in which data flows:
     4 byte accounting    ids -> source bytes, the only denominator of BPB
     5 model              layer plan, lanes, recurrence; the table of all parameters
     6 optimization       schedules, Newton-Schulz, Muon over ranks, AdamW, averages
-    7 quantization       weights -> integer codes: GPTQ, and the fit to SIZE_LIMIT
+    7 quantization       weights -> integer codes: GPTQ, the fit to SIZE_LIMIT
     8 artifact           codes -> compressed streams -> file -> weights
     9 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
    10 test-time training a chunk is scored, then trained on; all modes
@@ -41,7 +41,6 @@ import statistics
 import struct
 import sys
 import time
-import uuid
 import zipfile
 import zlib
 from collections import deque
@@ -57,7 +56,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- 1 configuration: field `train_seq_len` <=> variable TRAIN_SEQ_LEN 
+# --- 1 configuration: field `train_seq_len` <=> variable TRAIN_SEQ_LEN ---
 
 
 class RunError(RuntimeError):
@@ -67,13 +66,9 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """A signal ended the run; RESUME=1 goes on from its last checkpoint."""
+    """A signal ended the run; RESUME=1 goes on."""
 
     code = 75  # EX_TEMPFAIL: try again later
-
-
-class ConfigError(RunError):
-    """One or more settings are wrong; the message lists all of them with the remedy."""
 
 
 def require(holds: Any, message: str, error: type[RunError] = RunError) -> None:
@@ -99,8 +94,7 @@ class Config:
     """Every setting of a run. The defaults are the record run on 8xH100."""
 
     # run, data, tokenizer
-    preset: str = setting("record", "base values under the explicit ones",
-                          choices=("record", "published", "demo"))
+    preset: str = setting("record", "set of defaults", choices=("record", "published", "demo"))
     run_id: str = setting("", "name of logs/<RUN_ID>.txt and .jsonl; empty: time and a random tag")
     seed: int = setting(1337, "initial weights and order of the data", 0, 2**31 - 1)
     data_path: str = setting("./data/datasets/fineweb10B_scylla", "folder of the shards")
@@ -164,14 +158,12 @@ class Config:
     swa_every: int = setting(50, "steps between snapshots once the lr scale is under 0.2", 1)
     late_qat_threshold: float = setting(0.15, "fake-quantize once the lr scale is lower", 0, 1)
     # export
-    quant: str = setting("gptq", "rounding: by the inputs' second moments, or to the nearest",
-                         choices=("gptq", "rtn"))
-    gptq_calibration_seqs: int = setting(64, "training sequences for the second moments", 1)
+    quant: str = setting("gptq", "rounding: GPTQ, or to the nearest", choices=("gptq", "rtn"))
+    gptq_calibration_seqs: int = setting(64, "training sequences for GPTQ", 1)
     n_int6_layers: int | None = setting(None, "MLP layers at INT6, half first, half last (even), "
                                         "the others INT5; auto: as SIZE_LIMIT allows", 0)
     class_bits: str = setting("", "bits by class against the table, such as 'mlp=4,attn=8' (2..8)")
-    compressor: str = setting("auto", "codec; auto: the smallest, stream by stream",
-                              choices=("auto", *CODECS))
+    compressor: str = setting("auto", "auto: the smallest per stream", choices=("auto", *CODECS))
     size_limit: int = setting(16_000_000, "code and artifact at most, in bytes", 1)
     artifact_path: str = setting("final_model.int6.ptz", "where the artifact is written")
     load_artifact: str = setting("", "evaluate this artifact instead of training")
@@ -227,7 +219,7 @@ class Config:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str], cuda: bool = False) -> Config:
-        """Config from environment variables; raises ConfigError naming every problem.
+        """Config from environment variables; raises RunError naming every problem.
 
         `cuda` says whether a GPU is there: without one and without DATA_PATH, PRESET is demo.
         """
@@ -239,7 +231,7 @@ class Config:
             explicit["resume"] = bool(explicit.get("run_id")) and "load_artifact" not in explicit
         config = cls(**(PRESETS[explicit.get("preset", "record")] | explicit))
         problems += contradictions(config)
-        require(not problems, "\n  ".join(["the settings are wrong:", *problems]), ConfigError)
+        require(not problems, "\n  ".join(["the settings are wrong:", *problems]))
         return config
 
 
@@ -249,19 +241,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
-        rope_dims=16, bigram_dim=32, ve_dim=32, recur_start_step=0.4,
-        train_batch_tokens=2048, train_seq_len=256, iterations=900, warmdown_iters=360,
-        warmup_steps=4, max_wallclock_seconds=0.0, muon_momentum=0.95,
-        muon_momentum_warmup_start=0.85, muon_momentum_warmup_steps=100, ema_decay=0.98,
-        swa_every=10, eval_seq_len=256, val_batch_size=16384, val_loss_every=0, train_log_every=50,
-        ttt_lr=0.03, ttt_chunk_tokens=2048,
-    ),
+        rope_dims=16, bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=2048,
+        train_seq_len=256, iterations=900, warmdown_iters=360, warmup_steps=4,
+        max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+        muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
+        val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.03,
+        ttt_chunk_tokens=2048),
 }
-
 DROPPED = {  # spellings of published scripts -> what to set here
     "N_INT6_MLP_LAYERS": "N_INT6_LAYERS", "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
-    "EMA_ENABLED": "EMA_DECAY (0: none)",
-    "EMA_EVERY": "EMA_DECAY (0: none); the average is updated every step",
+    "EMA_ENABLED": "EMA_DECAY (0: none)", "EMA_EVERY": "EMA_DECAY; it averages every step",
     "QAT_ENABLED": "LATE_QAT_THRESHOLD (0: never)", "LATE_QAT": "LATE_QAT_THRESHOLD (0: never)",
     "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
@@ -270,25 +259,14 @@ DROPPED = {  # spellings of published scripts -> what to set here
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
     """A line for each variable that looks like a setting but is none."""
-    names = [f.name.upper() for f in fields(Config)]
-    squashed = {name.replace("_", ""): name for name in names}
-    problems = []
+    names, problems = [f.name.upper() for f in fields(Config)], []
     for name in sorted({*environ} - {*names, "SEEDS"}):  # SEEDS is run_8xh100.sh's
-        close = difflib.get_close_matches(name, names, 1, 0.88)
-        near = squashed.get(name.replace("_", "")) or (close[0] if close else None)
-        reason = f"no such setting; did you mean {near}?" if near else ""
+        near = difflib.get_close_matches(name, names, 1, 0.88)
         if name in DROPPED:
-            reason = f"not a setting here; set {DROPPED[name]}"
-        problems += [f"{name}={environ[name]}: {reason}"] if reason else []
+            problems.append(f"{name}={environ[name]}: not a setting here; set {DROPPED[name]}")
+        elif near:
+            problems.append(f"{name}={environ[name]}: no such setting; did you mean {near[0]}?")
     return problems
-
-
-def parse_float(text: str) -> float:
-    """A finite number."""
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
 
 
 def split_list(text: str) -> list[str]:
@@ -299,7 +277,7 @@ def split_list(text: str) -> list[str]:
 PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "int": ("a whole number", int),
     "int | None": ("a whole number or auto", lambda t: None if t == "auto" else int(t)),
-    "float": ("a finite number", parse_float),
+    "float": ("a finite number", float),
     "bool": ("0 or 1", lambda t: {"0": False, "1": True, "false": False, "true": True}[t.lower()]),
     "str": ("text", str),
     "tuple[int, ...]": ("a comma list of whole numbers", lambda t: tuple(map(int, split_list(t)))),
@@ -312,19 +290,18 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
     values = {}
     for f in fields(Config):
         name, (expected, parse) = f.name.upper(), PARSERS[f.type]
+        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
         if name not in environ:
             continue
         try:
             value = parse(environ[name])
         except (ValueError, KeyError):
+            value = math.nan  # not readable
+        if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}={environ[name]}: expected {expected}")
-            continue
-        low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-        if value is None:
-            values[f.name] = value
         elif choices and value not in choices:
             problems.append(f"{name}={value}: allowed are {show(choices)}")
-        elif (low is not None and value < low) or (high is not None and value > high):
+        elif None not in (value, low) and not low <= value <= (math.inf if high is None else high):
             upper = "" if high is None else f" and at most {high}"
             problems.append(f"{name}={value}: must be at least {low}{upper}")
         else:
@@ -332,32 +309,27 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
     return values
 
 
-MULTIPLES = (
-    ("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
-    ("train_batch_tokens", "train_seq_len"), ("micro_batch_tokens", "train_seq_len"),
-)
-
-
 def contradictions(c: Config) -> list[str]:
     """A line for each way in which the settings contradict each other."""
     recur, lanes, layers = c.recur_layers, c.parallel_start_layer, c.num_layers
     block = tuple(range(recur[0], recur[0] + len(recur))) if recur else ()
     valued = c.ve_layers if c.ve_enabled else (0,)
+    window, chosen, start = c.eval_seq_len, set(c.eval_modes), c.recur_start_step
+    multiples = dict(model_dim="num_heads", num_heads="num_kv_heads",
+                     train_batch_tokens="train_seq_len", micro_batch_tokens="train_seq_len")
     rules = [
-        *((getattr(c, many) % getattr(c, one) == 0, many,
-           f"not a multiple of {one.upper()}={getattr(c, one)}") for many, one in MULTIPLES),
+        *((getattr(c, name) % getattr(c, of) == 0, name,
+           f"not a multiple of {of.upper()}={getattr(c, of)}") for name, of in multiples.items()),
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
          f"must be even and at most the head dimension {c.head_dim}"),
-        (c.eval_stride <= c.eval_seq_len, "eval_stride",
-         f"larger than EVAL_SEQ_LEN={c.eval_seq_len}, so tokens would be skipped"),
-        (layers // 2 <= lanes <= layers, "parallel_start_layer", "must be in the decoder half, "
-         f"{layers // 2}..{layers}, as skips are stored from one stream"),
+        (c.eval_stride <= window, "eval_stride", f"over EVAL_SEQ_LEN={window}: would skip tokens"),
+        (layers // 2 <= lanes <= layers, "parallel_start_layer",
+         f"must be in {layers // 2}..{layers}, as skips are stored from one stream"),
         (recur == block and set(recur) <= set(range(layers)), "recur_layers",
          f"must be consecutive layers of 0..{layers - 1}, as they run again as one block"),
         (not recur or max(recur) < lanes or min(recur) >= lanes, "recur_layers", "crosses "
          f"PARALLEL_START_LAYER={lanes}; two lanes cannot run a one-lane layer again"),
-        (c.recur_start_step < 1 or c.recur_start_step % 1 == 0, "recur_start_step",
-         "must be a whole step, or a fraction below 1"),
+        (start < 1 or start % 1 == 0, "recur_start_step", "must be whole, or a fraction below 1"),
         (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)), "ve_layers",
          f"name layers of 0..{layers - 1}, each once; VE_ENABLED=0 turns them off"),
         (c.xsa_last_n <= layers, "xsa_last_n", f"there are {layers} layers"),
@@ -369,13 +341,12 @@ def contradictions(c: Config) -> list[str]:
         (c.artifact_path, "artifact_path", "must name a file"),
         (c.checkpoint_path, "checkpoint_path", "must name a folder"),
         (c.run_id or not c.resume, "resume", "needs the RUN_ID of the run that is to go on"),
-        *((not (getattr(c, name) and c.load_artifact), name, "cannot go with LOAD_ARTIFACT")
-          for name in ("dry_run", "resume")),
-        (len(c.eval_modes) == len(set(c.eval_modes)) and set(c.eval_modes) <= set(EVAL_MODES)
-         and set(c.modes) - {"slot"}, "eval_modes", f"name some of {show(EVAL_MODES)}, each once, "
-         "with one besides slot that is enabled"),
-        (c.ttt_chunk_tokens >= c.eval_seq_len, "ttt_chunk_tokens",
-         f"smaller than a window, EVAL_SEQ_LEN={c.eval_seq_len}"),
+        (not (c.dry_run and c.load_artifact), "dry_run", "cannot go with LOAD_ARTIFACT"),
+        (not (c.resume and c.load_artifact), "resume", "cannot go with LOAD_ARTIFACT"),
+        (len(c.eval_modes) == len(chosen & {*EVAL_MODES}) and {*c.modes} - {"slot"}, "eval_modes",
+         f"name some of {show(EVAL_MODES)}, each once, with one besides slot that is enabled"),
+        (c.ttt_chunk_tokens >= window, "ttt_chunk_tokens",
+         f"smaller than a window, EVAL_SEQ_LEN={window}"),
         (c.ttt_freeze_blocks < layers or not c.ttt_enabled, "ttt_freeze_blocks",
          f"leaves none of {layers} layers to train; TTT_ENABLED=0 turns training off"),
         (parse_class_bits(c.class_bits) is not None, "class_bits",
@@ -414,10 +385,9 @@ def settings_table() -> str:
     """Every setting as a Markdown table: the README's table and the answer to --help."""
     rows = ["| setting | record | demo | what it is |", "|--|--|--|--|"]
     for f in fields(Config):
-        demo = show(PRESETS["demo"][f.name]) if f.name in PRESETS["demo"] else ""
-        choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-        rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | "
-                    f"{f.metadata['help']}{choices} |")
+        demo, text = show(PRESETS["demo"].get(f.name, "")), f.metadata["help"]
+        text += f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | {text} |")
     return "\n".join(rows)
 
 
@@ -428,11 +398,11 @@ class RunLog:
     """logs/<run_id>.txt for people and .jsonl for programs; silent unless opened (on rank 0)."""
 
     def __init__(self, run_id: str) -> None:
-        self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{uuid.uuid4().hex[:6]}"
+        self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{os.urandom(3).hex()}"
         self.text = self.events = None
 
     def open(self, append: bool) -> None:
-        """Take the run id; raises RunError if it is in use or, unless we append, was used."""
+        """Take the run id; RunError if it is in use or, unless we append, was used."""
         import fcntl  # Unix only
 
         Path("logs").mkdir(exist_ok=True)
@@ -448,10 +418,8 @@ class RunLog:
 
     def line(self, text: str, console: bool = True) -> None:
         """Text to the log, and to the console."""
-        if self.text:
-            print(text, file=self.text, flush=True)
-            if console:
-                print(text, flush=True)
+        for stream in (self.text, sys.stdout)[: 1 + console] if self.text else ():
+            print(text, file=stream, flush=True)
 
     def event(self, kind: str, template: str = "", **values: Any) -> None:
         """One JSON object of `kind` with `values`, and the line that `template` makes of them."""
@@ -467,11 +435,8 @@ class RunLog:
         self.text = self.events = None
 
 
-class HostEvent:
-    """The interface of torch.cuda.Event on a machine without one: the monotonic clock."""
-
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
+class HostEvent(float):
+    """torch.cuda.Event on a machine without one: seconds of the monotonic clock."""
 
     def query(self) -> bool:
         return True
@@ -480,26 +445,24 @@ class HostEvent:
         return None
 
     def elapsed_time(self, later: HostEvent) -> float:
-        return 1e3 * (later.seconds - self.seconds)
+        return 1e3 * (later - self)
 
 
 class Runtime:
     """This process among its peers: rank, device, compute dtype, collectives, log."""
 
     def __init__(self, c: Config) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         self.signal, self.defer_signals = 0, False
-        self.cuda = torch.cuda.is_available()
-        self.device = torch.device("cpu")
+        self.cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
-            local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
             require(local < gpus, f"LOCAL_RANK={local} but this machine has {gpus} GPUs; start "
                     f"torchrun with --nproc_per_node={gpus}")
-            self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.compiles, self.compiler = select_compiler(self.device, c)
         if self.world > 1:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
@@ -521,10 +484,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """SIGTERM and SIGINT raise Stopped or, while deferred, are noted in `signal`.
-
-        A collective that failed because ranks died becomes a RunError that names them.
-        """
+        """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died."""
         def note(number: int, _: Any) -> None:
             self.signal = number
             require(self.defer_signals, f"stopped by signal {number}; RESUME=1 goes on from the "
@@ -545,7 +505,7 @@ class Runtime:
                 signal.signal(number, handler)
 
     def lost_ranks(self) -> str:
-        """This node's ranks that have died, as the first one knew who noticed within 5 seconds."""
+        """This node's dead ranks, as the first to notice knew them, within 5 seconds."""
         for _ in range(50):
             lost = show(tuple(rank for rank, (node, pid) in enumerate(self.peers)
                               if node == platform.node() and not os.path.exists(f"/proc/{pid}")))
@@ -569,13 +529,14 @@ class Runtime:
         packed = self.all_reduce(torch.cat([t.flatten() for t in tensors]))
         for t, part in zip(tensors, packed.split([t.numel() for t in tensors]), strict=True):
             t.copy_(part.view_as(t))
+
     def reduce_scatter(self, rows: Tensor) -> Tensor:
         """This rank's row of the sum over ranks of `rows` (world, n)."""
         if self.world == 1:
             return rows[0]
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         own = torch.empty_like(rows[0])  # torch 2.13 has renamed both collectives
-        (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(
-            own, rows.view(-1))
+        scatter(own, rows.view(-1))
         return own
 
     def all_gather(self, rows: Tensor) -> Callable[[], Any]:
@@ -617,7 +578,9 @@ class Runtime:
 
     def event(self) -> Any:
         """A timing event of the device, recorded now."""
-        event = torch.cuda.Event(enable_timing=True) if self.cuda else HostEvent()
+        if not self.cuda:
+            return HostEvent(time.perf_counter())
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
@@ -646,6 +609,11 @@ class Runtime:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, cut to a part of a log line; it may say nothing."""
+    return (str(error) or repr(error)).partition("\n")[0][:100]
+
+
 def select_compiler(device: torch.device, c: Config) -> tuple[bool, str]:
     """Whether models are compiled on this device, and by what or why not."""
     if device.type == "cpu" or c.torch_compile_disable:
@@ -653,7 +621,7 @@ def select_compiler(device: torch.device, c: Config) -> tuple[bool, str]:
     try:
         torch.compile(torch.square)(torch.ones(8, device=device))
     except Exception as error:  # of any kind: no Triton, no headers, a chip it does not know
-        return False, f"inductor is broken: {str(error).splitlines()[0][:160]}"
+        return False, f"inductor is broken: {first_line(error)}"
     return True, "inductor"
 
 
@@ -674,7 +642,7 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
-    """The fastest attention that works at this model's head shape, and its name with the reason."""
+    """The fastest attention that works at this head shape, and its name with the reason."""
     if device.type != "cuda":
         return sdpa, "sdpa (no CUDA)"
     switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp")
@@ -694,7 +662,7 @@ def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
             torch.cuda.synchronize()
             return attend, f"{name} ({'; '.join(reasons) or 'installed'})"
         except Exception as error:  # of any kind: the next one is tried, and the log says why
-            reasons.append(f"{name}: {str(error).splitlines()[0][:80]}")
+            reasons.append(f"{name}: {first_line(error)}")
     raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
 
 
@@ -2863,9 +2831,9 @@ def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
 
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     """Print configuration, parameters, predicted bytes, memory and operations per step."""
-    line = runtime.log.line
+    line, code = runtime.log.line, os.path.getsize(__file__)
+    count = sum(p.numel() for p in model.parameters())
     line(settings_listing(c))
-    count, code = sum(p.numel() for p in model.parameters()), os.path.getsize(__file__)
     coarseness = least_coarseness(lambda at: sum(predicted_bytes(model, c, at).values()), c)
     expected = predicted_bytes(model, c, coarseness)
     for kind, size in expected.items():
@@ -2903,10 +2871,9 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     log.event("config", **asdict(c))
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
-    log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}")
-    log.line(f"attention:{runtime.attention_name} compile:{int(runtime.compiles)} "
-             f"({runtime.compiler})")
-    log.line(f"seed:{c.seed}")
+    log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}\n"
+             f"attention:{runtime.attention_name} compile:{int(runtime.compiles)} "
+             f"({runtime.compiler})\nseed:{c.seed}")
     inside = not table.is_boundary[val.ids[0]]
     note = " (the first id is context only: its bytes are not counted)" if inside else ""
     log.event("bytes", "byte_audit:{audit} bytes:{bytes}" + note, audit=val.audit, bytes=total)
@@ -2933,11 +2900,10 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
               eval_ms=1e3 * summary["seconds_post_ema"])
     with stage("export", summary):
         total = export_model(model, hessians, evaluator.val, runtime, config)
-    summary |= dict(steps=trainer.steps, resumed=int(trainer.resumed), weights=weights,
-                    train_ms=round(trainer.clock.elapsed_ms),
-                    peak_memory_mib=allocated, bytes_total=total,
-                    bytes_artifact=total - os.path.getsize(__file__),
-                    post_ema_bpb=round(score.bpb, 6))
+    summary |= dict(
+        steps=trainer.steps, resumed=int(trainer.resumed), weights=weights, bytes_total=total,
+        train_ms=round(trainer.clock.elapsed_ms), peak_memory_mib=allocated,
+        bytes_artifact=total - os.path.getsize(__file__), post_ema_bpb=round(score.bpb, 6))
 
 
 def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score]) -> None:
@@ -2953,9 +2919,8 @@ def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score
     for key in sorted(summary, key=lambda key: [word not in key for word in order]):
         runtime.log.line(f"{key}: {summary[key]}")
     runtime.log.event("summary", **summary)
-    score = scores[headline]
-    runtime.log.line("final_int8_zlib_roundtrip_exact "
-                     f"val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    runtime.log.line(f"final_int8_zlib_roundtrip_exact val_loss:{scores[headline].loss:.8f} "
+                     f"val_bpb:{scores[headline].bpb:.8f}")
 
 
 def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
@@ -2966,8 +2931,8 @@ def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
         built = retokenize_scylla.build_demo(Path(c.data_path).parent, runtime.log.line)
     except (ImportError, OSError, ValueError) as error:
         raise RunError(f"cannot build the demo's data: {error}") from error
-    yardstick = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
-    return {"order2_byte_model_bpb": round(yardstick, 4)}
+    bpb = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
+    return {"order2_byte_model_bpb": round(bpb, 4)}
 
 
 def run(c: Config) -> None:
