@@ -7050,17 +7050,17 @@ def test_q_calibration_is_inside_the_clock(b_make, monkeypatch):
     real = t.input_hessians
 
     def slow(*arguments):
-        t.time.sleep(0.4)  # more than CLOCK_RESERVE_MS hides
+        t.time.sleep(0.8)  # more than CLOCK_RESERVE_MS hides
         return real(*arguments)
 
     monkeypatch.setattr(t, "input_hessians", slow)
-    trainer = b_make(max_wallclock_seconds=1.6, iterations=10**6, gptq_calibration_seqs=8)
+    trainer = b_make(max_wallclock_seconds=3.2, iterations=10**6, gptq_calibration_seqs=8)
     trainer.run()
-    assert trainer.reserve_ms >= 600
+    assert trainer.reserve_ms >= 1200
     trained = trainer.clock.elapsed_ms
     weights, hessians = trainer.finish()
     assert weights == "ema" and len(hessians) == 6 * 6 + 2 * 2 + 1
-    assert trained + 400 <= trainer.clock.elapsed_ms <= 1600
+    assert trained + 800 <= trainer.clock.elapsed_ms <= 3200
     (event,) = b_events(trainer, "calibration")
     assert event["train_ms"] == trainer.clock.elapsed_ms
     ids = np.stack([trainer.loader.sequence(4 * trainer.steps + i)[:-1] for i in range(8)])
@@ -7798,14 +7798,14 @@ def test_k_the_clock_stands_still_and_goes_on(b_make, monkeypatch):
     write, written = t.Checkpoints.write, []
 
     def slow(self, arrays, state):
-        time.sleep(0.3)
+        time.sleep(0.6)
         write(self, arrays, state)
         written.append(state)
 
     monkeypatch.setattr(t.Checkpoints, "write", slow)
     trainer = b_make(iterations=6, checkpoint_every=1e-6)
     trainer.run()
-    assert len(written) == 6 and trainer.clock.elapsed_ms < 300 * 5
+    assert len(written) == 6 and trainer.clock.elapsed_ms < 600 * 5
     assert written[-1]["elapsed_ms"] == trainer.clock.elapsed_ms
     again = t.Trainer(trainer.model, trainer.loader, trainer.evaluator)
     again.checkpoints, again.optimizer = trainer.checkpoints, t.Optimizer(
@@ -8043,7 +8043,7 @@ def test_k_two_ranks_stop_before_the_cap_at_one_step(tmp_path, k_data):
     assert done.returncode == 0, done.stderr
     (clock,), (stop,) = k_events(tmp_path, "clock"), k_events(tmp_path, "stop")
     assert clock["cap_ms"] == 4000 and clock["reserve_ms"] == t.CLOCK_RESERVE_MS
-    assert 2000 < clock["train_ms"] < 4000 and stop["step"] == clock["step"] < 100000
+    assert 500 < clock["train_ms"] < 4000 and stop["step"] == clock["step"] < 100000
     assert re.search(r"train_clock slowest_rank:\d+ms cap:4000ms reserve:250ms all_ranks_at_step:"
                      rf"{clock['step']}\n", done.stdout)
 
