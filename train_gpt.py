@@ -717,10 +717,10 @@ def open_shard(path: Path) -> np.ndarray:
 
 def find_shards(c: Config, split: str) -> list[Path]:
     """Sorted paths of a split's shards; none is an error."""
-    pattern = f"fineweb_{split}_*.bin"
-    paths = sorted(Path(c.data_path).glob(pattern))
-    require(paths, f"no shards match {Path(c.data_path) / pattern}; set DATA_PATH to a folder "
-            "that retokenize_scylla.py has written (PRESET=demo makes its own)")
+    pattern = Path(c.data_path, f"fineweb_{split}_*.bin")
+    paths = sorted(pattern.parent.glob(pattern.name))
+    require(paths, f"no shards match {pattern}; set DATA_PATH to a folder that "
+            "retokenize_scylla.py has written (PRESET=demo makes its own)")
     return paths
 
 
@@ -733,11 +733,10 @@ def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
 
 
 class Loader:
-    """Batches of training sequences, a pure function of (seed, step).
+    """Batches of training sequences, a pure function of (seed, step), read ahead on a thread.
 
     An epoch is a random permutation of all sequence blocks of all shards, each shard cut at a
-    random phase; no block comes twice. Ranks take contiguous slices of one global batch, the
-    same for any number of ranks. The next batch is read on a thread.
+    random phase. Ranks take slices of one global batch, the same for any number of ranks.
     """
 
     def __init__(self, paths: list[Path], c: Config, runtime: Runtime, vocab_size: int) -> None:
@@ -827,9 +826,8 @@ def table_from_sentencepiece(path: Path) -> ByteTable:
         raise RunError(f"{path} needs sentencepiece: pip install sentencepiece") from error
     except (OSError, RuntimeError) as error:
         raise RunError(f"{path}: not a SentencePiece model ({error}); fetch it again") from error
-    require(model.piece_to_id("\u2581") != model.unk_id(),
-            f"{path}: has no piece for a lone U+2581 (space), so its bytes would be miscounted by "
-            "up to 20 %; train the model with byte_fallback and U+2581 in its alphabet")
+    require(model.piece_to_id("\u2581") != model.unk_id(), f"{path}: has no piece for a lone "
+            "U+2581 (space), so bytes would be miscounted; train it with byte_fallback and U+2581")
     ids = range(model.vocab_size())
     boundary = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
     texts = ["." if model.is_byte(i) else "" if boundary[i] else model.id_to_piece(i) for i in ids]
@@ -883,10 +881,9 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{manifest_path}: no manifest of retokenize_scylla.py ({error!r}); "
                        "re-tokenize the data, or remove it and go without a byte audit") from error
-    require(not exact or (source == counted and not bad),
-            f"byte audit failed: the byte table counts {counted} bytes, manifest.json {source} "
-            f"with {bad} bad documents; re-tokenize the data, or set TOKENIZER_PATH to the "
-            "tokenizer it was made with")
+    require(not exact or (source == counted and not bad), "byte audit failed: the byte table "
+            f"counts {counted} bytes, manifest.json {source} with {bad} bad documents; re-tokenize "
+            "the data, or set TOKENIZER_PATH to the tokenizer it was made with")
     audit, limit = "exact" if exact else "unverified", c.val_tokens_limit or len(ids)
     if exact and limit < len(ids):
         audit = "partial"
@@ -1137,8 +1134,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(c) if c.smear_enabled else None
         self.value = ValueEmbedding(c, self.vocab_size) if c.ve_enabled else None
         self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
-        repeats = len(c.recur_layers) if c.recur_untie_mlp else 0
-        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in range(repeats))
+        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in c.recur_layers if c.recur_untie_mlp)
         self.skip_weights = vector(c.num_layers // 2, c.model_dim)
         if c.parallel_start_layer < c.num_layers:
             self.lane_merge = vector(1, value=0.5)
@@ -1146,8 +1142,7 @@ class GPT(nn.Module):
         self.recur, self.coarseness = False, 0.0  # of the grid that late QAT trains on
         rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
         self.register_buffer("rope", rope, persistent=False)
-        boundary = torch.from_numpy(np.ascontiguousarray(is_boundary))
-        self.register_buffer("is_boundary", boundary, persistent=False)
+        self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
         for table in filter(lambda module: isinstance(module, Table), self.modules()):
             table.dtype = runtime.dtype
         if initialize:
@@ -1254,12 +1249,11 @@ def param_spec(name: str, c: Config) -> ParamSpec:
     """The table's row for a parameter, INT6 layers and CLASS_BITS applied."""
     edge = c.num_layers if c.n_int6_layers is None else c.n_int6_layers // 2
     for pattern, *row in PARAM_TABLE:
-        match, spec = re.fullmatch(pattern, name), ParamSpec(*row)
-        if not match:
-            continue
-        if spec.kind == "mlp" and not edge <= int(match["layer"]) < c.num_layers - edge:
-            spec = spec._replace(bits=6)
-        return spec._replace(bits=parse_class_bits(c.class_bits).get(spec.kind, spec.bits))
+        if match := re.fullmatch(pattern, name):
+            spec = ParamSpec(*row)
+            if spec.kind == "mlp" and not edge <= int(match["layer"]) < c.num_layers - edge:
+                spec = spec._replace(bits=6)
+            return spec._replace(bits=parse_class_bits(c.class_bits).get(spec.kind, spec.bits))
     raise AssertionError(f"parameter {name} is in no row of PARAM_TABLE")
 
 
@@ -2361,11 +2355,11 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
         scores[label] = score = score._replace(seconds=time.perf_counter() - start)
         if c.scores_path:
             runtime.on_first_rank(functools.partial(evaluator.save_scores, label, nats))
-        template = "{line} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
-        template += " stride:{stride}" if mode == "sliding" else ""
-        log.event("final", template + " eval_time:{eval_ms:.0f}ms", line=name, mode=label,
-                  val_loss=score.loss, val_bpb=score.bpb, stride=c.eval_stride,
-                  eval_ms=1e3 * score.seconds, **score._asdict())
+        stride = " stride:{stride}" * (mode == "sliding")
+        log.event("final", "{line} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}" + stride
+                  + " eval_time:{eval_ms:.0f}ms", line=name, mode=label, val_loss=score.loss,
+                  val_bpb=score.bpb, stride=c.eval_stride, eval_ms=1e3 * score.seconds,
+                  **score._asdict())
         log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     return scores
 
