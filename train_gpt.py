@@ -685,52 +685,49 @@ def open_shard(path: Path) -> np.ndarray:
 
 def find_shards(c: Config, split: str) -> list[Path]:
     """Sorted paths of a split's shards; none is an error."""
-    pattern = f"fineweb_{split}_*.bin"
-    paths = sorted(Path(c.data_path).glob(pattern))
-    require(paths, f"no shards match {Path(c.data_path) / pattern}; set DATA_PATH to a folder "
-            "that retokenize_scylla.py has written (PRESET=demo makes its own)")
+    pattern = Path(c.data_path, f"fineweb_{split}_*.bin")
+    paths = sorted(pattern.parent.glob(pattern.name))
+    require(paths, f"no shards match {pattern}; set DATA_PATH to a folder that "
+            "retokenize_scylla.py has written (PRESET=demo makes its own)")
     return paths
 
 
-def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> None:
-    """Raise RunError naming the file if an id is not of the vocabulary."""
-    require(ids.max(initial=0) < vocab_size,
-            f"{path}: id {ids.max(initial=0)} is not under VOCAB_SIZE={vocab_size}; set DATA_PATH "
-            "and TOKENIZER_PATH to a matching pair")
+def check_ids(ids: np.ndarray, vocab_size: int, path: Path) -> np.ndarray:
+    """`ids`; raises RunError naming their file if one is not of the vocabulary."""
+    top = ids.max(initial=0)
+    require(top < vocab_size, f"{path}: id {top} is not under VOCAB_SIZE={vocab_size}; set "
+            "DATA_PATH and TOKENIZER_PATH to a matching pair")
+    return ids
 
 
 class Loader:
-    """Batches of training sequences, a pure function of (seed, step).
+    """Batches of training sequences, a pure function of (seed, step), read ahead on a thread.
 
     An epoch is a random permutation of all sequence blocks of all shards, each shard cut at a
-    random phase; no block comes twice. Ranks take contiguous slices of one global batch, the
-    same for any number of ranks. The next batch is read on a thread.
+    random phase. Ranks take slices of one global batch, the same for any number of ranks.
     """
 
     def __init__(self, paths: list[Path], c: Config, runtime: Runtime, vocab_size: int) -> None:
         self.seq_len, self.seed, self.vocab_size = c.train_seq_len, c.seed, vocab_size
+        self.runtime, self.batch_seqs = runtime, c.train_batch_tokens // c.train_seq_len
         self.paths = [path for path in paths if len(open_shard(path)) > self.seq_len]
+        self.shards = [open_shard(path) for path in self.paths]
         require(self.paths, f"{paths[0]} and its siblings hold no sequence of {self.seq_len + 1} "
                 "tokens; lower TRAIN_SEQ_LEN or add shards")
-        self.shards = [open_shard(path) for path in self.paths]
-        self.batch_seqs = c.train_batch_tokens // c.train_seq_len
         require(self.batch_seqs % runtime.world == 0,
                 f"WORLD_SIZE={runtime.world} does not divide the {self.batch_seqs} sequences of a "
                 f"step; make TRAIN_BATCH_TOKENS a multiple of {runtime.world * self.seq_len}")
-        self.device, self.pin = runtime.device, runtime.cuda
-        self.slice = runtime.share_of(self.batch_seqs)
-        blocks = np.array([(len(shard) - 1) // self.seq_len for shard in self.shards])
-        self.blocks = np.where(blocks > 1, blocks - 1, blocks)  # leaves room for the phase
-        self.ends = np.cumsum(self.blocks)
+        targets = np.array([len(ids) - 1 for ids in self.shards])
+        self.blocks = np.maximum(targets // self.seq_len - 1, 1)  # leaves room for the phase
+        self.room, self.ends = targets - self.blocks * self.seq_len, np.cumsum(self.blocks)
         self.epoch = functools.lru_cache(maxsize=2)(self.shuffle)
         self.pool = ThreadPoolExecutor(1)
-        self.prefetch(0)
+        self.ahead = 0, self.pool.submit(self.read, 0)
 
     def shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Order of the blocks and phase of each shard in an epoch."""
         random = np.random.default_rng((self.seed, epoch))
-        room = np.array([len(shard) - 1 for shard in self.shards]) - self.blocks * self.seq_len
-        return random.permutation(self.ends[-1]), random.integers(0, room + 1)
+        return random.permutation(self.ends[-1]), random.integers(0, self.room + 1)
 
     def sequence(self, index: int) -> np.ndarray:
         """The `seq_len + 1` ids of the index-th sequence of the run."""
@@ -740,27 +737,21 @@ class Loader:
         block = int(order[place] - self.ends[shard] + self.blocks[shard])
         start = int(phases[shard]) + block * self.seq_len
         ids = self.shards[shard][start : start + self.seq_len + 1]
-        check_ids(ids, self.vocab_size, self.paths[shard])
-        return ids
+        return check_ids(ids, self.vocab_size, self.paths[shard])
 
     def read(self, step: int) -> Tensor:
         """This rank's sequences of a step on the host, int64 (sequences, seq_len + 1)."""
-        first = step * self.batch_seqs
-        wanted = range(first + self.slice.start, first + self.slice.stop)
-        block = torch.from_numpy(np.stack([self.sequence(i) for i in wanted]).astype(np.int64))
-        return block.pin_memory() if self.pin else block
-
-    def prefetch(self, step: int) -> None:
-        """Start reading a step."""
-        self.ahead = step, self.pool.submit(self.read, step)
+        share, first = self.runtime.share_of(self.batch_seqs), step * self.batch_seqs
+        ids = [self.sequence(first + i) for i in range(share.start, share.stop)]
+        block = torch.from_numpy(np.stack(ids).astype(np.int64))
+        return block.pin_memory() if self.runtime.cuda else block
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step on the device, each (sequences, seq_len)."""
-        if self.ahead[0] != step:
-            self.prefetch(step)
-        block = self.ahead[1].result()
-        self.prefetch(step + 1)
-        block = block.to(self.device, non_blocking=True)
+        coming, reading = self.ahead
+        block = reading.result() if coming == step else self.read(step)
+        self.ahead = step + 1, self.pool.submit(self.read, step + 1)
+        block = block.to(self.runtime.device, non_blocking=True)
         return block[:, :-1], block[:, 1:]
 
 
@@ -803,9 +794,8 @@ def table_from_sentencepiece(path: Path) -> ByteTable:
         raise RunError(f"{path} needs sentencepiece: pip install sentencepiece") from error
     except (OSError, RuntimeError) as error:
         raise RunError(f"{path}: not a SentencePiece model ({error}); fetch it again") from error
-    require(model.piece_to_id("\u2581") != model.unk_id(),
-            f"{path}: has no piece for a lone U+2581 (space), so its bytes would be miscounted by "
-            "up to 20 %; train the model with byte_fallback and U+2581 in its alphabet")
+    require(model.piece_to_id("\u2581") != model.unk_id(), f"{path}: has no piece for a lone "
+            "U+2581 (space), so bytes would be miscounted; train it with byte_fallback and U+2581")
     ids = range(model.vocab_size())
     boundary = [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in ids]
     texts = ["." if model.is_byte(i) else "" if boundary[i] else model.id_to_piece(i) for i in ids]
@@ -824,8 +814,7 @@ def load_byte_table(c: Config) -> ByteTable:
     require(len(found) == 1 and all(path.is_file() for path in found + named),
             f"no single tokenizer: {show((*named, *sorted(found))) or 'none in ' + folder}; set "
             "TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
-    kind = table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta
-    table = kind(found[0])
+    table = (table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta)(found[0])
     require(c.vocab_size in (0, len(table.base_bytes)), f"VOCAB_SIZE={c.vocab_size} but "
             f"{found[0]} has {len(table.base_bytes)} ids; leave VOCAB_SIZE unset")
     return table
@@ -842,46 +831,32 @@ class Validation(NamedTuple):
 
 def load_validation(c: Config, table: ByteTable) -> Validation:
     """All validation ids with their audited bytes; raises RunError if the bytes are wrong."""
-    paths = find_shards(c, "val")
-    parts = [np.asarray(open_shard(path)) for path in paths]
-    for part, path in zip(parts, paths, strict=True):
-        check_ids(part, len(table.base_bytes), path)
-    ids = np.concatenate(parts)
+    paths, manifest_path = find_shards(c, "val"), Path(c.data_path) / "manifest.json"
+    ids = np.concatenate([check_ids(np.asarray(open_shard(path)), len(table.base_bytes), path)
+                          for path in paths])
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
     cuts = range(1 << 22, len(ids) - 1, 1 << 22)  # bounds memory
     pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
     scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
-    total = int(table.base_bytes[ids[0]]) + int(scored.sum(dtype=np.int64))
-    path = Path(c.data_path) / "manifest.json"
+    counted = int(table.base_bytes[ids[0]]) + int(scored.sum(dtype=np.int64))
     try:
-        manifest = json.loads(path.read_bytes()) if path.exists() else {}
-        audit = audit_bytes(manifest, paths, total)
-        sha256 = manifest.get("tokenizer", {}).get("sha256")
+        manifest = json.loads(manifest_path.read_bytes()) if manifest_path.exists() else {}
+        tokenizer = manifest.get("tokenizer", {})
+        exact, sha256 = tokenizer.get("byte_exact"), tokenizer.get("sha256")
+        shards = [manifest["shards"][path.name] for path in paths] if exact else []
+        source = sum(shard["source_bytes"] for shard in shards)
+        bad = sum(shard.get("bad_documents", 0) for shard in shards)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path}: no manifest of retokenize_scylla.py ({error!r}); re-tokenize the "
-                       "data, or remove it and go without a byte audit") from error
-    if 0 < c.val_tokens_limit < len(ids):
-        ids, scored = ids[: c.val_tokens_limit], scored[: c.val_tokens_limit - 1]
-        audit = "partial" if audit == "exact" else audit
+        raise RunError(f"{manifest_path}: no manifest of retokenize_scylla.py ({error!r}); "
+                       "re-tokenize the data, or remove it and go without a byte audit") from error
+    require(not exact or (source == counted and not bad), "byte audit failed: the byte table "
+            f"counts {counted} bytes, manifest.json {source} with {bad} bad documents; re-tokenize "
+            "the data, or set TOKENIZER_PATH to the tokenizer it was made with")
+    audit, limit = "exact" if exact else "unverified", c.val_tokens_limit or len(ids)
+    if exact and limit < len(ids):
+        audit = "partial"
     sha256 = sha256 or sha256_file(c.tokenizer_path or table.path)
-    return Validation(ids, scored, audit, sha256)
-
-
-def audit_bytes(manifest: dict[str, Any], paths: list[Path], counted: int) -> str:
-    """'exact' if the manifest proves the `counted` bytes, 'unverified' if it cannot.
-
-    Raises RunError if a byte-exact tokenizer's source bytes differ from the count.
-    """
-    if not manifest.get("tokenizer", {}).get("byte_exact"):
-        return "unverified"
-    entries = [manifest["shards"][path.name] for path in paths]
-    source = sum(entry["source_bytes"] for entry in entries)
-    bad = sum(entry.get("bad_documents", 0) for entry in entries)
-    require(source == counted and not bad,
-            f"byte audit failed: the byte table counts {counted} bytes, manifest.json {source} "
-            f"with {bad} bad documents; re-tokenize the data, or set TOKENIZER_PATH to the "
-            "tokenizer it was made with")
-    return "exact"
+    return Validation(ids[:limit], scored[: limit - 1], audit, sha256)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -974,16 +949,14 @@ class ValueEmbedding(nn.Module):
 
     def __init__(self, c: Config, vocab_size: int) -> None:
         super().__init__()
-        self.table = Table(vocab_size, c.ve_dim)
-        self.proj = Linear(c.ve_dim, c.kv_dim)
-        self.scale = vector(1, value=0.1)
-        self.layer_scale = vector(len(c.ve_layers))
+        self.table, self.proj = Table(vocab_size, c.ve_dim), Linear(c.ve_dim, c.kv_dim)
+        self.scale, self.layer_scale = vector(1, value=0.1), vector(len(c.ve_layers))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (layers, B, T, G * K)."""
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """(B, T) -> (B, T, G * K) for each layer."""
         out = self.proj(self.table(ids))
         scales = (self.scale * self.layer_scale).to(out.dtype)
-        return scales.view(-1, 1, 1, 1) * out
+        return (scales.view(-1, 1, 1, 1) * out).unbind()
 
 
 class Attention(nn.Module):
@@ -993,31 +966,27 @@ class Attention(nn.Module):
         super().__init__()
         self.attend, self.head_dim = attend, c.head_dim
         self.exclusive = layer >= c.num_layers - c.xsa_last_n
-        self.q = Linear(c.model_dim, c.model_dim)
-        self.k = Linear(c.model_dim, c.kv_dim)
-        self.v = Linear(c.model_dim, c.kv_dim)
-        self.out = Linear(c.model_dim, c.model_dim)
+        D, kv = c.model_dim, c.kv_dim
+        self.q, self.k, self.v, self.out = Linear(D, D), Linear(D, kv), Linear(D, kv), Linear(D, D)
         self.q_gain = vector(c.num_heads, value=c.qk_gain_init)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.q(x), self.k(x), self.v(x)
-        if value is not None:
-            v = v + value
+        v = v if value is None else v + value
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, K)
         q = rotate(norm(q), rope) * self.q_gain.to(q.dtype).view(-1, 1)
         k = rotate(norm(k), rope)
         y = self.attend(q, k, v)
-        if self.exclusive:
-            y = exclude_own_value(y, v)
+        y = exclude_own_value(y, v) if self.exclusive else y
         return self.out(y.reshape(B, T, -1))
 
 
-def rope_tables(length: int, c: Config) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles, each (length, 1, ROPE_DIMS / 2), fp32."""
+def rope_table(length: int, c: Config) -> Tensor:
+    """cos and sin of the rotary angles, fp32 (2, length, 1, ROPE_DIMS / 2)."""
     frequencies = c.rope_base ** (-torch.arange(0, c.rope_dims, 2) / c.rope_dims)
     angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)
-    return angles.cos(), angles.sin()
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -1033,8 +1002,7 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     B, T, H, K = y.shape
     direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
     y = y.view(B, T, v.size(2), -1, K)
-    y = y - (y * direction).sum(-1, keepdim=True) * direction
-    return y.view(B, T, H, K)
+    return (y - (y * direction).sum(-1, keepdim=True) * direction).view(B, T, H, K)
 
 
 class MLP(nn.Module):
@@ -1043,8 +1011,7 @@ class MLP(nn.Module):
     def __init__(self, c: Config) -> None:
         super().__init__()
         self.slope = c.activation_neg_slope
-        self.up = Linear(c.model_dim, c.hidden_dim)
-        self.down = Linear(c.hidden_dim, c.model_dim)
+        self.up, self.down = Linear(c.model_dim, c.hidden_dim), Linear(c.hidden_dim, c.model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.leaky_relu(self.up(x), self.slope).square())
@@ -1055,33 +1022,26 @@ class Block(nn.Module):
 
     def __init__(self, c: Config, layer: int, attend: Callable) -> None:
         super().__init__()
-        self.attn = Attention(c, layer, attend)
-        self.mlp = MLP(c)
+        self.attn, self.mlp = Attention(c, layer, attend), MLP(c)
         self.norm_scale = 1 / math.sqrt(layer + 1) if c.ln_scale else 1.0
-        self.attn_scale = vector(c.model_dim)
-        self.mlp_scale = vector(c.model_dim)
+        self.attn_scale, self.mlp_scale = vector(c.model_dim), vector(c.model_dim)
         self.resid_mix = vector(2, c.model_dim)
         if layer >= c.parallel_start_layer:
-            self.resid_mix_mlp = vector(2, c.model_dim)
-            self.route = vector(4)
+            self.resid_mix_mlp, self.route = vector(2, c.model_dim), vector(4)
 
-    def attention(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
-        """Scaled attention of the normalised input."""
-        return self.attn_scale.to(x.dtype) * self.attn(norm(x) * self.norm_scale, rope, value)
-
-    def feed_forward(self, x: Tensor, mlp: MLP) -> Tensor:
-        """Scaled MLP of the normalised input; `mlp` is this layer's or a repeat's."""
-        return self.mlp_scale.to(x.dtype) * mlp(norm(x) * self.norm_scale)
+    def scaled(self, scale: Tensor, sublayer: nn.Module, x: Tensor, *context: Any) -> Tensor:
+        """`scale` times the sublayer's output for the normalised x."""
+        return scale.to(x.dtype) * sublayer(norm(x) * self.norm_scale, *context)
 
     def forward(self, lanes: tuple[Tensor, ...], x0: Tensor, mlp: MLP, *context: Any) -> tuple:
         """One or two lanes (B, T, D) -> as many; `context` is attention's rope and value."""
         if len(lanes) == 1:
             x = mix(lanes[0], x0, self.resid_mix)
-            x = x + self.attention(x, *context)
-            return (x + self.feed_forward(x, mlp),)
+            x = x + self.scaled(self.attn_scale, self.attn, x, *context)
+            return (x + self.scaled(self.mlp_scale, mlp, x),)
         lane_a, lane_m = lanes
-        a = self.attention(mix(lane_a, x0, self.resid_mix), *context)
-        m = self.feed_forward(mix(lane_m, x0, self.resid_mix_mlp), mlp)
+        a = self.scaled(self.attn_scale, self.attn, mix(lane_a, x0, self.resid_mix), *context)
+        m = self.scaled(self.mlp_scale, mlp, mix(lane_m, x0, self.resid_mix_mlp))
         r = self.route.to(a.dtype)
         return lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m
 
@@ -1103,7 +1063,7 @@ class LayerPass(NamedTuple):
     """One run of a layer: which one, with whose MLP, and what happens to lanes and skips."""
 
     layer: int
-    repeat: int | None  # place among the recurrent layers on the second pass, else None
+    repeat: int | None  # on an untied second pass, whose MLP it has; None: the layer's own
     lanes: bool
     store: bool  # keep the output for a skip
     skip: int | None  # index of the skip weight that adds the last stored output
@@ -1111,14 +1071,13 @@ class LayerPass(NamedTuple):
 
 def layer_plan(c: Config, recur: bool) -> list[LayerPass]:
     """The layers in the order in which they run; second passes neither store nor add skips."""
-    half = c.num_layers // 2
-    plan = []
+    half, plan = c.num_layers // 2, []
     for i in range(c.num_layers):
         lanes = i >= c.parallel_start_layer
-        skip = i - half if half <= i < 2 * half else None
-        plan.append(LayerPass(i, None, lanes, i < half, skip))
-        if recur and c.recur_layers and i == max(c.recur_layers):
-            plan += [LayerPass(j, n, lanes, False, None) for n, j in enumerate(c.recur_layers)]
+        plan.append(LayerPass(i, None, lanes, i < half, i - half if half <= i < 2 * half else None))
+        if recur and i == max(c.recur_layers, default=None):
+            plan += [LayerPass(j, n if c.recur_untie_mlp else None, lanes, False, None)
+                     for n, j in enumerate(c.recur_layers)]
     return plan
 
 
@@ -1143,18 +1102,15 @@ class GPT(nn.Module):
         self.smear = SmearGate(c) if c.smear_enabled else None
         self.value = ValueEmbedding(c, self.vocab_size) if c.ve_enabled else None
         self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
-        repeats = len(c.recur_layers) if c.recur_untie_mlp else 0
-        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in range(repeats))
+        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in c.recur_layers if c.recur_untie_mlp)
         self.skip_weights = vector(c.num_layers // 2, c.model_dim)
         if c.parallel_start_layer < c.num_layers:
             self.lane_merge = vector(1, value=0.5)
         self.plans = {recur: layer_plan(c, recur) for recur in (False, True)}
         self.recur, self.coarseness = False, 0.0  # of the grid that late QAT trains on
-        cos, sin = rope_tables(max(c.train_seq_len, c.eval_seq_len), c)
-        self.register_buffer("cos", cos.to(runtime.dtype), persistent=False)
-        self.register_buffer("sin", sin.to(runtime.dtype), persistent=False)
-        boundary = torch.from_numpy(np.ascontiguousarray(is_boundary))
-        self.register_buffer("is_boundary", boundary, persistent=False)
+        rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
+        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
         for table in filter(lambda module: isinstance(module, Table), self.modules()):
             table.dtype = runtime.dtype
         if initialize:
@@ -1180,49 +1136,37 @@ class GPT(nn.Module):
         self.recur = phase.recur
         for name, module in self.named_modules():
             if isinstance(module, (Linear, Table)):
-                bits, step = grid_of(f"{name}.weight", self.config, self.coarseness)
-                on = phase.qat and bits <= 8
-                module.qat_bits, module.qat_step = (bits, step) if on else (0, 0.0)
+                bits, module.qat_step = grid_of(f"{name}.weight", self.config, self.coarseness)
+                module.qat_bits = bits if phase.qat and bits <= 8 else 0
 
-    @torch.no_grad()
     def repeats(self) -> list[tuple[Tensor, Tensor]]:
         """(base weight, repeat's weight) for each weight of the repeats' MLPs."""
-        bases = (self.blocks[layer].mlp for layer in self.config.recur_layers)
-        return [
-            pair
-            for base, repeat in zip(bases, self.repeat_mlps, strict=False)
-            for pair in zip(base.parameters(), repeat.parameters(), strict=True)
-        ]
+        mlps = zip(self.config.recur_layers, self.repeat_mlps, strict=False)
+        return [pair for layer, repeat in mlps for pair in zip(
+            self.blocks[layer].mlp.parameters(), repeat.parameters(), strict=True)]
 
     def embed_tokens(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): embedding and bigram, normalised, smeared within documents."""
         starts = self.is_boundary[ids].index_fill(1, ids.new_zeros(1), True)
         x = self.embed(ids)
-        if self.bigram is not None:
-            x = x + self.bigram(ids, starts)
-        x = norm(x)
+        x = norm(x if self.bigram is None else x + self.bigram(ids, starts))
         return x if self.smear is None else self.smear(x, starts)
 
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normalised state that the head reads."""
-        T = ids.size(1)
-        rope = self.cos[:T], self.sin[:T]
+        rope, layers = self.rope[:, : ids.size(1)].unbind(), self.config.ve_layers
         x0 = self.embed_tokens(ids)
-        values = None if self.value is None else self.value(ids)
+        values = {} if self.value is None else dict(zip(layers, self.value(ids), strict=True))
         lanes, stored = (x0,), []
         for run in self.plans[self.recur]:
             block = self.blocks[run.layer]
-            own = run.repeat is not None and self.config.recur_untie_mlp
-            mlp = self.repeat_mlps[run.repeat] if own else block.mlp
             if run.skip is not None:
                 skip = self.skip_weights[run.skip].to(x0.dtype) * stored.pop()
                 lanes = tuple(lane + skip for lane in lanes)
             if run.lanes and len(lanes) == 1:
                 lanes = lanes * 2
-            value = None
-            if values is not None and run.layer in self.config.ve_layers:
-                value = values[self.config.ve_layers.index(run.layer)]
-            lanes = block(lanes, x0, mlp, rope, value)
+            mlp = block.mlp if run.repeat is None else self.repeat_mlps[run.repeat]
+            lanes = block(lanes, x0, mlp, rope, values.get(run.layer))
             if run.store:
                 stored.append(lanes[0])
         if len(lanes) == 2:
@@ -1273,12 +1217,11 @@ def param_spec(name: str, c: Config) -> ParamSpec:
     """The table's row for a parameter, INT6 layers and CLASS_BITS applied."""
     edge = c.num_layers if c.n_int6_layers is None else c.n_int6_layers // 2
     for pattern, *row in PARAM_TABLE:
-        match, spec = re.fullmatch(pattern, name), ParamSpec(*row)
-        if not match:
-            continue
-        if spec.kind == "mlp" and not edge <= int(match["layer"]) < c.num_layers - edge:
-            spec = spec._replace(bits=6)
-        return spec._replace(bits=parse_class_bits(c.class_bits).get(spec.kind, spec.bits))
+        if match := re.fullmatch(pattern, name):
+            spec = ParamSpec(*row)
+            if spec.kind == "mlp" and not edge <= int(match["layer"]) < c.num_layers - edge:
+                spec = spec._replace(bits=6)
+            return spec._replace(bits=parse_class_bits(c.class_bits).get(spec.kind, spec.bits))
     raise AssertionError(f"parameter {name} is in no row of PARAM_TABLE")
 
 
@@ -2382,11 +2325,11 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
         scores[label] = score = score._replace(seconds=time.perf_counter() - start)
         if c.scores_path:
             runtime.on_first_rank(functools.partial(evaluator.save_scores, label, nats))
-        template = "{line} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}"
-        template += " stride:{stride}" if mode == "sliding" else ""
-        log.event("final", template + " eval_time:{eval_ms:.0f}ms", line=name, mode=label,
-                  val_loss=score.loss, val_bpb=score.bpb, stride=c.eval_stride,
-                  eval_ms=1e3 * score.seconds, **score._asdict())
+        stride = " stride:{stride}" * (mode == "sliding")
+        log.event("final", "{line} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}" + stride
+                  + " eval_time:{eval_ms:.0f}ms", line=name, mode=label, val_loss=score.loss,
+                  val_bpb=score.bpb, stride=c.eval_stride, eval_ms=1e3 * score.seconds,
+                  **score._asdict())
         log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
     return scores
 
