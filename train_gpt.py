@@ -1338,7 +1338,7 @@ def usable_ms(c: Config) -> float:
 def lr_scale(step: float, elapsed_ms: float, step_ms: float, c: Config) -> float:
     """Learning rate over its peak: 1, then linear to MIN_LR over WARMDOWN_ITERS steps.
 
-    The steps left are what ITERATIONS leaves and what the clock leaves at `step_ms` a step.
+    Steps are left by ITERATIONS, and by the clock at `step_ms` a step.
     """
     left = c.iterations - step
     if step_ms > 0:
@@ -1398,10 +1398,10 @@ class Muon:
 
     What travels lies packed in a buffer with a row for each owner:
         reduce   one reduce-scatter sums the gradients at their owners
-        start    the owner alone has the momentum and orthogonalises, same shapes at once; one
-                 all-gather of the updates, in the compute dtype, begins
+        start    owners alone have momentum, and orthogonalise same shapes at once; one all-gather
+                 of the updates begins, in the compute dtype
         finish   once it has ended (AdamW runs meanwhile) every rank moves all weights alike
-    Nothing overlaps with backward: a compiled one is one graph, all gradients appear at its end.
+    Nothing overlaps with backward: compiled, it is one graph, all gradients appear at its end.
     A group without gradients (repeats before recurrence starts) is neither moved nor decayed.
     """
 
@@ -1462,8 +1462,8 @@ class Muon:
         rows = torch.zeros_like(self.grads)
         rows[self.runtime.rank] = self.momentum
         self.runtime.all_gather(rows)()
-        params = [p for stack in self.stacks for p in stack.params]
-        found = dict(zip(params, self.matrices(rows, self.stacks), strict=True))
+        found = {p: m for stack in self.stacks
+                 for p, m in zip(stack.params, stack.view(rows[stack.owner]), strict=True)}
         for first, second in pairs:
             found[second].copy_(found[first])
         self.momentum.copy_(rows[self.runtime.rank])
@@ -1491,10 +1491,9 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, facts: Tensor, scale: float, momentum: float) -> Tensor:
-        """One update of every parameter with a gradient, at `scale` times the peak rates.
+        """One update of all parameters with gradients, at `scale` times the peak rates.
 
-        The gradients are averaged over ranks and clipped by the norm of that average. Returns the
-        sums over ranks of `facts`, and the norm.
+        Clips the mean gradient of all ranks; returns the sums of their `facts`, and its norm.
         """
         squares, world = self.muon.reduce(), self.runtime.world
         grads = [p.grad for p in self.small if p.grad is not None]
@@ -2407,7 +2406,7 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
 
 # --- 11 training ------------------------------------------------------
 
-CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians against that measured before the clock
+CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians over that measured before the clock
 SPIKE = 1.25  # a loss beyond this many medians of the last 50 is logged as an event
 CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
 UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
@@ -2517,10 +2516,10 @@ class Checkpoints:
         """
         runtime = self.runtime
         for path in runtime.on_first_rank(self.commits):
-            folder, crc, problem = path.parent, int(path.suffix[1:], 16), ""
+            folder, problem = path.parent, ""
+            read = functools.partial(read_checked, path, int(path.suffix[1:], 16))
             try:
-                commit = runtime.on_first_rank(functools.partial(read_checked, path, crc))
-                about = json.loads(commit)
+                about = json.loads(runtime.on_first_rank(read))
                 differ = [f"{name}={theirs} (now {ours})" for name, ours in self.bound.items()
                           if ours != (theirs := about["bound"].get(name))]
                 require(not differ, f"{folder} was made with {', '.join(differ)}: set that again, "
@@ -2551,8 +2550,8 @@ class Facts(NamedTuple):
 class Trainer:
     """The training loop: phases, schedules, averages, clock, checkpoints and log.
 
-    The host runs up to `lag` steps ahead of the device: the decisions of step s use the facts of
-    step s - lag, which are the same on every rank. So all ranks stop and save at the same step.
+    The host runs up to `lag` steps ahead of the device: step s is decided by the facts of step
+    s - lag, the same on every rank, so all of them stop and save at the same step.
     """
 
     def __init__(self, model: GPT, loader: Loader, evaluator: Evaluator) -> None:
@@ -2641,8 +2640,7 @@ class Trainer:
 
     def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
-        for parameter in self.params:
-            parameter.grad = None
+        self.model.zero_grad()
         total = torch.zeros((), device=self.runtime.device)
         for x, y in zip(inputs.split(self.micro_seqs), targets.split(self.micro_seqs), strict=True):
             loss = self.forward(x, y).mean() / self.accumulation
@@ -2779,8 +2777,8 @@ class Trainer:
     def hessians(self) -> tuple[dict[str, Tensor], float]:
         """Hessians on the training data after the last step so far, and the milliseconds taken."""
         c, begin, first = self.config, self.runtime.event(), self.steps * self.loader.batch_seqs
-        share = self.runtime.share_of(c.gptq_calibration_seqs)
-        ids = [self.loader.sequence(first + i)[:-1] for i in range(share.start, share.stop)]
+        wanted = range(first, first + c.gptq_calibration_seqs)
+        ids = [self.loader.sequence(i)[:-1] for i in wanted[self.runtime.share_of(len(wanted))]]
         ids = torch.from_numpy(np.array(ids, np.int64).reshape(-1, c.train_seq_len))
         batches = ids.to(self.runtime.device).split(self.micro_seqs)
         hessians, end = input_hessians(self.model, batches, self.runtime), self.runtime.event()
@@ -2801,8 +2799,7 @@ class Trainer:
 
 def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
     """Sequences per forward pass: MICRO_BATCH_TOKENS, or the most that memory should hold."""
-    if c.micro_batch_tokens:
-        most = c.micro_batch_tokens // c.train_seq_len
+    if most := c.micro_batch_tokens // c.train_seq_len:
         require(rank_seqs % most == 0, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} does not divide "
                 f"the {rank_seqs * c.train_seq_len} tokens of a rank's step")
         return most
