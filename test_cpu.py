@@ -2780,7 +2780,7 @@ def test_b_each_parameter_in_one_group(tied):
             found.setdefault(p, []).append(("muon", None))
     for group in optimizer.adam.param_groups:
         for p in group["params"]:
-            found.setdefault(p, []).append((group["lr"], group["weight_decay"]))
+            found.setdefault(p, []).append((group["peak"], group["weight_decay"]))
     assert set(b_momentum(optimizer.muon)) == {p for p, g in found.items() if g[0][0] == "muon"}
     for name, p in model.named_parameters():
         matrix = p.dim() == 2 and (".attn." in name or "mlp" in name) and name.endswith("weight")

@@ -1238,7 +1238,6 @@ def grid_of(name: str, c: Config, coarseness: float) -> tuple[int, float]:
 
 # --- 6 optimization ---------------------------------------------------
 
-
 CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
 
 
@@ -1250,7 +1249,7 @@ def usable_ms(c: Config) -> float:
 def lr_scale(step: float, elapsed_ms: float, step_ms: float, c: Config) -> float:
     """Learning rate over its peak: 1, then linear to MIN_LR over WARMDOWN_ITERS steps.
 
-    The steps left are what ITERATIONS leaves and what the clock leaves at `step_ms` a step.
+    Steps are left by ITERATIONS, and by the clock at `step_ms` a step.
     """
     left = c.iterations - step
     if step_ms > 0:
@@ -1267,14 +1266,10 @@ def muon_momentum(step: int, c: Config) -> float:
 
 def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
     """Whether recurrence runs at a step; RECUR_START_STEP < 1 is a share of steps or time."""
-    if not c.recur_layers:
-        return False
-    if c.recur_start_step >= 1:
-        return step >= c.recur_start_step
-    share = step / c.iterations
-    if c.max_wallclock_seconds:
-        share = max(share, elapsed_ms / (1e3 * c.max_wallclock_seconds))
-    return share >= c.recur_start_step
+    cap_ms = 1e3 * c.max_wallclock_seconds or math.inf
+    share = max(step / c.iterations, elapsed_ms / cap_ms)
+    reached = step if c.recur_start_step >= 1 else share
+    return bool(c.recur_layers) and reached >= c.recur_start_step
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
@@ -1297,7 +1292,7 @@ def deal(costs: list[float], ranks: int) -> list[int]:
 
 
 class Stack(NamedTuple):
-    """Matrices of one owner, group and shape, and where they lie in the owner's row."""
+    """Matrices of one owner, group and shape, and where they begin in the owner's row."""
 
     owner: int
     params: list[nn.Parameter]
@@ -1314,28 +1309,27 @@ class Muon:
 
     What travels lies packed in a buffer with a row for each owner:
         reduce   one reduce-scatter sums the gradients at their owners
-        start    the owner alone has the momentum and orthogonalises, same shapes at once; one
-                 all-gather of the updates, in the dtype they were computed in, begins
+        start    owners alone have momentum, and orthogonalise same shapes at once; one all-gather
+                 of the updates begins, in the compute dtype
         finish   once it has ended (AdamW runs meanwhile) every rank moves all weights alike
-    Nothing overlaps with backward: a compiled one is one graph, all gradients appear at its end.
+    Nothing overlaps with backward: compiled, it is one graph, all gradients appear at its end.
     A group without gradients (repeats before recurrence starts) is neither moved nor decayed.
     """
 
     def __init__(self, groups: list[list[nn.Parameter]], c: Config, runtime: Runtime) -> None:
-        self.config, self.runtime, world = c, runtime, runtime.world
+        self.config, self.runtime = c, runtime
         items = [(p, number) for number, group in enumerate(groups) for p in group]
-        owners = deal([p.numel() * min(p.shape) for p, _ in items], world)
+        owners = deal([p.numel() * min(p.shape) for p, _ in items], runtime.world)
         alike: dict[tuple[int, int, torch.Size], list[nn.Parameter]] = {}
         for (p, number), owner in zip(items, owners, strict=True):
             alike.setdefault((owner, number, p.shape), []).append(p)
-        self.stacks, filled = [], [0] * world
+        self.stacks, filled = [], [0] * runtime.world
         for (owner, _, shape), params in alike.items():
             self.stacks.append(Stack(owner, params, filled[owner]))
             filled[owner] += len(params) * shape.numel()
-        device = runtime.device
-        self.grads = torch.zeros(world, max(filled), device=device)
-        self.updates = torch.zeros(world, max(filled), device=device, dtype=runtime.dtype)
-        self.momentum = torch.zeros(max(filled), device=device)  # of this rank's own matrices
+        self.grads = torch.zeros(runtime.world, max(filled), device=runtime.device)
+        self.updates = torch.zeros_like(self.grads, dtype=runtime.dtype)
+        self.momentum = torch.zeros_like(self.grads[0])  # of this rank's own matrices
 
     def matrices(self, rows: Tensor, stacks: list[Stack]) -> list[Tensor]:
         """The matrices of `stacks` in `rows` (world, n), as views."""
@@ -1350,7 +1344,7 @@ class Muon:
         row = self.runtime.reduce_scatter(self.grads)
         self.own = [(stack.view(row), stack) for stack in self.moving
                     if stack.owner == self.runtime.rank]
-        return sum((g.square().sum() for g, _ in self.own), row.new_zeros(())).view(1)
+        return sum((g.square().sum() for g, _ in self.own), row.new_zeros(1))
 
     @torch.no_grad()
     def start(self, factor: Tensor, momentum: float) -> None:
@@ -1358,7 +1352,10 @@ class Muon:
         for grads, stack in self.own:
             buffer = stack.view(self.momentum)
             buffer.mul_(momentum).add_(grads.mul_(factor))
-            update = self.orthogonalize(grads.add_(buffer, alpha=momentum))
+            update = grads.add_(buffer, alpha=momentum).to(self.runtime.dtype)
+            if self.config.muon_row_norm:
+                update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            update = newton_schulz(update, self.config.muon_backend_steps)
             stack.view(self.updates[stack.owner]).copy_(update)
         self.arrived = self.runtime.all_gather(self.updates)
 
@@ -1371,20 +1368,13 @@ class Muon:
         torch._foreach_mul_(self.moved, 1 - lr * self.config.muon_wd)
         torch._foreach_add_(self.moved, torch._foreach_mul(updates, rates))
 
-    def orthogonalize(self, update: Tensor) -> Tensor:
-        """(n, rows, cols) -> the same, each with singular values near 1."""
-        update = update.to(self.runtime.dtype)
-        if self.config.muon_row_norm:
-            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-        return newton_schulz(update, self.config.muon_backend_steps)
-
     def copy_momentum(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Give the second of each pair the momentum of the first, whoever owns them."""
         rows = torch.zeros_like(self.grads)
         rows[self.runtime.rank] = self.momentum
         self.runtime.all_gather(rows)()
-        params = [p for stack in self.stacks for p in stack.params]
-        found = dict(zip(params, self.matrices(rows, self.stacks), strict=True))
+        found = {p: m for stack in self.stacks
+                 for p, m in zip(stack.params, stack.view(rows[stack.owner]), strict=True)}
         for first, second in pairs:
             found[second].copy_(found[first])
         self.momentum.copy_(rows[self.runtime.rank])
@@ -1395,20 +1385,16 @@ class Optimizer:
 
     def __init__(self, model: GPT, c: Config, runtime: Runtime) -> None:
         self.config, self.runtime = c, runtime
-        roles: dict[tuple[str, str, bool], list[nn.Parameter]] = {}
+        alike: dict[tuple[str, str, bool], list[nn.Parameter]] = {}  # by kind, optimizer, decay
         for name, parameter in model.named_parameters():
-            spec = param_spec(name, c)
-            kind = spec.kind if spec.optimizer == "muon" else ""
-            roles.setdefault((spec.optimizer, kind, spec.decay), []).append(parameter)
-        muon = [params for (role, _, _), params in roles.items() if role == "muon"]
-        self.muon = Muon(muon, c, runtime)
-        table_lr = c.tied_embed_lr if c.tie_embeddings else c.embed_lr
-        rates = {"embed": table_lr, "head": c.head_lr, "scalar": c.scalar_lr}
-        groups = [dict(params=params, lr=rates[role], weight_decay=c.adam_wd if decay else 0.0)
-                  for (role, _, decay), params in roles.items() if role != "muon"]
+            alike.setdefault(param_spec(name, c)[:3], []).append(parameter)
+        self.muon = Muon([ps for (_, role, _), ps in alike.items() if role == "muon"], c, runtime)
+        rates = {"embed": c.tied_embed_lr if c.tie_embeddings else c.embed_lr,
+                 "head": c.head_lr, "scalar": c.scalar_lr}
+        groups = [dict(params=params, peak=rates[role], weight_decay=c.adam_wd * decay)
+                  for (_, role, decay), params in alike.items() if role in rates]
         self.adam = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps,
                                       fused=runtime.cuda)
-        self.peaks = [group["lr"] for group in self.adam.param_groups]
         self.small = [p for group in groups for p in group["params"]]
         for p in self.small:  # as AdamW would make it, so that a checkpoint can be read into it
             self.adam.state[p] = dict(step=torch.zeros((), device=runtime.device),
@@ -1416,24 +1402,22 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, facts: Tensor, scale: float, momentum: float) -> Tensor:
-        """One update of every parameter with a gradient, at `scale` times the peak rates.
+        """One update of all parameters with gradients, at `scale` times the peak rates.
 
-        The gradients are averaged over ranks and clipped by the norm of that average. Returns the
-        sums over ranks of `facts`, and the norm.
+        Clips the mean gradient of all ranks; returns the sums of their `facts`, and its norm.
         """
         squares, world = self.muon.reduce(), self.runtime.world
         grads = [p.grad for p in self.small if p.grad is not None]
-        packed = torch.cat([*(g.flatten() for g in grads), facts, squares])
-        small, facts, squares = self.runtime.all_reduce(packed).split(
-            [len(packed) - len(facts) - 1, len(facts), 1])
+        sizes = [g.numel() for g in grads]
+        packed = self.runtime.all_reduce(torch.cat([*(g.flatten() for g in grads), facts, squares]))
+        small, facts, squares = packed.split([sum(sizes), len(facts), 1])
         norm = (squares + small.square().sum()).sqrt() / world
-        factor = (self.config.grad_clip_norm or math.inf) / (norm + 1e-6)
-        factor = factor.clamp(max=1.0) / world
+        factor = ((self.config.grad_clip_norm or math.inf) / (norm + 1e-6)).clamp(max=1.0) / world
         self.muon.start(factor, momentum)
-        parts = (small * factor).split([g.numel() for g in grads])
+        parts = (small * factor).split(sizes)
         torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
-        for group, peak in zip(self.adam.param_groups, self.peaks, strict=True):
-            group["lr"] = scale * peak
+        for group in self.adam.param_groups:
+            group["lr"] = scale * group["peak"]
         self.adam.step()
         self.muon.finish(scale * self.config.matrix_lr)
         return torch.cat((facts, norm))
@@ -1443,28 +1427,25 @@ class Average:
     """EMA of all weights with warmed-up decay, and the mean of snapshots (SWA)."""
 
     def __init__(self, model: GPT, c: Config) -> None:
-        self.config = c
-        self.params = list(model.parameters())
+        self.config, self.params, self.snapshots = c, list(model.parameters()), 0
         self.ema = [p.detach().clone() for p in self.params] if c.ema_decay else []
         self.swa = [torch.zeros_like(p) for p in self.params] if c.swa_enabled else []
-        self.snapshots = 0
 
     @torch.no_grad()
     def update(self, step: int, scale: float) -> None:
         """Take in the weights after `step` (from 0), made at learning rate scale `scale`."""
-        c = self.config
         if self.ema:
-            decay = min(c.ema_decay, (1 + step) / (10 + step))
+            decay = min(self.config.ema_decay, (1 + step) / (10 + step))
             torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if self.swa and scale < 0.2 and (step + 1) % c.swa_every == 0:
+        if self.swa and scale < 0.2 and (step + 1) % self.config.swa_every == 0:
             self.snapshots += 1
             torch._foreach_lerp_(self.swa, self.params, 1 / self.snapshots)
 
     @torch.no_grad()
     def store(self) -> str:
         """Write the weights to export into the model; returns which: swa, ema or last."""
-        require(self.snapshots or not self.swa, "SWA_ENABLED=1 but no snapshot was taken at an lr "
-                f"scale under 0.2; lower SWA_EVERY={self.config.swa_every} or raise WARMDOWN_ITERS")
+        require(self.snapshots or not self.swa, "SWA_ENABLED=1 but no snapshot at an lr scale "
+                f"under 0.2; lower SWA_EVERY={self.config.swa_every} or raise WARMDOWN_ITERS")
         if self.swa or self.ema:
             torch._foreach_copy_(self.params, self.swa or self.ema)
         return "swa" if self.swa else "ema" if self.ema else "last"
@@ -2336,7 +2317,14 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
 
 # --- 11 training ------------------------------------------------------
 
-CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians against that measured before the clock
+CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians over that measured before the clock
+SPIKE = 1.25  # a loss beyond this many medians of the last 50 is logged as an event
+CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
+UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
+    r"(run_id|preset|dry_run|resume|compressor|size_limit|load_artifact|train_log_every|\w+_path"
+    r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
+
+
 class TrainClock:
     """Training milliseconds from asynchronous events; stands still between pause and resume."""
 
@@ -2352,9 +2340,10 @@ class TrainClock:
 
     def mark(self) -> Any:
         """The event at which the step that was just launched ends; never waits."""
-        self.marks.append(self.runtime.event())
+        event = self.runtime.event()
+        self.marks.append(event)
         self.poll()
-        return self.marks[-1] if self.marks else self.last
+        return event
 
     def poll(self) -> None:
         """Take in the steps that the device has finished."""
@@ -2377,12 +2366,6 @@ class TrainClock:
     def expected_ms(self, step: int) -> float:
         """When `step` ends if each from now on takes as long as the slowest recent one."""
         return self.elapsed_ms + (step + 1 - self.steps) * max(self.recent, default=0.0)
-
-
-CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
-UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
-    r"(run_id|preset|dry_run|resume|compressor|size_limit|load_artifact|train_log_every|\w+_path"
-    r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
 
 
 def read_checked(path: Path, crc: int) -> bytes:
@@ -2426,12 +2409,10 @@ class Checkpoints:
             try:
                 require(not any(problems), max(problems))
                 write_atomic(folder / f"commit.{zlib.crc32(about):08x}", about)
-            except RunError:
-                shutil.rmtree(folder, ignore_errors=True)  # room for the next attempt
-                raise
-            kept = [path.parent for path in self.commits()[: self.keep]]
-            for other in set(self.root.glob("step*")) - set(kept):
-                shutil.rmtree(other, ignore_errors=True)
+            finally:  # what has no commit goes too, which leaves room for the next attempt
+                kept = {path.parent for path in self.commits()[: self.keep]}
+                for other in set(self.root.glob("step*")) - kept:
+                    shutil.rmtree(other, ignore_errors=True)
 
         self.runtime.on_first_rank(commit)
 
@@ -2442,27 +2423,24 @@ class Checkpoints:
     def load(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """State and arrays of the newest whole checkpoint; both are empty if there is none.
 
-        A damaged one is renamed and passed over, and the log says so; raises RunError if one is
-        bound to anything else than this run.
+        A damaged one is renamed and passed over; one that is bound to anything else is a RunError.
         """
         runtime = self.runtime
         for path in runtime.on_first_rank(self.commits):
-            folder, problem, crc = path.parent, "", int(path.suffix[1:], 16)
+            folder, problem = path.parent, ""
+            read = functools.partial(read_checked, path, int(path.suffix[1:], 16))
             try:
-                commit = runtime.on_first_rank(functools.partial(read_checked, path, crc))
-                about = json.loads(commit)
+                about = json.loads(runtime.on_first_rank(read))
                 differ = [f"{name}={theirs} (now {ours})" for name, ours in self.bound.items()
                           if ours != (theirs := about["bound"].get(name))]
                 require(not differ, f"{folder} was made with {', '.join(differ)}: set that again, "
                         "or another RUN_ID")
                 data = read_checked(folder / f"rank{runtime.rank}", about["crcs"][runtime.rank])
-                with np.load(io.BytesIO(data), allow_pickle=False) as shard:
-                    arrays = dict(shard)
             except ArtifactError as error:
                 problem = str(error)
             problem = max(runtime.gather(problem))
             if not problem:
-                return about["state"], arrays
+                return about["state"], dict(np.load(io.BytesIO(data), allow_pickle=False))
             runtime.log.event("refused", "checkpoint passed over: {reason}", reason=problem)
             runtime.on_first_rank(functools.partial(folder.rename, f"{folder}.damaged"))
         return {}, {}
@@ -2480,31 +2458,25 @@ class Facts(NamedTuple):
     grad_norm: float = 0.0
 
 
-SPIKE = 1.25  # a loss beyond this many medians of the last 50 is logged as an event
-
-
 class Trainer:
     """The training loop: phases, schedules, averages, clock, checkpoints and log.
 
-    The host runs up to `lag` steps ahead of the device: the decisions of step s use the facts of
-    step s - lag, which are the same on every rank. So all ranks stop and save at the same step.
+    The host runs up to `lag` steps ahead of the device: step s is decided by the facts of step
+    s - lag, the same on every rank, so all of them stop and save at the same step.
     """
 
     def __init__(self, model: GPT, loader: Loader, evaluator: Evaluator) -> None:
         self.model, self.loader, self.evaluator = model, loader, evaluator
-        self.runtime, self.config = evaluator.runtime, evaluator.config
-        self.log = self.runtime.log
-        self.forward = self.runtime.compile(model)
-        self.params = list(model.parameters())
-        self.runtime.broadcast(self.params)
-        self.average = Average(model, self.config)
-        self.phase = Phase()
-        self.clock = TrainClock(self.runtime)
-        self.lag = 2 if self.runtime.cuda else 1
+        self.config, self.runtime = c, runtime = evaluator.config, evaluator.runtime
+        self.log, self.clock, self.phase = runtime.log, TrainClock(runtime), Phase()
+        self.forward, self.params = runtime.compile(model), list(model.parameters())
+        runtime.broadcast(self.params)
+        self.average = Average(model, c)
+        self.lag = 2 if runtime.cuda else 1
         self.unread: deque[tuple[int, float, Tensor, Any]] = deque()
         self.facts, self.losses = Facts(), deque(maxlen=50)
-        rank_seqs = loader.batch_seqs // self.runtime.world
-        self.micro_seqs = micro_batch_seqs(rank_seqs, self.config, self.runtime)
+        rank_seqs = loader.batch_seqs // runtime.world
+        self.micro_seqs = micro_batch_seqs(rank_seqs, c, runtime)
         self.accumulation = rank_seqs // self.micro_seqs
         self.steps = self.saved = 0  # steps done, and those of the last checkpoint
         self.saved_at, self.resumed = time.monotonic(), False
@@ -2530,13 +2502,10 @@ class Trainer:
                 self.save()
             if c.val_loss_every and self.steps % c.val_loss_every == 0 < c.iterations - self.steps:
                 self.validate()
-        self.clock.pause()
-        self.read_facts(self.steps)
         if self.saved < self.steps:
             self.save()
         self.end()
         self.validate()
-        self.clock.pause()
 
     def end(self) -> None:
         """Log how training ended, on every rank alike; raises Stopped if a signal ended it."""
@@ -2560,25 +2529,90 @@ class Trainer:
 
     def train_step(self, step: int) -> None:
         """One optimizer step, launched without waiting for the device."""
-        c, clock, rank_0 = self.config, self.clock, self.runtime.rank == 0
+        c, clock, runtime, rank_0 = self.config, self.clock, self.runtime, self.runtime.rank == 0
         now = self.facts.elapsed_ms + self.lag * self.facts.step_ms
         scale = lr_scale(step, now + self.reserve_ms, self.facts.step_ms, c)
-        self.enter(Phase(self.phase.recur or recurrence_due(step, now, c),
-                         self.phase.qat or scale < c.late_qat_threshold), step)
+        phase = Phase(self.phase.recur or recurrence_due(step, now, c),
+                      self.phase.qat or scale < c.late_qat_threshold)
+        if phase != self.phase:
+            self.enter(phase, step)
         late = clock.expected_ms(step + self.lag) + self.reserve_ms > usable_ms(c)
         due = rank_0 and 0 < c.checkpoint_every <= time.monotonic() - self.saved_at
         self.saved_at = time.monotonic() if due else self.saved_at
-        loss = self.backward(*self.loader.batch(step)) / self.runtime.world
-        pin = self.runtime.cuda
-        facts = torch.tensor([bool(late), bool(self.runtime.signal), bool(due),
-                              clock.elapsed_ms * rank_0, clock.step_ms * rank_0],
-                             pin_memory=pin).to(self.runtime.device, non_blocking=True)
-        facts = torch.cat((loss.view(1), facts))
+        loss = self.backward(*self.loader.batch(step)) / runtime.world
+        facts = torch.tensor([late, bool(runtime.signal), due, clock.elapsed_ms * rank_0,
+                              clock.step_ms * rank_0], pin_memory=runtime.cuda)
+        facts = torch.cat((loss.view(1), facts.to(runtime.device, non_blocking=True)))
         facts = self.optimizer.step(facts, scale, muon_momentum(step, c))
         self.average.update(step, scale)
-        host = torch.empty(facts.shape, pin_memory=pin)
+        host = torch.empty(facts.shape, pin_memory=runtime.cuda)
         host.copy_(facts, non_blocking=True)
         self.unread.append((step, scale, host, clock.mark()))
+
+    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
+        self.model.zero_grad()
+        total = torch.zeros((), device=self.runtime.device)
+        for x, y in zip(inputs.split(self.micro_seqs), targets.split(self.micro_seqs), strict=True):
+            loss = self.forward(x, y).mean() / self.accumulation
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def read_facts(self, last: int) -> None:
+        """Take in the facts of the steps up to `last`; a value that is not finite ends the run."""
+        while self.unread and self.unread[0][0] <= last:
+            step, scale, host, event = self.unread.popleft()
+            event.synchronize()
+            facts = Facts(*host.tolist())
+            self.facts = facts._replace(late=self.facts.late + facts.late)  # once late, always
+            known = dict(step=step + 1, loss=facts.loss, grad_norm=facts.grad_norm)
+            require(math.isfinite(facts.loss + facts.grad_norm), "loss {loss}, gradient norm "
+                    "{grad_norm} at step {step}: the run diverged; lower the learning rates (the "
+                    "last checkpoint is of step {saved})".format(**known, saved=self.saved))
+            usual = statistics.median(self.losses) if len(self.losses) > 9 else math.inf
+            if facts.loss > SPIKE * usual:
+                self.log.event("spike", "loss_spike step:{step} train_loss:{loss:.4f} "
+                               "median:{usual:.4f}", **known, usual=usual)
+            self.losses.append(facts.loss)
+            self.clock.poll()
+            if step < 10 or (step + 1) % self.config.train_log_every == 0:
+                train_ms = self.clock.elapsed_ms
+                self.log.event("train", "step:{step}/{total} train_loss:{loss:.4f} train_time:"
+                               "{train_ms:.0f}ms step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} "
+                               "grad_norm:{grad_norm:.4f}", **known, total=self.config.iterations,
+                               train_ms=train_ms, step_avg=train_ms / max(self.clock.steps, 1),
+                               step_ms=self.clock.step_ms, lr_scale=scale)
+
+    def enter(self, phase: Phase, step: int) -> None:
+        """Switch to a phase; as recurrence starts, the repeats become copies of their bases."""
+        if phase.recur and not self.phase.recur:
+            self.copy_to_repeats()
+        for name in phase._fields:
+            if getattr(phase, name) != getattr(self.phase, name):
+                self.log.event("phase", "phase {name}:on step:{step}", name=name, step=step)
+        self.phase = phase
+        self.model.set_phase(phase)
+
+    @torch.no_grad()
+    def copy_to_repeats(self) -> None:
+        """Weights, momentum and averages of the base MLPs, bit for bit, to their repeats."""
+        pairs, place = self.model.repeats(), {p: i for i, p in enumerate(self.params)}
+        self.optimizer.muon.copy_momentum(pairs)
+        for tensors in filter(None, (self.params, self.average.ema, self.average.swa)):
+            for base, repeat in pairs:
+                tensors[place[repeat]].copy_(tensors[place[base]])
+
+    def validate(self) -> None:
+        """Plain validation of the current weights; the clock stands still."""
+        self.clock.pause()
+        score, _ = self.evaluator.score(self.forward, self.config.eval_seq_len)
+        train_ms = self.clock.elapsed_ms
+        self.log.event("val", "step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
+                       "train_time:{train_ms:.0f}ms step_avg:{step_avg:.2f}ms", step=self.steps,
+                       total=self.config.iterations, val_loss=score.loss, val_bpb=score.bpb,
+                       train_ms=train_ms, step_avg=train_ms / max(self.steps, 1))
+        self.clock.resume()
 
     def tensors(self) -> tuple[dict[str, Tensor], list[Tensor]]:
         """All that a step changes: what this rank's shard holds, and what rank 0's has for all."""
@@ -2626,68 +2660,9 @@ class Trainer:
         self.log.event("resume", "resumed step:{step} of {folder}", step=self.steps,
                        folder=str(self.checkpoints.root) if state else "nothing: no checkpoint")
 
-    def backward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Gradients of this rank's mean loss, micro-batch by micro-batch; returns that loss."""
-        for parameter in self.params:
-            parameter.grad = None
-        total = torch.zeros((), device=self.runtime.device)
-        for x, y in zip(inputs.split(self.micro_seqs), targets.split(self.micro_seqs), strict=True):
-            loss = self.forward(x, y).mean() / self.accumulation
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    def read_facts(self, last: int) -> None:
-        """Take in the facts of the steps up to `last`; a value that is not finite ends the run."""
-        while self.unread and self.unread[0][0] <= last:
-            step, scale, host, event = self.unread.popleft()
-            event.synchronize()
-            late, self.facts = self.facts.late, Facts(*host.tolist())
-            self.facts = self.facts._replace(late=late + self.facts.late)  # once late, always
-            loss, grad_norm = self.facts.loss, self.facts.grad_norm
-            require(math.isfinite(loss + grad_norm), f"loss {loss}, gradient norm {grad_norm} at "
-                    f"step {step + 1}: the run diverged; lower the learning rates (the last "
-                    f"checkpoint is of step {self.saved})")
-            usual = statistics.median(self.losses) if len(self.losses) > 9 else math.inf
-            if loss > SPIKE * usual:
-                self.log.event("spike", "loss_spike step:{step} train_loss:{loss:.4f} "
-                               "median:{usual:.4f}", step=step + 1, loss=loss, usual=usual)
-            self.losses.append(loss)
-            self.clock.poll()
-            if step < 10 or (step + 1) % self.config.train_log_every == 0:
-                train_ms, done = self.clock.elapsed_ms, max(self.clock.steps, 1)
-                self.log.event("train", "step:{step}/{total} train_loss:{loss:.4f} train_time:"
-                               "{train_ms:.0f}ms step_avg:{step_avg:.2f}ms lr_scale:{lr_scale:.4f} "
-                               "grad_norm:{grad_norm:.4f}", step=step + 1, loss=loss,
-                               total=self.config.iterations, train_ms=train_ms, lr_scale=scale,
-                               step_avg=train_ms / done, step_ms=self.clock.step_ms,
-                               grad_norm=grad_norm)
-
-    def enter(self, phase: Phase, step: int) -> None:
-        """Switch to a phase; as recurrence starts, the repeats become copies of their bases."""
-        if phase == self.phase:
-            return
-        if phase.recur and not self.phase.recur:
-            self.copy_to_repeats()
-        for name in phase._fields:
-            if getattr(phase, name) != getattr(self.phase, name):
-                self.log.event("phase", "phase {name}:on step:{step}", name=name, step=step)
-        self.phase = phase
-        self.model.set_phase(phase)
-
-    @torch.no_grad()
-    def copy_to_repeats(self) -> None:
-        """Weights, momentum and averages of the base MLPs, bit for bit, to their repeats."""
-        pairs, place = self.model.repeats(), {p: i for i, p in enumerate(self.params)}
-        self.optimizer.muon.copy_momentum(pairs)
-        for base, repeat in pairs:
-            repeat.copy_(base)
-            for average in filter(None, (self.average.ema, self.average.swa)):
-                average[place[repeat]].copy_(average[place[base]])
-
     def warm_up(self) -> None:
         """Compile and prime every graph of the run on random tokens, then restore all state."""
-        c = self.config
+        c, device = self.config, self.runtime.device
         saved = [p.detach().clone() for p in self.params]
         random = torch.Generator().manual_seed(c.seed)
         shape = (self.micro_seqs * self.accumulation, c.train_seq_len + 1)
@@ -2698,8 +2673,7 @@ class Trainer:
         for phase in phases:
             self.model.set_phase(phase)
             for _ in range(math.ceil(c.warmup_steps / len(phases))):
-                ids = torch.randint(self.model.vocab_size, shape, generator=random)
-                ids = ids.to(self.runtime.device)
+                ids = torch.randint(self.model.vocab_size, shape, generator=random).to(device)
                 loss = self.backward(ids[:, :-1], ids[:, 1:])
                 optimizer.step(loss.repeat(6), 1.0, c.muon_momentum)
                 Average(self.model, c).update(0, 1.0)
@@ -2714,8 +2688,8 @@ class Trainer:
     def hessians(self) -> tuple[dict[str, Tensor], float]:
         """Hessians on the training data after the last step so far, and the milliseconds taken."""
         c, begin, first = self.config, self.runtime.event(), self.steps * self.loader.batch_seqs
-        share = self.runtime.share_of(c.gptq_calibration_seqs)
-        ids = [self.loader.sequence(first + i)[:-1] for i in range(share.start, share.stop)]
+        wanted = range(first, first + c.gptq_calibration_seqs)
+        ids = [self.loader.sequence(i)[:-1] for i in wanted[self.runtime.share_of(len(wanted))]]
         ids = torch.from_numpy(np.array(ids, np.int64).reshape(-1, c.train_seq_len))
         batches = ids.to(self.runtime.device).split(self.micro_seqs)
         hessians, end = input_hessians(self.model, batches, self.runtime), self.runtime.event()
@@ -2733,22 +2707,10 @@ class Trainer:
                            train_ms=self.clock.elapsed_ms)
         return weights, hessians
 
-    def validate(self) -> None:
-        """Plain validation of the current weights; the clock stands still."""
-        self.clock.pause()
-        score, _ = self.evaluator.score(self.forward, self.config.eval_seq_len)
-        self.log.event("val", "step:{step}/{total} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-                       "train_time:{train_ms:.0f}ms step_avg:{step_avg:.2f}ms", step=self.steps,
-                       total=self.config.iterations, val_loss=score.loss, val_bpb=score.bpb,
-                       train_ms=self.clock.elapsed_ms,
-                       step_avg=self.clock.elapsed_ms / max(self.steps, 1))
-        self.clock.resume()
-
 
 def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
     """Sequences per forward pass: MICRO_BATCH_TOKENS, or the most that memory should hold."""
-    if c.micro_batch_tokens:
-        most = c.micro_batch_tokens // c.train_seq_len
+    if most := c.micro_batch_tokens // c.train_seq_len:
         require(rank_seqs % most == 0, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} does not divide "
                 f"the {rank_seqs * c.train_seq_len} tokens of a rank's step")
         return most
