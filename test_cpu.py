@@ -1483,7 +1483,8 @@ A_TAMPERED = [
     (("streams", 0, 2), 10**18), (("streams", 0, 2), "5"), (("streams", 0, 2), 2.5),
     (("streams", 0, 3), 0), (("streams", 0, 3), None), (("streams", 0, 3), -1),
     (("streams", 0, 3), 2**40), (("streams", 0, 3), "9"), (("streams", 0, 3), 2.5),
-    (("streams", 0, 3), 1), (("tensors", 0, 3, 0), 2**70), (("model",), None), (("model",), []),
+    (("streams", 0, 3), 1), (("streams", 0, 4), 0), (("streams", 0, 4), None),
+    (("tensors", 0, 3, 0), 2**70), (("model",), None), (("model",), []),
     (("model",), {}), (("model", "NUM_LAYERS"), 3), (("model", "NUM_LAYERS"), 0),
     (("model", "NUM_LAYERS"), -2), (("model", "NUM_LAYERS"), 4), (("model", "NUM_LAYERS"), 2.5),
     (("model", "MODEL_DIM"), 2**21), (("model", "MODEL_DIM"), 0), (("model", "MODEL_DIM"), 24),
@@ -1539,7 +1540,8 @@ def test_streams_that_do_not_decompress_are_refused(codec, tmp_path):
     for data in (b"", b"garbage" * 9, t.coder(codec)[0](raw[:-1]),
                  t.coder(codec)[0](raw)[:-9]):
         header = dict(model={}, vocab_size=A_VOCAB, vocab_sha256="",
-                      tensors=[["w", "v", 32, [75]]], streams=[["v.fp32", codec, len(data), 300]])
+                      tensors=[["w", "v", 32, [75]]],
+                      streams=[["v.fp32", codec, len(data), 300, zlib.crc32(data)]])
         a_forge(path, header, data)
         assert "SHA-256" not in a_refused(path, lambda: t.read_artifact(str(path)))
     assert t.decompress(t.coder(codec)[0](raw), codec, 300) == raw
@@ -6155,8 +6157,9 @@ def e_read_artifact(path):
     header, seen = json.loads(zlib.decompress(data[46:at])), hashlib.sha256(data[42:])
     filters = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
     streams = {}
-    for name, codec, length, size in header["streams"]:
+    for name, codec, length, size, crc in header["streams"]:
         body, at = data[at : at + length], at + length
+        assert zlib.crc32(body) == crc
         if codec == "lzma":
             streams[name] = lzma.decompress(body, lzma.FORMAT_RAW, filters=filters)
         elif codec == "zlib":
@@ -7305,7 +7308,8 @@ def q_forged_header(header, random):
 
 
 def test_q_five_hundred_forgeries(q_small, tmp_path):
-    """Changed headers and changed streams under the old digest are never scored, none of them."""
+    """Changed headers, and changed streams with their CRC made right: under the old digest none
+    is ever scored."""
     whole, header, body = q_small
     path, random = tmp_path / "forged.ptz", np.random.default_rng(5)
     digest, done = whole.read_bytes()[10:42], 0
@@ -7316,8 +7320,12 @@ def test_q_five_hundred_forgeries(q_small, tmp_path):
             if json.dumps(changed) == json.dumps(header):
                 continue
         else:
-            what, place = "stream", int(random.integers(len(data)))
-            data[place] ^= 1 << int(random.integers(8))
+            what, changed = "stream", json.loads(json.dumps(header))
+            sizes = [s[2] for s in changed["streams"]]
+            which = int(random.integers(len(sizes)))
+            start, size = sum(sizes[:which]), sizes[which]
+            data[start + int(random.integers(size))] ^= 1 << int(random.integers(8))
+            changed["streams"][which][4] = zlib.crc32(data[start : start + size])
         done += 1
         a_forge(path, changed, bytes(data), digest)
         with pytest.raises(t.ArtifactError, match=r"forged\.ptz"):

@@ -1776,7 +1776,7 @@ def rans_encode(raw: bytes) -> bytes:
     """
     lanes, steps, _ = rans_shape(len(raw))
     symbols = np.pad(np.frombuffer(raw, np.int8), (0, lanes * steps - len(raw)))
-    symbols = np.ascontiguousarray(symbols.reshape(lanes, steps).T)
+    symbols = symbols.reshape(lanes, steps).T.copy()
     starts, models = np.arange(0, steps, RANS_BLOCK), min(4, 1 + len(raw) // 65536)
     levels = np.add.reduceat(np.abs(symbols, dtype=np.float32), starts)
     levels /= np.diff(starts, append=steps)[:, None]
@@ -1796,8 +1796,8 @@ def rans_encode(raw: bytes) -> bytes:
         whole, rest = np.divmod(state, frequency[place])
         state = (whole << RANS_BITS) + rest + below[place]
     head = zlib.compress(share.astype("<u2").tobytes() + kinds.astype(np.uint8).tobytes(), 9)
-    return b"".join((struct.pack("<BI", models, len(head)), head, state.astype("<u4").tobytes(),
-                     *reversed(words)))
+    head = struct.pack("<BI", models, len(head)) + head + state.astype("<u4").tobytes()
+    return head + b"".join(reversed(words))
 
 
 def rans_decode(data: bytes, size: int) -> bytes:
@@ -1962,7 +1962,8 @@ def write_artifact(path: Path, header: dict[str, Any], stored: Mapping[str, Stor
     streams = pack_streams(stored, compressor)
     header = header | {
         "tensors": [[n, t.kind, t.bits, t.values.shape] for n, t in stored.items()],
-        "streams": [[s.name, s.codec, len(s.data), len(s.raw)] for s in streams],
+        "streams": [[s.name, s.codec, len(s.data), len(s.raw), zlib.crc32(s.data)]
+                    for s in streams],
     }
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = b"".join((struct.pack("<I", len(packed)), packed, *(s.data for s in streams)))
@@ -1980,10 +1981,11 @@ def read_artifact(path: str) -> tuple[dict[str, Any], dict[str, Stored]]:
                 "artifact of this script", ArtifactError)
         end = 4 + struct.unpack_from("<I", body)[0]
         header, raw = json.loads(zlib.decompressobj().decompress(body[4:end], 1 << 24)), {}
-        for name, codec, size, raw_size in header["streams"]:
-            require(0 < raw_size < 1 << 32, f"stream {name} of {raw_size} bytes", ArtifactError)
-            start, end = end, end + size
-            raw[name] = decompress(body[start:end], codec, raw_size)
+        for name, codec, size, raw_size, crc in header["streams"]:
+            packed, end = body[end : end + size], end + size
+            require(zlib.crc32(packed) == crc and 0 < raw_size < 1 << 32,
+                    f"stream {name} is damaged (CRC), or not of {raw_size} bytes", ArtifactError)
+            raw[name] = decompress(packed, codec, raw_size)
         require(hashlib.sha256(b"".join((body, *raw.values()))).digest() == digest,
                 "damaged: its content has another SHA-256", ArtifactError)
         return header, unpack_streams(header["tensors"], raw)
