@@ -1472,12 +1472,10 @@ def round_to_grid(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def row_quantiles(magnitudes: Tensor) -> Tensor:
     """QUANTILES of each row (R, C), interpolated linearly -> (R, quantiles); no full sort."""
-    last = magnitudes.size(1) - 1
-    depth = min(last, int((1 - min(QUANTILES)) * last) + 1)
-    top = magnitudes.topk(depth + 1, dim=1).values
-    places = [((1 - q) * last, int((1 - q) * last)) for q in QUANTILES]
-    return torch.stack([torch.lerp(top[:, i], top[:, min(i + 1, depth)], place - i)
-                        for place, i in places], dim=1)
+    places = [(1 - q) * (magnitudes.size(1) - 1) for q in QUANTILES]
+    top = magnitudes.topk(math.ceil(max(places)) + 1, dim=1).values
+    return torch.stack([torch.lerp(top[:, int(place)], top[:, math.ceil(place)], place % 1)
+                        for place in places], dim=1)
 
 
 def row_scales(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
@@ -1499,20 +1497,19 @@ def input_hessians(model: GPT, batches: tuple[Tensor, ...], runtime: Runtime) ->
 
     q, k and v share one; both passes of a shared layer add up; the head reads the final states.
     """
-    sums = {f"{name}.weight": torch.zeros(module.in_features, module.in_features,
-                                          device=runtime.device)
-            for name, module in model.named_modules() if re.search(r"\.(q|out|up|down)$", name)}
-    head = "embed.weight" if model.head is None else "head.weight"
-    sums[head] = torch.zeros(2 * (model.config.model_dim,), device=runtime.device)
-
-    def add(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def add(total: Tensor, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        sums[name].addmm_(x.mT, x)
+        total.addmm_(x.mT, x)
 
-    hooks = [model.get_submodule(name[:-7]).register_forward_pre_hook(functools.partial(add, name))
-             for name in sums if name != head]
+    head = "embed.weight" if model.head is None else "head.weight"
+    sums, hooks = {head: torch.zeros(2 * (model.config.model_dim,), device=runtime.device)}, []
+    for name, module in model.named_modules():
+        if re.search(r"\.(q|out|up|down)$", name):
+            total = torch.zeros(2 * (module.in_features,), device=runtime.device)
+            hooks.append(module.register_forward_pre_hook(functools.partial(add, total)))
+            sums[f"{name}.weight"] = total
     for ids in batches:
-        add(head, model, (model.hidden(ids),))
+        add(sums[head], model, (model.hidden(ids),))
     for hook in hooks:
         hook.remove()
     sums = {name: runtime.all_reduce(total) for name, total in sums.items()}
@@ -1531,13 +1528,12 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, bits: Tensor) -> Tenso
     eye = torch.eye(C, dtype=hessian.dtype, device=hessian.device)
     hessian = hessian / mean + 0.01 * eye  # inputs that are always 0 keep a diagonal of 0.01
     order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
-    hessian = hessian.gather(1, order.unsqueeze(2).expand(-1, -1, C))
-    hessian = hessian.gather(2, order.unsqueeze(1).expand(-1, C, -1))
+    hessian = hessian.take_along_dim(order[:, :, None], 1).take_along_dim(order[:, None], 2)
     # H = R R^T with R upper, so H^-1 = U^T U with U = R^-1 upper: what GPTQ needs, in one inversion
     upper = torch.linalg.cholesky(hessian.flip(1, 2)).flip(1, 2)
     upper = torch.linalg.solve_triangular(upper, eye.expand_as(upper), upper=True).float()
-    places = order.unsqueeze(1).expand_as(weight)
-    weight, codes = weight.gather(2, places), torch.empty_like(weight)
+    weight = weight.take_along_dim(order[:, None], 2)
+    codes = torch.empty_like(weight)
     for start in range(0, C, 128):
         stop = min(start + 128, C)
         part, inner = weight[:, :, start:stop].clone(), upper[:, start:stop, start:stop]
@@ -1549,7 +1545,7 @@ def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, bits: Tensor) -> Tenso
             codes[:, :, start + i] = code.squeeze(2)
             part[:, :, i:].baddbmm_(errors[:, :, now], inner[:, now, i:], alpha=-1)
         weight[:, :, stop:].baddbmm_(errors, upper[:, start:stop, stop:], alpha=-1)
-    return codes.scatter(2, places, codes)
+    return codes.take_along_dim(order.argsort(1)[:, None], 2)
 
 
 class Stored(NamedTuple):
@@ -1562,22 +1558,11 @@ class Stored(NamedTuple):
 
     def restore(self) -> Tensor:
         """The weights that these values stand for, fp32."""
-        values = torch.from_numpy(self.values.astype(np.float32))
-        if self.scales is None:
-            return values
-        return values * torch.from_numpy(self.scales.astype(np.float32)).unsqueeze(1)
+        scales = 1.0 if self.scales is None else torch.tensor(self.scales).float().unsqueeze(1)
+        return torch.tensor(self.values).float() * scales
 
 
-def stream_parts(kind: str, bits: int, shape: list[int]) -> list[tuple[str, np.dtype, int]]:
-    """(stream, dtype, elements) of each array that a tensor is stored as."""
-    if bits > 8:
-        return [(f"{kind}.fp{bits}", np.dtype(f"<f{bits // 8}"), math.prod(shape))]
-    rows, columns = shape
-    codes = (f"{kind}.int{bits}", np.dtype("i1"), rows * columns)
-    return [codes, ("scales", np.dtype("<f2"), rows)]
-
-
-def gptq_codes(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], bits: Mapping[str, int],
+def gptq_codes(state: Mapping[str, Tensor], grids: Mapping[str, tuple[int, Tensor | None]],
                hessians: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
     """int8 codes of every matrix with a Hessian; ranks share the work, equal shapes are batched."""
     names = sorted(hessians.keys() & state.keys(), key=lambda name: (*state[name].shape, name))
@@ -1585,9 +1570,11 @@ def gptq_codes(state: Mapping[str, Tensor], scales: Mapping[str, Tensor], bits: 
     mine = names[runtime.rank :: runtime.world]
     for shape in dict.fromkeys(state[name].shape for name in mine):
         same = [name for name in mine if state[name].shape == shape]
-        stacks = [torch.stack([of[name] for name in same]) for of in (state, hessians, scales)]
-        wide = stacks[0].new_tensor([bits[name] for name in same]).view(-1, 1, 1)
-        codes |= zip(same, gptq(*stacks, wide).to(torch.int8), strict=True)
+        weights, moments = (torch.stack([of[name] for name in same]) for of in (state, hessians))
+        bits, scales = zip(*(grids[name] for name in same), strict=True)
+        bits = weights.new_tensor(bits).view(-1, 1, 1)
+        batch = gptq(weights, moments, torch.stack(scales), bits)
+        codes |= zip(same, batch.to(torch.int8), strict=True)
     return {name: runtime.all_reduce(codes[name]) for name in names}
 
 
@@ -1598,20 +1585,18 @@ def quantize(state: Mapping[str, Tensor], c: Config, coarseness: float = 0.0,
 
     Matrices with a Hessian by GPTQ on all ranks of `runtime`, the others to the nearest.
     """
-    stored, bits, scales = {}, {}, {}
+    stored, grids = {}, {}
     for name, tensor in state.items():
         require(torch.isfinite(tensor).all(), f"{name} is not finite; nothing was exported")
-        bits[name], step = grid_of(name, c, coarseness)
-        if bits[name] <= 8:
-            scales[name] = row_scales(tensor.float(), bits[name], step)
-    codes = gptq_codes(state, scales, bits, hessians, runtime) if hessians else {}
-    for name, tensor in state.items():
-        values, rows = tensor.half() if bits[name] == 16 else tensor.float(), None
-        if name in scales:
-            rows = scales[name].squeeze(1).half().cpu().numpy()
-            nearest = round_to_grid(values, scales[name], bits[name])
-            values = codes.get(name, nearest).to(torch.int8)
-        stored[name] = Stored(param_spec(name, c).kind, bits[name], values.cpu().numpy(), rows)
+        bits, step = grid_of(name, c, coarseness)
+        grids[name] = bits, row_scales(tensor.float(), bits, step) if bits <= 8 else None
+    codes = gptq_codes(state, grids, hessians, runtime) if hessians else {}
+    for name, (bits, scales) in grids.items():
+        values = state[name].half() if bits == 16 else state[name].float()
+        if bits <= 8:
+            values = codes[name] if name in codes else round_to_grid(values, scales, bits)
+            values, scales = values.to(torch.int8), scales.squeeze(1).half().cpu().numpy()
+        stored[name] = Stored(param_spec(name, c).kind, bits, values.cpu().numpy(), scales)
     return stored
 
 
@@ -1654,21 +1639,19 @@ def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
 
 # --- 8 artifact -------------------------------------------------------
 
-ARTIFACT_MAGIC, ARTIFACT_FORMAT = b"PROTEUS\n", 2
+ARTIFACT_MAGIC = b"PROTEUS 3\n"  # the number is that of the format
 MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
     "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
     "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
     "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
 ).split()
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
+RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
+RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; those of them that share a model
 
 
 class ArtifactError(RunError):
-    """An artifact file that cannot be trusted; the message says what does not fit."""
-
-
-RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
-RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; those of them that share a model
+    """An artifact that cannot be trusted, or not read here; the message says why."""
 
 
 def rans_shape(size: int) -> tuple[int, int, int]:
@@ -1685,7 +1668,7 @@ def rans_encode(raw: bytes) -> bytes:
     """
     lanes, steps, _ = rans_shape(len(raw))
     symbols = np.pad(np.frombuffer(raw, np.int8), (0, lanes * steps - len(raw)))
-    symbols = np.ascontiguousarray(symbols.reshape(lanes, steps).T)
+    symbols = symbols.reshape(lanes, steps).T.copy()
     starts, models = np.arange(0, steps, RANS_BLOCK), min(4, 1 + len(raw) // 65536)
     levels = np.add.reduceat(np.abs(symbols, dtype=np.float32), starts)
     levels /= np.diff(starts, append=steps)[:, None]
@@ -1705,8 +1688,8 @@ def rans_encode(raw: bytes) -> bytes:
         whole, rest = np.divmod(state, frequency[place])
         state = (whole << RANS_BITS) + rest + below[place]
     head = zlib.compress(share.astype("<u2").tobytes() + kinds.astype(np.uint8).tobytes(), 9)
-    return b"".join((struct.pack("<BI", models, len(head)), head, state.astype("<u4").tobytes(),
-                     *reversed(words)))
+    head = struct.pack("<BI", models, len(head)) + head + state.astype("<u4").tobytes()
+    return head + b"".join(reversed(words))
 
 
 def rans_decode(data: bytes, size: int) -> bytes:
@@ -1724,11 +1707,12 @@ def rans_decode(data: bytes, size: int) -> bytes:
     if (share.sum(1) != 1 << RANS_BITS).any() or kinds.max() >= models:
         raise ValueError("impossible models")
     frequency, below = share.ravel(), (share.cumsum(1) - share).ravel()
-    place_at = np.arange(models << 8).repeat(share.ravel().astype(np.int64))
+    place_at = np.arange(models << 8).repeat(frequency.astype(np.int64))
+    starts = (kinds.astype(np.uint64) << RANS_BITS).repeat(RANS_BLOCK, 0)
     symbols, done = np.empty((steps, lanes), np.uint8), 0
     for step in range(steps):
         slot = state & ((1 << RANS_BITS) - 1)
-        place = place_at[(kinds[step // RANS_BLOCK].astype(np.uint64) << RANS_BITS) + slot]
+        place = place_at[starts[step] + slot]
         symbols[step] = place & 255
         state = frequency[place] * (state >> RANS_BITS) + slot - below[place]
         low = state < RANS_LEAST
@@ -1740,51 +1724,42 @@ def rans_decode(data: bytes, size: int) -> bytes:
     return symbols.T.tobytes()[:size]
 
 
-def compress(raw: bytes, codec: str) -> bytes:
-    """`raw` under a codec; of zlib only the Huffman coder is used."""
+def zstandard_module() -> Any:
+    """The zstandard package, or None where it is not installed."""
+    with contextlib.suppress(ImportError):
+        import zstandard
+
+        return zstandard
+    return None
+
+
+def coder(codec: str) -> tuple[Callable[[bytes], bytes], Callable[[bytes, int], bytes]]:
+    """(encode, decode) of a codec; decode gets the size of the raw bytes, its bound."""
     if codec == "rans":
-        return rans_encode(raw)
+        return rans_encode, rans_decode
     if codec == "lzma":
-        return lzma.compress(raw, lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        plain = dict(format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        return functools.partial(lzma.compress, **plain), lzma.LZMADecompressor(**plain).decompress
     if codec == "zlib":
-        huffman = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-        return huffman.compress(raw) + huffman.flush()
+        only = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+        return lambda raw: only.compress(raw) + only.flush(), zlib.decompressobj(-15).decompress
     zstd = zstandard_module()
-    require(zstd, "COMPRESSOR=zstd needs zstandard: pip install zstandard, or COMPRESSOR=auto")
-    return zstd.ZstdCompressor(level=22, write_content_size=False).compress(raw)
+    require(codec == "zstd" and zstd, f"codec {codec!r} is unknown or not installed; for zstd: pip "
+            "install zstandard, or COMPRESSOR=auto", ArtifactError)
+    return (zstd.ZstdCompressor(level=22, write_content_size=False).compress,
+            lambda data, size: zstd.ZstdDecompressor().stream_reader(data).read(size))
 
 
 def decompress(data: bytes, codec: str, size: int) -> bytes:
-    """Inverse of `compress`; raises ArtifactError unless exactly `size` bytes come out."""
-    raw = b""
+    """The raw bytes of a stream; raises ArtifactError unless exactly `size` bytes come out."""
     try:
-        if codec == "rans":
-            raw = rans_decode(data, size)
-        elif codec == "lzma":
-            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, None, LZMA_FILTERS).decompress(data, size)
-        elif codec == "zlib":
-            raw = zlib.decompressobj(-15).decompress(data, size)
-        elif codec == "zstd":
-            zstd = zstandard_module()
-            require(zstd, "a stream is zstd: pip install zstandard to load it", ArtifactError)
-            raw = zstd.ZstdDecompressor().stream_reader(data).read(size)
-        else:
-            raise ArtifactError(f"unknown codec {codec!r}; known are {show(CODECS)}")
+        raw = coder(codec)[1](data, size)
+        if len(raw) != size:
+            raise ValueError(f"it ends after {len(raw)} of {size} bytes")
     except (lzma.LZMAError, zlib.error, struct.error, ValueError,
             getattr(zstandard_module(), "ZstdError", OSError)) as error:
         raise ArtifactError(f"a {codec} stream is damaged: {error}") from error
-    require(len(raw) == size, f"a {codec} stream ends after {len(raw)} of {size} bytes",
-            ArtifactError)
     return raw
-
-
-def zstandard_module() -> Any:
-    """The zstandard package, or None where it is not installed."""
-    try:
-        import zstandard
-    except ImportError:
-        return None
-    return zstandard
 
 
 def smallest(raw: bytes, compressor: str) -> tuple[str, bytes]:
@@ -1792,7 +1767,7 @@ def smallest(raw: bytes, compressor: str) -> tuple[str, bytes]:
     codecs = [codec for codec in CODECS if codec != "zstd" or zstandard_module()]
     codecs = codecs if compressor == "auto" else [compressor]
     with ThreadPoolExecutor() as pool:  # compressors leave the interpreter to others
-        packed = pool.map(functools.partial(compress, raw), codecs)
+        packed = pool.map(lambda codec: coder(codec)[0](raw), codecs)
         return min(zip(codecs, packed, strict=True), key=lambda pair: len(pair[1]))
 
 
@@ -1826,42 +1801,66 @@ class Stream(NamedTuple):
     name: str
     codec: str
     data: bytes
+    raw: bytes
     weights: int
     floor: float  # bytes: order-0 entropy of codes, tensor by tensor; raw size of the rest
+
+
+def layout(kind: str, bits: int) -> tuple[str, str]:
+    """(stream, dtype) of a tensor's values; row scales, fp16, have a stream of their own."""
+    return (f"{kind}.int{bits}", "i1") if bits <= 8 else (f"{kind}.fp{bits}", f"<f{bits // 8}")
 
 
 def pack_streams(stored: Mapping[str, Stored], compressor: str) -> list[Stream]:
     """Values and scales of all tensors, stream by stream, in the tensors' order."""
     members: dict[str, list[np.ndarray]] = {}
     for tensor in stored.values():
-        parts = stream_parts(tensor.kind, tensor.bits, list(tensor.values.shape))
-        for (name, dtype, _), array in zip(parts, (tensor.values, tensor.scales), strict=False):
-            members.setdefault(name, []).append(array.astype(dtype).ravel())
+        stream, dtype = layout(tensor.kind, tensor.bits)
+        members.setdefault(stream, []).append(tensor.values.astype(dtype).ravel())
+        if tensor.scales is not None:
+            members.setdefault("scales", []).append(tensor.scales.astype("<f2"))
     streams = []
     for name, arrays in members.items():
         flat = np.concatenate(arrays)
         # all first bytes, then all second bytes, ...: codecs see like with like
         raw = flat.view(np.uint8).reshape(-1, flat.itemsize).T.tobytes()
         floor = sum(map(entropy_bytes, arrays)) if flat.itemsize == 1 else float(len(raw))
-        streams.append(Stream(name, *smallest(raw, compressor), flat.size, floor))
+        streams.append(Stream(name, *smallest(raw, compressor), raw, flat.size, floor))
     return streams
+
+
+def unpack_streams(tensors: list[list], raw: Mapping[str, bytes]) -> dict[str, Stored]:
+    """Inverse of pack_streams: tensors by the header's list of (name, kind, bits, shape)."""
+    used, stored = dict.fromkeys(raw, 0), {}
+
+    def take(stream: str, dtype: str, shape: list[int]) -> np.ndarray:
+        planes = np.frombuffer(raw[stream], np.uint8).reshape(np.dtype(dtype).itemsize, -1)
+        start, used[stream] = used[stream], used[stream] + math.prod(shape)
+        return np.frombuffer(planes[:, start : used[stream]].T.tobytes(), dtype).reshape(shape)
+
+    for name, kind, bits, shape in tensors:
+        scales = take("scales", "<f2", shape[:1]) if bits <= 8 else None
+        stored[name] = Stored(kind, bits, take(*layout(kind, bits), shape), scales)
+    return stored
 
 
 def write_artifact(path: Path, header: dict[str, Any], stored: Mapping[str, Stored],
                    compressor: str) -> list[Stream]:
     """Write the container; returns its streams.
 
-    Layout: magic, size and CRC-32 of the header (uint32), header (JSON under zlib), streams.
+    Layout: magic, SHA-256 of what follows and of the raw streams, size of the header (uint32),
+    header (JSON under zlib), compressed streams.
     """
     streams = pack_streams(stored, compressor)
     header = header | {
-        "format": ARTIFACT_FORMAT,
         "tensors": [[n, t.kind, t.bits, t.values.shape] for n, t in stored.items()],
-        "streams": [[s.name, s.codec, len(s.data), zlib.crc32(s.data)] for s in streams],
+        "streams": [[s.name, s.codec, len(s.data), len(s.raw), zlib.crc32(s.data)]
+                    for s in streams],
     }
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    head = ARTIFACT_MAGIC + struct.pack("<II", len(packed), zlib.crc32(packed)) + packed
-    write_atomic(path, head + b"".join(s.data for s in streams))
+    body = b"".join((struct.pack("<I", len(packed)), packed, *(s.data for s in streams)))
+    digest = hashlib.sha256(b"".join((body, *(s.raw for s in streams)))).digest()
+    write_atomic(path, ARTIFACT_MAGIC + digest + body)
     return streams
 
 
@@ -1869,51 +1868,26 @@ def read_artifact(path: str) -> tuple[dict[str, Any], dict[str, Stored]]:
     """(header, tensors) of an artifact; executes nothing; raises ArtifactError on any damage."""
     try:
         data = Path(path).read_bytes()
-        require(data.startswith(ARTIFACT_MAGIC), "not an artifact of this script", ArtifactError)
-        start = len(ARTIFACT_MAGIC) + 8
-        size, crc = struct.unpack("<II", data[start - 8 : start])
-        packed = data[start : start + size]
-        require(zlib.crc32(packed) == crc, "the header is damaged (CRC)", ArtifactError)
-        header = json.loads(zlib.decompressobj().decompress(packed, 1 << 24))
-        require(header["format"] == ARTIFACT_FORMAT, f"format {header['format']}, this script "
-                f"reads {ARTIFACT_FORMAT}", ArtifactError)
-        return header, unpack_tensors(header, data[start + size :])
+        magic, digest, body = data[:10], data[10:42], data[42:]
+        require(magic == ARTIFACT_MAGIC, f"it begins with {magic}, not {ARTIFACT_MAGIC}: not an "
+                "artifact of this script", ArtifactError)
+        end = 4 + struct.unpack_from("<I", body)[0]
+        header, raw = json.loads(zlib.decompressobj().decompress(body[4:end], 1 << 24)), {}
+        for name, codec, size, raw_size, crc in header["streams"]:
+            packed, end = body[end : end + size], end + size
+            require(zlib.crc32(packed) == crc and 0 < raw_size < 1 << 32,
+                    f"stream {name} is damaged (CRC), or not of {raw_size} bytes", ArtifactError)
+            raw[name] = decompress(packed, codec, raw_size)
+        require(hashlib.sha256(b"".join((body, *raw.values()))).digest() == digest,
+                "damaged: its content has another SHA-256", ArtifactError)
+        return header, unpack_streams(header["tensors"], raw)
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror}; name an artifact that exists") from error
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
-    except (struct.error, zlib.error, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (struct.error, zlib.error, ValueError, LookupError, TypeError, ArithmeticError,
+            RecursionError) as error:
         raise ArtifactError(f"{path}: the header is not readable ({error!r})") from error
-
-
-def unpack_tensors(header: dict[str, Any], body: bytes) -> dict[str, Stored]:
-    """Tensors from the streams; every size is checked against the header's shapes before use."""
-    layout: dict[str, tuple[np.dtype, int]] = {}
-    for name, kind, bits, shape in header["tensors"]:
-        good = bits in (*range(2, 9), 16, 32) and all(0 < n < 1 << 24 for n in shape)
-        require(good, f"{name}: {bits} bits, shape {shape}", ArtifactError)
-        for stream, dtype, count in stream_parts(kind, bits, shape):
-            layout[stream] = dtype, layout.get(stream, (dtype, 0))[1] + count
-    require([s[0] for s in header["streams"]] == list(layout)
-            and sum(s[2] for s in header["streams"]) == len(body),
-            f"{len(body)} bytes of streams are not what the header says; truncated?", ArtifactError)
-    pools, offset = {}, 0
-    for (stream, codec, size, crc), (dtype, count) in zip(
-            header["streams"], layout.values(), strict=True):
-        data, offset = body[offset : offset + size], offset + size
-        require(zlib.crc32(data) == crc, f"stream {stream} is damaged (CRC)", ArtifactError)
-        require(count < 1 << 30, f"stream {stream} claims {count} values", ArtifactError)
-        planes = np.frombuffer(decompress(data, codec, count * dtype.itemsize), np.uint8)
-        pools[stream] = np.frombuffer(planes.reshape(dtype.itemsize, -1).T.tobytes(), dtype)
-    stored = {}
-    for name, kind, bits, shape in header["tensors"]:
-        arrays = []
-        for stream, _, count in stream_parts(kind, bits, shape):
-            arrays.append(pools[stream][:count])
-            pools[stream] = pools[stream][count:]
-        scales = arrays[1] if len(arrays) == 2 else None
-        stored[name] = Stored(kind, bits, arrays[0].reshape(shape), scales)
-    return stored
 
 
 def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, runtime: Runtime,
@@ -1930,14 +1904,15 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
         shape["RECUR_LAYERS"] = ""
         state = {name: p for name, p in state.items() if not name.startswith("repeat_mlps")}
     header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
-    margin, unforeseen, streams = FIT_MARGIN * (c.size_limit - code), 0.0, []
+    margin = unforeseen = FIT_MARGIN * (c.size_limit - code)
+    streams: list[Stream] = []  # on the first rank
+
+    def expected(at: float) -> float:
+        return sampled_bytes(state, c, at) + unforeseen
 
     def write() -> int:
         streams[:] = write_artifact(path, header, stored, c.compressor)
         return code + path.stat().st_size
-
-    def expected(at: float) -> float:
-        return sampled_bytes(state, c, at) + unforeseen + margin
 
     for _ in range(6):
         coarseness = runtime.on_first_rank(lambda: least_coarseness(expected, c))
@@ -1947,7 +1922,7 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
         runtime.log.line(f"fit coarseness:{coarseness:.4f} total:{total} free:{free}")
         if 0 <= free <= 2 * margin or (coarseness == 0 <= free) or coarseness == COARSEST:
             break
-        unforeseen += total - code - (expected(coarseness) - margin)
+        unforeseen = margin + total - code - sampled_bytes(state, c, coarseness)
     runtime.on_first_rank(lambda: log_sizes(state, stored, streams, total, runtime.log))
     if free < 0:
         kept = path.with_name(path.name + ".fp32")
@@ -1962,47 +1937,46 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
 def log_sizes(state: Mapping[str, Tensor], stored: Mapping[str, Stored], streams: list[Stream],
               total: int, log: RunLog) -> None:
     """What every stream takes, how far from the weights its codes are, and the totals."""
-    measured: dict[str, np.ndarray] = {}  # squares: error, weights, clips, deviations
-    for name, tensor in stored.items():
-        if tensor.scales is not None:
-            weight, stream = state[name].cpu(), f"{tensor.kind}.int{tensor.bits}"
-            error, clips = tensor.restore() - weight, largest_code(tensor.bits) * tensor.scales
-            sums = (error, weight, clips, weight.std(1, correction=0))
-            sums = [float(torch.as_tensor(x).float().square().sum()) for x in sums]
-            measured[stream] = measured.get(stream, 0) + np.array(sums)
     for s in streams:
-        error, square, clip, deviation = np.maximum(measured.get(s.name, np.zeros(4)), 1e-30)
-        size, coded = len(s.data), s.name in measured
+        size, measured = len(s.data), {}
+        coded = [(t, state[name].cpu()) for name, t in stored.items()
+                 if t.scales is not None and layout(t.kind, t.bits)[0] == s.name]
+        if coded:
+            vectors = zip(*((w.flatten(), (t.restore() - w).flatten(), w.std(1, correction=0),
+                             largest_code(t.bits) * torch.tensor(t.scales).float())
+                            for t, w in coded), strict=True)
+            weight, error, deviation, clip = (
+                torch.cat(parts).norm().clamp_min(1e-15).item() for parts in vectors)
+            measured = dict(entropy=8 * s.floor / s.weights, k=clip / deviation,
+                            error=error / weight)
         log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
                   "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}"
-                  + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * coded,
+                  + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * bool(coded),
                   name=s.name, codec=s.codec, weights=s.weights, bytes=size, floor=s.floor,
-                  bits=8 * size / s.weights, entropy=8 * s.floor / s.weights,
-                  k=math.sqrt(clip / deviation), error=math.sqrt(error / square))
-    code, floor = os.path.getsize(__file__), sum(s.floor for s in streams)
-    artifact, codec = total - code, max(streams, key=lambda s: len(s.data)).codec
-    log.line(f"artifact_floor_bytes:{floor:.0f} above_floor:{artifact / floor - 1:+.2%}")
-    log.line(f"Code size: {code} bytes")
-    log.line(f"Serialized model mixed_quant+{codec}: {artifact} bytes")
-    log.event("size", "Total submission size: {total} bytes", code=code, artifact=artifact,
-              total=total, floor=floor)
+                  bits=8 * size / s.weights, **measured)
+    artifact, floor = total - os.path.getsize(__file__), sum(s.floor for s in streams)
+    log.event("size", "artifact_floor_bytes:{floor:.0f} above_floor:{above:+.2%}\n"
+              "Code size: {code} bytes\nSerialized model mixed_quant+{codec}: {artifact} bytes\n"
+              "Total submission size: {total} bytes", code=total - artifact, artifact=artifact,
+              total=total, floor=floor, above=artifact / floor - 1,
+              codec=max(streams, key=lambda s: len(s.data)).codec)
 
 
 def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c: Config) -> GPT:
     """The model of an artifact on disk; raises ArtifactError if it does not fit the data."""
     header, stored = runtime.on_first_rank(lambda: read_artifact(path))  # others lack the file
     texts, problems = header.get("model"), []
-    require(isinstance(texts, dict) and all(isinstance(v, str) for v in texts.values())
-            and set(texts) == {name.upper() for name in MODEL_FIELDS},
-            f"{path}: no readable model configuration: {texts}", ArtifactError)
-    config = replace(c, n_int6_layers=None, **parse_settings(texts, problems))
+    complete = (isinstance(texts, dict) and set(texts) == {name.upper() for name in MODEL_FIELDS}
+                and all(isinstance(text, str) for text in texts.values()))
+    config = replace(c, n_int6_layers=None, **parse_settings(texts if complete else {}, problems))
     problems += contradictions(config)
-    require(not problems, f"{path}: impossible model configuration: {problems}", ArtifactError)
-    made_for = (header.get("vocab_size"), header.get("vocab_sha256"))
-    require(made_for == (len(table.base_bytes), val.vocab_sha256),
-            f"{path}: made for a vocabulary of {made_for[0]} ids, sha256 {made_for[1]}, the data's "
-            f"has {len(table.base_bytes)}, {val.vocab_sha256}; set DATA_PATH and TOKENIZER_PATH to "
-            "what it was trained on", ArtifactError)
+    require(complete and not problems,
+            f"{path}: impossible model configuration: {problems or texts}", ArtifactError)
+    ours = len(table.base_bytes), val.vocab_sha256
+    made_for = header.get("vocab_size"), header.get("vocab_sha256")
+    require(made_for == ours, f"{path}: made for a vocabulary of {made_for[0]} ids, sha256 "
+            f"{made_for[1]}, the data's has {ours[0]}, {ours[1]}; set DATA_PATH and TOKENIZER_PATH "
+            "to what it was trained on", ArtifactError)
     expected = {}
     with contextlib.suppress(RuntimeError, TypeError, OverflowError), torch.device("meta"):
         plan = GPT(config, table.is_boundary, runtime, initialize=False)  # takes no memory
