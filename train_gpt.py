@@ -717,6 +717,7 @@ class Loader:
         require(self.batch_seqs % runtime.world == 0,
                 f"WORLD_SIZE={runtime.world} does not divide the {self.batch_seqs} sequences of a "
                 f"step; make TRAIN_BATCH_TOKENS a multiple of {runtime.world * self.seq_len}")
+        self.slice = runtime.share_of(self.batch_seqs)
         targets = np.array([len(ids) - 1 for ids in self.shards])
         self.blocks = np.maximum(targets // self.seq_len - 1, 1)  # leaves room for the phase
         self.room, self.ends = targets - self.blocks * self.seq_len, np.cumsum(self.blocks)
@@ -741,8 +742,8 @@ class Loader:
 
     def read(self, step: int) -> Tensor:
         """This rank's sequences of a step on the host, int64 (sequences, seq_len + 1)."""
-        share, first = self.runtime.share_of(self.batch_seqs), step * self.batch_seqs
-        ids = [self.sequence(first + i) for i in range(share.start, share.stop)]
+        first = step * self.batch_seqs
+        ids = [self.sequence(first + i) for i in range(self.slice.start, self.slice.stop)]
         block = torch.from_numpy(np.stack(ids).astype(np.int64))
         return block.pin_memory() if self.runtime.cuda else block
 
