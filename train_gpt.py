@@ -405,16 +405,18 @@ class RunLog:
         """Take the run id; RunError if it is in use or, unless we append, was used."""
         import fcntl  # Unix only
 
-        Path("logs").mkdir(exist_ok=True)
         path = Path("logs", f"{self.run_id}.txt")
-        self.text = open(path, "a", encoding="utf-8")
         try:
+            path.parent.mkdir(exist_ok=True)
+            self.text = open(path, "a", encoding="utf-8")
             fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the end of the process frees it
-        except OSError as error:
+            require(append or not self.text.tell(), f"{path}: RUN_ID={self.run_id} has been used; "
+                    "set another one, or RESUME=1 to go on with that run")
+            self.events = open(path.with_suffix(".jsonl"), "a", encoding="utf-8")
+        except BlockingIOError as error:
             raise RunError(f"{path}: another run is writing it; set another RUN_ID") from error
-        require(append or not self.text.tell(), f"{path}: RUN_ID={self.run_id} has been used; set "
-                "another one, or RESUME=1 to go on with that run")
-        self.events = open(path.with_suffix(".jsonl"), "a", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{path}: {error.strerror}; run where logs/ can be written") from error
 
     def line(self, text: str, console: bool = True) -> None:
         """Text to the log, and to the console."""
@@ -1444,12 +1446,14 @@ class Average:
 
     @torch.no_grad()
     def store(self) -> str:
-        """Write the weights to export into the model; returns which: swa, ema or last."""
-        require(self.snapshots or not self.swa, "SWA_ENABLED=1 but no snapshot at an lr scale "
-                f"under 0.2; lower SWA_EVERY={self.config.swa_every} or raise WARMDOWN_ITERS")
-        if self.swa or self.ema:
-            torch._foreach_copy_(self.params, self.swa or self.ema)
-        return "swa" if self.swa else "ema" if self.ema else "last"
+        """Write the weights to export into the model; returns which: swa, ema or last.
+
+        A run that was too short for a snapshot is not lost: it falls back on the EMA.
+        """
+        swa = self.swa if self.snapshots else []
+        if swa or self.ema:
+            torch._foreach_copy_(self.params, swa or self.ema)
+        return "swa" if swa else "ema" if self.ema else "last"
 
 
 # --- 7 quantization ---------------------------------------------------
@@ -2463,6 +2467,9 @@ class Trainer:
         data = repr(([p.name for p in loader.paths], [len(ids) for ids in loader.shards],
                      self.evaluator.val.vocab_sha256))
         self.checkpoints = Checkpoints(c, runtime, hashlib.sha256(data.encode()).hexdigest())
+        require(c.resume or not runtime.on_first_rank(self.checkpoints.commits),
+                f"{self.checkpoints.root} holds checkpoints of another run; set another RUN_ID or "
+                "CHECKPOINT_PATH, or RESUME=1 to go on with that run")
         self.warm_up()
         self.optimizer = Optimizer(self.model, c, runtime)
         if c.resume:
@@ -2678,8 +2685,9 @@ class Trainer:
         if self.config.quant == "gptq":
             hessians, milliseconds = self.hessians()
             self.clock.elapsed_ms += milliseconds
-            self.log.event("calibration", "gptq_calibration train_time:{train_ms:.0f}ms",
-                           train_ms=self.clock.elapsed_ms)
+            self.log.event("calibration", "gptq_calibration train_time:{train_ms:.0f}ms "
+                           "cap:{cap_ms:.0f}ms", train_ms=self.clock.elapsed_ms,
+                           cap_ms=1e3 * self.config.max_wallclock_seconds)
         return weights, hessians
 
 
