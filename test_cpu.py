@@ -6379,7 +6379,7 @@ def test_r_packed_code_is_small_complete_and_deterministic(r_runs, tmp_path):
     """Same bytes every time, under the aim; same program and settings; unpacked without running."""
     pack, packed = r_tool("pack"), r_runs[0]
     source = (ROOT / "train_gpt.py").read_text()
-    assert packed.read_bytes() == pack.pack(source) and len(packed.read_bytes()) <= pack.LARGEST
+    assert packed.read_bytes() == pack.pack(source) and len(packed.read_bytes()) < 34_000
     readable = pack.unpack(packed.read_bytes())
     assert pack.meaning(readable) == pack.meaning(source)
     small = r_load(packed)
