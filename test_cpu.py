@@ -6386,7 +6386,8 @@ def test_r_packed_code_is_small_complete_and_deterministic(r_runs, tmp_path):
     assert vars(small).keys() >= {n for n in vars(t) if not n.startswith("__")}
     assert small.__doc__ == t.__doc__ and small.settings_table() == t.settings_table()
     assert pack.unpack(source.encode()) == source
-    assert pack.main([str(ROOT / "train_gpt.py"), "--output", str(tmp_path / "p.py")]) == 0
+    code = pack.main([str(ROOT / "train_gpt.py"), "--output", str(tmp_path / "p.py")])
+    assert code == (len(packed.read_bytes()) > pack.LARGEST)
     assert (tmp_path / "p.py").read_bytes() == packed.read_bytes()
 
 
@@ -7271,12 +7272,13 @@ def q_load(path):
     return t.load_model(str(path), validation, a_table(), b_runtime(), a_config())
 
 
-def test_q_two_thousand_corruptions(q_small, tmp_path):
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_q_corruptions(q_small, tmp_path, count):
     """Bytes changed, cut out, inserted, swapped, and truncations: ArtifactError every time."""
     path, data = tmp_path / "broken.ptz", q_small[0].read_bytes()
     random = np.random.default_rng(4)
     assert q_load(q_small[0]).recur
-    for n in range(2000):
+    for n in range(count):
         a, b = sorted(random.integers(0, len(data), 2).tolist())
         broken = [data[:a], data[:a] + data[b:] if b > a else data[:-1],
                   data[:a] + random.bytes(1 + n % 7) + data[a:],
@@ -7307,13 +7309,14 @@ def q_forged_header(header, random):
     return header, f"{[k for _, k in path]} = {holder[key]!r}"
 
 
-def test_q_five_hundred_forgeries(q_small, tmp_path):
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_q_forgeries(q_small, tmp_path, count):
     """Changed headers, and changed streams with their CRC made right: under the old digest none
     is ever scored."""
     whole, header, body = q_small
     path, random = tmp_path / "forged.ptz", np.random.default_rng(5)
     digest, done = whole.read_bytes()[10:42], 0
-    while done < 500:
+    while done < count:
         changed, data = header, bytearray(body)
         if done % 3:
             changed, what = q_forged_header(header, random)
