@@ -2866,4 +2866,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    if "RANK" in os.environ:  # gloo's threads can abort a finished rank while Python is torn down
+        os._exit(status)
+    sys.exit(status)
