@@ -5310,12 +5310,10 @@ def test_d_ablation_table_and_plans():
     rows = ablate.table(runs).splitlines()
     assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | 1.9000 | 0.2000 | - | 10 | 4 | 10 | 3 |"
     assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | 8 | 5 | 20 | - |"
-    runs["more"] = [dict(run, roundtrip_bpb=r, slot_bpb=r - 1) for run, r in zip(
+    runs["more"] = [dict(run, roundtrip_bpb=r) for run, r in zip(
         runs["base"], (2.4, 2.8), strict=True)]
-    change = ablate.table(runs).splitlines()[4].split("|")[8]  # +0.4 and +0.6: 0.5 +- t * 0.1
+    change = ablate.table(runs).splitlines()[4].split("|")[7]  # +0.4 and +0.6: 0.5 +- t * 0.1
     assert change.strip() == f"+0.5000 +- {12.7062 * 0.1:.4f}"
-    change = ablate.table(runs, ("slot_bpb", "roundtrip_bpb")).splitlines()[4].split("|")[8]
-    assert change.strip().startswith("-0.5000")
     plans = sorted((ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
@@ -6019,6 +6017,7 @@ def test_e_slot_is_labelled_everywhere(a_made, tmp_path):
         "non_compliant_slot", "roundtrip", "sliding", "ttt"]
     bpb = {line.split(": ")[0]: line.split(": ")[1] for line in lines if "_bpb: " in line}
     assert float(bpb["non_compliant_slot_bpb"]) < float(bpb["ttt_bpb"]) == float(bpb["val_bpb"])
+    assert set(bpb) - {"val_bpb"} <= set(d_tool("ablate").SCORES)  # its table shows them all
     events = map(json.loads, (tmp_path / "logs/x.jsonl").read_text().splitlines())
     for event in events:
         if event["event"] == "final" and "slot" in json.dumps(event):
@@ -6379,7 +6378,7 @@ def test_r_packed_code_is_small_complete_and_deterministic(r_runs, tmp_path):
     """Same bytes every time, under the aim; same program and settings; unpacked without running."""
     pack, packed = r_tool("pack"), r_runs[0]
     source = (ROOT / "train_gpt.py").read_text()
-    assert packed.read_bytes() == pack.pack(source) and len(packed.read_bytes()) < 34_000
+    assert packed.read_bytes() == pack.pack(source) and len(packed.read_bytes()) < 33_500
     readable = pack.unpack(packed.read_bytes())
     assert pack.meaning(readable) == pack.meaning(source)
     small = r_load(packed)

@@ -5,11 +5,10 @@
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
 "variants": {name: {settings against the base}}}; the first variant is the baseline. Optional:
-"seeds_of": {name: n} gives a variant only the first n seeds; "score": the summary's scores in order
-of preference, of which the first that a run has is compared (["roundtrip_bpb"]). "{root}" in a
-value is this repository. All runs use the copy of train_gpt.py that the first one made, each in a
-folder of its own, with an equal share of the processor cores, pinned where the system can, and
-where there are GPUs with one of them. A run whose log holds a summary is not repeated.
+"seeds_of": {name: n} gives a variant only the first n seeds. "{root}" in a value is this
+repository. All runs use the copy of train_gpt.py that the first one made, each in a folder of its
+own, with an equal share of the processor cores, pinned where the system can, and where there are
+GPUs with one of them. A run whose log holds a summary is not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import queue
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +35,8 @@ from welch import sample  # noqa: E402
 
 import train_gpt  # noqa: E402
 
-SCORES = ("post_ema_bpb", "roundtrip_bpb", "sliding_bpb", "ttt_bpb", "ngram_bpb", "slot_bpb")
+SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mode != "slot"),
+          f"{train_gpt.FINAL_LINES['slot']}_bpb")
 
 
 def summary_of(folder: Path) -> dict | None:
@@ -147,24 +146,20 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
     return grouped
 
 
-def compared(run: dict, score: Sequence[str]) -> float:
-    """The first of the scores that a run has."""
-    return next(run[name] for name in score if name in run)
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown: means over the seeds, and the roundtrip's spread and change against the first.
 
-
-def table(results: dict[str, list[dict]], score: Sequence[str] = ("roundtrip_bpb",)) -> str:
-    """Markdown: means over the seeds, spread, and the change against the first, seed by seed.
-
-    The change has its 95 % interval (Student's t of the differences); one without zero is bold.
+    The change, seed by seed, has its 95 % interval (Student's t of the differences); one without
+    zero is bold.
     """
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
             "max - min", "change against the first, 95 %", "artifact + code bytes", "steps",
             "ms/step", "evaluation s"]
-    baseline, rows = [compared(run, score) for run in next(iter(results.values()))], []
+    baseline, rows = [run["roundtrip_bpb"] for run in next(iter(results.values()))], []
     for name, runs in results.items():
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
-        finals = [compared(run, score) for run in runs]
+        finals = [run["roundtrip_bpb"] for run in runs]
         change = sample([ours - base for ours, base in zip(finals, baseline, strict=False)])
         text = f"{change.mean:+.4f}"
         if change.interval is not None:
@@ -197,7 +192,7 @@ def main() -> int:
         return 0
     keep_code(out)
     results = run_plan(plan, out, options.jobs)
-    text = table(results, plan.get("score", ("roundtrip_bpb",)))
+    text = table(results)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     (out / "summaries.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(text)
