@@ -5210,6 +5210,11 @@ def test_c_rehearsal(c_run, tmp_path, pieces):
     for piece in set(pieces) - {"report"}:
         summary = json.loads((tmp_path / f"{piece}.json").read_text())
         assert summary["ok"] and summary["rehearsal"] and not summary["timed_out"]
+        if piece == "speed":
+            variant = summary["variants"][0]
+            assert {"plain", "sliding", "ttt"} <= set(variant["evaluation"])
+            assert set(variant["phases"]) == {"off", "on", "on_with_qat"}
+            assert "\n| ttt | 32 |" in done.stdout
 
 
 def test_c_summaries_name_no_folder_of_the_machine(c_run, tmp_path):
@@ -7010,15 +7015,20 @@ def test_q_dead_inputs_and_rows_of_zeros():
 def test_q_hessians_are_those_of_the_inputs(tied, monkeypatch):
     """X^T X by hand for every matrix: shared by q, k, v; both passes; repeats their own; head."""
     model = b_model(b_config(tie_embeddings=tied))
-    ids, seen, forward = b_ids((3, 16)), {}, t.Linear.forward
+    ids, seen = b_ids((3, 16)), {}
     names = {module: name for name, module in model.named_modules()}
 
-    def spy(self, x):
-        seen.setdefault(f"{names[self]}.weight", []).append(x.detach().flatten(0, 1).double())
-        return forward(self, x)
+    def spied(forward):
+        def spy(self, x, *context):
+            for leaf in ("q", "k", "v") if isinstance(self, t.Attention) else ("",):
+                name = f"{names[self]}.{leaf}.weight".replace("..", ".")
+                seen.setdefault(name, []).append(x.detach().flatten(0, 1).double())
+            return forward(self, x, *context)
+        return spy
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(t.Linear, "forward", spy)
+        for kind in (t.Linear, t.Attention):
+            patch.setattr(kind, "forward", spied(kind.forward))
         hidden = model.hidden(ids).flatten(0, 1).double()
     have = t.input_hessians(model, (ids,), a_runtime())
     matrices = {n for n in seen if not n.endswith("proj.weight")}

@@ -885,26 +885,28 @@ def fake_quantize(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
     return weight + (round_to_grid(weight.detach(), scales, bits) * scales - weight).detach()
 
 
-class Linear(nn.Linear):
-    """Linear without bias: fp32 master weight, computed in the input's dtype."""
-
-    qat_bits, qat_step = 0, 0.0  # set by GPT.set_phase
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, fake_quantize(self.weight, self.qat_bits, self.qat_step).to(x.dtype))
-
-
-class Table(nn.Embedding):
-    """Embedding table: fp32 master weight, looked up in `dtype`."""
+class Matrix:
+    """A module's fp32 master weight, with which it computes in `dtype`."""
 
     qat_bits, qat_step, dtype = 0, 0.0, torch.float32  # set by GPT.set_phase and GPT
 
     def values(self) -> Tensor:
         """The weight that this phase computes with."""
         return fake_quantize(self.weight, self.qat_bits, self.qat_step).to(self.dtype)
+
+
+class Linear(Matrix, nn.Linear):
+    """Linear without bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.values())
+
+
+class Table(Matrix, nn.Embedding):
+    """Embedding table."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.values())
@@ -975,7 +977,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        parts = [part.values() for part in (self.q, self.k, self.v)]  # one matmul reads x once
+        q, k, v = F.linear(x, torch.cat(parts)).split([len(part) for part in parts], dim=-1)
         v = v if value is None else v + value
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, K)
         q = rotate(norm(q), rope) * self.q_gain.to(q.dtype).view(-1, 1)
@@ -1114,8 +1117,8 @@ class GPT(nn.Module):
         rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
-        for table in filter(lambda module: isinstance(module, Table), self.modules()):
-            table.dtype = runtime.dtype
+        for matrix in filter(lambda module: isinstance(module, Matrix), self.modules()):
+            matrix.dtype = runtime.dtype
         if initialize:
             self.init_weights()
             self.to(runtime.device)
@@ -1138,7 +1141,7 @@ class GPT(nn.Module):
         """Switch recurrence and fake quantization for the following calls."""
         self.recur = phase.recur
         for name, module in self.named_modules():
-            if isinstance(module, (Linear, Table)):
+            if isinstance(module, Matrix):
                 bits, module.qat_step = grid_of(f"{name}.weight", self.config, self.coarseness)
                 module.qat_bits = bits if phase.qat and bits <= 8 else 0
 
@@ -1179,7 +1182,7 @@ class GPT(nn.Module):
     def logits(self, ids: Tensor, h: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, V), fp32, softcapped; `h`: the hidden state, if it is known."""
         h = self.hidden(ids) if h is None else h
-        z = F.linear(h, self.embed.values()) if self.head is None else self.head(h)
+        z = F.linear(h, (self.head or self.embed).values())
         cap = self.config.logit_softcap
         return cap * torch.tanh(z.float() / cap)
 
@@ -1509,8 +1512,9 @@ def input_hessians(model: GPT, batches: tuple[Tensor, ...], runtime: Runtime) ->
     head = "embed.weight" if model.head is None else "head.weight"
     sums, hooks = {head: torch.zeros(2 * (model.config.model_dim,), device=runtime.device)}, []
     for name, module in model.named_modules():
-        if re.search(r"\.(q|out|up|down)$", name):
-            total = torch.zeros(2 * (module.in_features,), device=runtime.device)
+        if re.search(r"\.(attn|out|up|down)$", name):
+            width = getattr(module, "in_features", model.config.model_dim)
+            total = torch.zeros(width, width, device=runtime.device)
             hooks.append(module.register_forward_pre_hook(functools.partial(add, total)))
             sums[f"{name}.weight"] = total
     for ids in batches:
@@ -1518,8 +1522,8 @@ def input_hessians(model: GPT, batches: tuple[Tensor, ...], runtime: Runtime) ->
     for hook in hooks:
         hook.remove()
     sums = {name: runtime.all_reduce(total) for name, total in sums.items()}
-    return sums | {name.replace(".q.", leaf): total for name, total in sums.items()
-                   for leaf in (".k.", ".v.") if ".q." in name}
+    return {name.replace("attn.weight", f"attn.{leaf}.weight"): total
+            for name, total in sums.items() for leaf in "qkv"}
 
 
 def gptq(weight: Tensor, hessian: Tensor, scales: Tensor, bits: Tensor) -> Tensor:

@@ -123,8 +123,8 @@ def matmuls(c: train_gpt.Config, vocab_size: int, recur: bool) -> Iterator[tuple
     if c.ve_enabled:
         yield "matrices", c.ve_dim, c.kv_dim
     for _ in train_gpt.layer_plan(c, recur):
-        for outputs in (c.model_dim, c.kv_dim, c.kv_dim, c.model_dim):
-            yield "matrices", c.model_dim, outputs
+        yield "matrices", c.model_dim, c.model_dim + 2 * c.kv_dim  # q, k, v
+        yield "matrices", c.model_dim, c.model_dim
         yield "matrices", c.model_dim, c.hidden_dim
         yield "matrices", c.hidden_dim, c.model_dim
     yield "head", c.model_dim, vocab_size

@@ -57,6 +57,7 @@ REHEARSAL = dict(  # demo width, fewer layers: every feature on and every phase 
     XSA_LAST_N="2", N_INT6_LAYERS="2",
     TRAIN_BATCH_TOKENS="1024", TRAIN_SEQ_LEN="128", EVAL_SEQ_LEN="128", VAL_BATCH_SIZE="2048",
     VAL_TOKENS_LIMIT="6000", EVAL_STRIDE="32", TRAIN_LOG_EVERY="1", WARMUP_STEPS="4",
+    TTT_CHUNK_TOKENS="512",
 )  # fmt: skip
 
 
@@ -526,7 +527,7 @@ class Speed:
             parameters=sum(p.numel() for p in trainer.params), phases={}, profiles={})
 
     def measure(self, everything: bool) -> None:
-        """Recurrence off, then on, with profiles; evaluation; QAT last, in order of worth."""
+        """Recurrence off, then on, with profiles; evaluation; QAT; TTT last, in order of worth."""
         for name, phase in (("off", train_gpt.Phase()), ("on", train_gpt.Phase(recur=True))):
             self.time_phase(name, phase)
             if everything:
@@ -534,6 +535,8 @@ class Speed:
         if everything:
             self.result["evaluation"] = self.evaluation()
             self.time_phase("on_with_qat", train_gpt.Phase(recur=True, qat=True))
+            self.trainer.enter(train_gpt.Phase(recur=True), self.trainer.steps)
+            self.result["evaluation"]["ttt"] = self.test_time_training()
         self.result["compiler"] = compiler_facts()
         self.save()
 
@@ -579,37 +582,57 @@ class Speed:
             peak_reserved_mib=NOT_COMPARABLE if self.rehearse else reserved)
         self.save()
 
+    def short_evaluator(self, limit: int) -> train_gpt.Evaluator:
+        """An evaluator of the first `limit` targets; fewer in a rehearsal."""
+        val = self.evaluator.val
+        targets = min(self.evaluator.targets, 1200 if self.rehearse else limit)
+        return train_gpt.Evaluator(self.runtime, self.config, val._replace(
+            ids=val.ids[: targets + 1], bytes=val.bytes[:targets]))
+
+    def cost(self, stride: int, seconds: float, targets: int) -> dict[str, Any]:
+        """A mode's seconds over `targets` scored targets, and over all of them on eight GPUs."""
+        tokens, gpus, _ = EVAL_BAR
+        each = seconds / targets
+        return dict(stride=stride, seconds=round(seconds, 3), targets=targets,
+                    microseconds_per_scored_token=round(1e6 * each, 5),
+                    scaled_seconds=NOT_COMPARABLE if self.rehearse
+                    else round(each * tokens / gpus, 1))
+
     def evaluation(self) -> dict[str, Any]:
         """Cost of plain and sliding evaluation in microseconds per forward and scored token."""
-        c, evaluator, trainer = self.config, self.evaluator, self.trainer
-        targets = min(evaluator.targets, 1200 if self.rehearse else 131072)
-        val = evaluator.val._replace(ids=evaluator.val.ids[: targets + 1],
-                                     bytes=evaluator.val.bytes[:targets])
-        evaluator = train_gpt.Evaluator(self.runtime, c, val)
+        c, forward, evaluator = self.config, self.trainer.forward, self.short_evaluator(131072)
         if self.runtime.cuda:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        evaluator.score(trainer.forward, c.eval_seq_len)  # compiles
+        evaluator.score(forward, c.eval_seq_len)  # compiles
         found: dict[str, Any] = dict(first_call_seconds=round(time.perf_counter() - start, 2))
-        tokens, gpus, bar = EVAL_BAR
         for mode, stride in (("plain", c.eval_seq_len), ("sliding", c.eval_stride)):
-            windows = len(train_gpt.plan_windows(targets, evaluator.length, stride))
+            windows = len(train_gpt.plan_windows(evaluator.targets, evaluator.length, stride))
             batches = -(-windows // evaluator.batch_windows)
             start = time.perf_counter()
-            evaluator.score(trainer.forward, stride)
+            evaluator.score(forward, stride)
             seconds = time.perf_counter() - start
-            forward = 1e6 * seconds / (batches * evaluator.batch_windows * evaluator.length)
-            scored = forward * evaluator.length / stride
-            found[mode] = dict(
-                stride=stride, seconds=round(seconds, 3), targets=targets,
-                microseconds_per_forward_token=round(forward, 5),
-                microseconds_per_scored_token=round(scored, 5),
-                scaled_seconds=NOT_COMPARABLE if self.rehearse
-                else round(scored * tokens / gpus / 1e6, 1))
+            passed = batches * evaluator.batch_windows * evaluator.length
+            found[mode] = self.cost(stride, seconds, evaluator.targets) | dict(
+                microseconds_per_forward_token=round(1e6 * seconds / passed, 5))
+        tokens, gpus, bar = EVAL_BAR
         found["scaled_to"] = f"{tokens:.0f} tokens on {gpus} GPUs, goal of all modes {bar:.0f} s"
         found["peak_allocated_mib"] = (NOT_COMPARABLE if self.rehearse
                                        else self.runtime.peak_memory_mib()[0])
         return found
+
+    def test_time_training(self) -> dict[str, Any]:
+        """Cost of score-first TTT over eight chunks, scoring included; seven are trained on."""
+        ttt = train_gpt.TTT(self.trainer.model, self.short_evaluator(8 * 32768))
+        ttt.forward = self.trainer.forward  # its graphs are compiled
+        start = time.perf_counter()
+        ttt.prime()
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        ttt.score()
+        seconds = time.perf_counter() - start
+        return self.cost(self.config.eval_stride, seconds, ttt.evaluator.targets) | dict(
+            first_call_seconds=round(first, 2), epochs=self.config.ttt_epochs)
 
     def profile(self, name: str) -> None:
         """Where the time of a phase's steps goes, by class and kernel."""
@@ -822,7 +845,7 @@ def speed_tables(summary: dict[str, Any]) -> list[str]:
 
 def evaluation_tables(evaluation: dict[str, Any]) -> list[str]:
     """Cost of each mode of evaluation."""
-    rows = [[mode, e["stride"], e["microseconds_per_forward_token"],
+    rows = [[mode, e["stride"], e.get("microseconds_per_forward_token"),
              e["microseconds_per_scored_token"], e["scaled_seconds"]]
             for mode, e in evaluation.items() if isinstance(e, dict)]
     head = ["evaluation", "stride", "us per forward token", "us per scored token", "s scaled"]
