@@ -3592,6 +3592,19 @@ def test_b_backward_keeps_the_logits_once_in_bf16():
     assert logits == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("name", ["embed", "bigram.table", "value.table"])
+def test_b_tables_sum_their_gradients_in_fp32(name):
+    """A row that every token reads: in bf16 the sum of its gradients would stop growing."""
+    runtime = b_runtime()
+    runtime.dtype = torch.bfloat16
+    table = t.GPT(b_config(), np.arange(B_VOCAB) == 0, runtime).get_submodule(name)
+    out = table(torch.full((4, 1000), 3))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert table.weight.grad.dtype == torch.float32
+    assert (table.weight.grad[3] == 4000).all() and table.weight.grad.sum() == 4000 * out.size(-1)
+
+
 def test_b_a_broken_compiler_means_eager_with_the_reason(monkeypatch):
     """Inductor is probed once on the GPU; the log says what it answered."""
     gpu = torch.device("meta")  # stands for a device that is no CPU

@@ -886,30 +886,32 @@ def fake_quantize(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
 
 
 class Matrix:
-    """A module's fp32 master weight, with which it computes in `dtype`."""
+    """A module's fp32 master weight."""
 
-    qat_bits, qat_step, dtype = 0, 0.0, torch.float32  # set by GPT.set_phase and GPT
+    qat_bits, qat_step = 0, 0.0  # set by GPT.set_phase
 
     def values(self) -> Tensor:
-        """The weight that this phase computes with."""
-        return fake_quantize(self.weight, self.qat_bits, self.qat_step).to(self.dtype)
+        """What this phase computes with, before it is cast."""
+        return fake_quantize(self.weight, self.qat_bits, self.qat_step)
 
 
 class Linear(Matrix, nn.Linear):
-    """Linear without bias."""
+    """Linear without bias, computed in the input's dtype."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.values())
+        return F.linear(x, self.values().to(x.dtype))
 
 
 class Table(Matrix, nn.Embedding):
-    """Embedding table."""
+    """Embedding table, looked up in fp32: its gradient sums thousands of tokens in a row."""
+
+    dtype = torch.float32  # of what it gives; set by GPT
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.values())
+        return F.embedding(ids, self.values()).to(self.dtype)
 
 
 def vector(*shape: int, value: float = 1.0) -> nn.Parameter:
@@ -978,7 +980,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         parts = [part.values() for part in (self.q, self.k, self.v)]  # one matmul reads x once
-        q, k, v = F.linear(x, torch.cat(parts)).split([len(part) for part in parts], dim=-1)
+        y = F.linear(x, torch.cat(parts).to(x.dtype))
+        q, k, v = y.split([len(part) for part in parts], dim=-1)
         v = v if value is None else v + value
         q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, K)
         q = rotate(norm(q), rope) * self.q_gain.to(q.dtype).view(-1, 1)
@@ -1117,8 +1120,8 @@ class GPT(nn.Module):
         rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
-        for matrix in filter(lambda module: isinstance(module, Matrix), self.modules()):
-            matrix.dtype = runtime.dtype
+        for table in filter(lambda module: isinstance(module, Table), self.modules()):
+            table.dtype = runtime.dtype
         if initialize:
             self.init_weights()
             self.to(runtime.device)
@@ -1182,7 +1185,7 @@ class GPT(nn.Module):
     def logits(self, ids: Tensor, h: Tensor | None = None) -> Tensor:
         """(B, T) -> (B, T, V), fp32, softcapped; `h`: the hidden state, if it is known."""
         h = self.hidden(ids) if h is None else h
-        z = F.linear(h, (self.head or self.embed).values())
+        z = F.linear(h, (self.head or self.embed).values().to(h.dtype))
         cap = self.config.logit_softcap
         return cap * torch.tanh(z.float() / cap)
 
@@ -1861,11 +1864,9 @@ def write_artifact(path: Path, header: dict[str, Any], stored: Mapping[str, Stor
     header (JSON under zlib), compressed streams.
     """
     streams = pack_streams(stored, compressor)
-    header = header | {
-        "tensors": [[n, t.kind, t.bits, t.values.shape] for n, t in stored.items()],
-        "streams": [[s.name, s.codec, len(s.data), len(s.raw), zlib.crc32(s.data)]
-                    for s in streams],
-    }
+    header = header | dict(
+        tensors=[[n, t.kind, t.bits, t.values.shape] for n, t in stored.items()],
+        streams=[[s.name, s.codec, len(s.data), len(s.raw), zlib.crc32(s.data)] for s in streams])
     packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = b"".join((struct.pack("<I", len(packed)), packed, *(s.data for s in streams)))
     digest = hashlib.sha256(b"".join((body, *(s.raw for s in streams)))).digest()
