@@ -2713,13 +2713,36 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
 # --- 12 main ----------------------------------------------------------
 
 
-def operations_per_token(c: Config, vocab_size: int, recur: bool) -> float:
-    """Forward and backward operations: 6 per weight of a matmul, 6 T D per causal attention."""
-    layers = len(layer_plan(c, recur))
-    layer = 2 * c.model_dim * (c.model_dim + c.kv_dim + c.hidden_dim)
-    weights = layers * layer + vocab_size * c.model_dim + c.ve_dim * c.kv_dim * c.ve_enabled
-    weights += c.bigram_dim * c.model_dim if c.bigram_vocab_size else 0
-    return 6.0 * weights + 6.0 * layers * c.train_seq_len * c.model_dim
+def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tuple[float, float]]:
+    """(operations, bytes) by part of one rank's step over `tokens` tokens, bf16, fused whole.
+
+    6 operations per weight of a matmul and token, 6 T D per causal attention; both move their
+    operands once a pass, elementwise chains what enters and leaves them; master weights are fp32.
+    """
+    c, plan, V = model.config, model.plans[recur], model.vocab_size
+    D, kv, n, lanes = c.model_dim, c.kv_dim, len(plan), sum(run.lanes for run in plan)
+    exclusive = sum(run.layer >= c.num_layers - c.xsa_last_n for run in plan)
+    added = 1 + sum((run.skip is not None) * (1 + run.lanes) for run in plan)  # input, skips
+    extra = [module for module in (model.bigram, model.value) if module is not None]
+    shapes = n * [(D, D + 2 * kv), (D, D), (D, c.hidden_dim), (c.hidden_dim, D)]
+    shapes += [(m.proj.in_features, m.proj.out_features) for m in extra]
+    chains = n * (28 * D + 5 * (D + kv + c.hidden_dim)) + 4 * D * lanes + 8 * D * added
+    chains += exclusive * (5 * D + 3 * kv)
+    muon = [p for name, p in model.named_parameters() if param_spec(name, c).optimizer == "muon"]
+    owned, steps = sum(p.numel() for p in muon), c.muon_backend_steps
+    count = sum(p.numel() for p in model.parameters())
+    products = sum(min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape)) for p in muon)
+    per_token = dict(
+        matrices=(sum(6.0 * a * b for a, b in shapes), sum(6.0 * (a + b) for a, b in shapes)),
+        head=(6.0 * D * V, 6.0 * (D + V)),
+        attention=(6.0 * n * c.train_seq_len * D, 12.0 * n * (D + kv)),
+        elementwise=(0.0, 2.0 * chains), loss=(0.0, 6.0 * V),
+        embedding=(0.0, 14.0 * (D + sum(m.table.embedding_dim for m in extra))))
+    costs = {part: (tokens * work, tokens * moved) for part, (work, moved) in per_token.items()}
+    return costs | dict(
+        optimizer=(2.0 * steps * products / ranks,
+                   owned / ranks * (20.0 + 12 * steps) + 28.0 * (count - owned)),
+        average=(0.0, 12.0 * count * bool(c.ema_decay)), casts=(0.0, 6.0 * count))
 
 
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
@@ -2740,8 +2763,13 @@ def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     state = 4 * count * (5 + c.swa_enabled)  # weights, gradients (packed too), moments, averages
     line(f"model_params:{count} predicted_mib state:{state >> 20} activations:{activations >> 20}")
     for recur in (False, True):
-        work = tokens * operations_per_token(c, model.vocab_size, recur) / 1e12
-        line(f"tflop_per_step_and_rank recurrence:{int(recur)} tflop:{work:.3f}")
+        costs = step_costs(model, tokens, recur, runtime.world)
+        for part, (work, moved) in costs.items():
+            line(f"step_cost recurrence:{int(recur)} {part} tflop:{work / 1e12:.3f} "
+                 f"gigabytes:{moved / 1e9:.3f}")
+        work, moved = map(sum, zip(*costs.values(), strict=True))
+        line(f"tflop_per_step_and_rank recurrence:{int(recur)} tflop:{work / 1e12:.3f} "
+             f"gigabytes:{moved / 1e9:.3f}")
 
 
 @contextlib.contextmanager

@@ -4,12 +4,12 @@
     python records/cost_model.py --tokens 49152 --vocab-size 998
     NUM_LAYERS=9 python records/cost_model.py          settings as in train_gpt.py
 
-The model counts, it does not measure. Operations: 2 per multiply-add, forward and backward, as in
-`train_gpt.operations_per_token`. Bytes: what must pass through device memory when each part is as
-well fused as torch.compile can make it - a matmul reads its inputs and writes its output, an
-elementwise chain reads what enters it and writes what leaves it, once each, bf16 activations,
-fp32 master weights. Floor of a part: the larger of operations / peak and bytes / bandwidth. Kernels
-reach neither limit, so a step takes longer; how much longer is what a profile tells
+The model counts, it does not measure: parts, operations and bytes are those of DRY_RUN=1
+(`train_gpt.step_costs`). Bytes are what must pass through device memory when each part is as well
+fused as torch.compile can make it - a matmul reads its inputs and writes its output, an elementwise
+chain reads what enters it and writes what leaves it, once each, bf16 activations, fp32 master
+weights. Floor of a part: the larger of operations / peak and bytes / bandwidth. Kernels reach
+neither limit, so a step takes longer; how much longer is what a profile tells
 (records/one_h100/run.py speed). Eager PyTorch's bytes are counted operation by operation on
 tensors without memory, with RMSNorm as the sequence of operations that it is.
 """
@@ -20,7 +20,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,7 +46,7 @@ PUBLISHED = (  # ms per step on 8xH100: recurrence off, on (SPEC section 10)
     ("our bar", 60.0, 72.0),
     ("our goal", 51.0, 60.0),
 )
-BF16, FP32 = 2, 4
+BF16 = 2
 TOKENS = 256  # of the tensors by which chains are counted; the result is per token
 
 
@@ -116,20 +116,6 @@ class CountBytes(TorchDispatchMode):
         return result
 
 
-def matmuls(c: train_gpt.Config, vocab_size: int, recur: bool) -> Iterator[tuple[str, int, int]]:
-    """(part, inputs, outputs) of every matmul that a token passes, in order."""
-    if c.bigram_vocab_size:
-        yield "matrices", c.bigram_dim, c.model_dim
-    if c.ve_enabled:
-        yield "matrices", c.ve_dim, c.kv_dim
-    for _ in train_gpt.layer_plan(c, recur):
-        yield "matrices", c.model_dim, c.model_dim + 2 * c.kv_dim  # q, k, v
-        yield "matrices", c.model_dim, c.model_dim
-        yield "matrices", c.model_dim, c.hidden_dim
-        yield "matrices", c.hidden_dim, c.model_dim
-    yield "head", c.model_dim, vocab_size
-
-
 def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
     """Elementwise chains between the matmuls and attention, all layers, as train_gpt computes."""
     c, plan = model.config, model.plans[recur]
@@ -186,44 +172,6 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
     ]
 
 
-def muon_operations(model: train_gpt.GPT, c: train_gpt.Config) -> float:
-    """Newton-Schulz of all matrices: gram, its square and one product an iteration."""
-    total = 0.0
-    for name, p in model.named_parameters():
-        if train_gpt.param_spec(name, c).optimizer == "muon":
-            short, long = sorted(p.shape)
-            total += c.muon_backend_steps * 2 * short * short * (2 * long + short)
-    return total
-
-
-def step_costs(model: train_gpt.GPT, c: train_gpt.Config, tokens: int, recur: bool,
-               world: int) -> dict[str, Cost]:
-    """Cost of each part of one step over `tokens` tokens on one of `world` ranks."""
-    costs = dict.fromkeys(("matrices", "head"), Cost(0, 0))
-    for part, inputs, outputs in matmuls(c, model.vocab_size, recur):
-        moved = 3 * (inputs + outputs) * tokens + 3 * inputs * outputs
-        costs[part] += Cost(6.0 * inputs * outputs * tokens, BF16 * moved)
-    d, layers = c.model_dim, len(train_gpt.layer_plan(c, recur))
-    heads = 2 * d + 2 * c.kv_dim  # q, k, v and the output
-    moved = layers * (heads + 2 * heads) * tokens  # backward reads them and writes gradients
-    costs["attention"] = Cost(6.0 * layers * c.train_seq_len * d * tokens, BF16 * moved)
-    fused = sum(chain.fused_bytes() for chain in chains(model, recur))
-    costs["elementwise"] = Cost(0, fused * tokens)
-    # softcap and cross entropy read the bf16 logits twice and write their gradient
-    costs["loss"] = Cost(0, BF16 * 3 * model.vocab_size * tokens)
-    widths = d + c.ve_dim * c.ve_enabled + (c.bigram_dim if c.bigram_vocab_size else 0)
-    costs["embedding"] = Cost(0, tokens * widths * (2 * BF16 + BF16 + 2 * FP32))
-    specs = {n: (train_gpt.param_spec(n, c), p.numel()) for n, p in model.named_parameters()}
-    muon = sum(count for spec, count in specs.values() if spec.optimizer == "muon")
-    adam = sum(count for _, count in specs.values()) - muon
-    # momentum and weights read and written, gradient read; Newton-Schulz: five passes in bf16
-    muon_bytes = muon / world * (5 * FP32 + 6 * c.muon_backend_steps * BF16)
-    costs["optimizer"] = Cost(muon_operations(model, c) / world, muon_bytes + adam * 7 * FP32)
-    costs["EMA"] = Cost(0, (muon + adam) * 3 * FP32 if c.ema_decay else 0)
-    costs["weights to bf16"] = Cost(0, (muon + adam) * (FP32 + BF16))
-    return costs
-
-
 def record_model(c: train_gpt.Config, vocab_size: int) -> train_gpt.GPT:
     """The model of a configuration, without memory."""
     runtime = argparse.Namespace(dtype=torch.bfloat16, attention=None, device="meta")
@@ -231,12 +179,13 @@ def record_model(c: train_gpt.Config, vocab_size: int) -> train_gpt.GPT:
         return train_gpt.GPT(c, np.zeros(vocab_size, bool), runtime, initialize=False)
 
 
-def report(model: train_gpt.GPT, c: train_gpt.Config, tokens: int, world: int) -> list[str]:
+def report(model: train_gpt.GPT, tokens: int, world: int) -> list[str]:
     """The tables, as Markdown."""
     lines = [f"{tokens} tokens a step and rank, V = {model.vocab_size}, {world} ranks.", ""]
     floors = {}
     for recur in (False, True):
-        costs = step_costs(model, c, tokens, recur, world)
+        costs = {part: Cost(*pair) for part, pair in
+                 train_gpt.step_costs(model, tokens, recur, world).items()}
         lines += [f"### Recurrence {'on' if recur else 'off'}", "",
                   "| part | TFLOP | GB | " + " | ".join(f"floor {gpu}, ms" for gpu in GPUS) + " |",
                   "|--" * (3 + len(GPUS)) + "|"]
@@ -278,7 +227,7 @@ def main() -> int:
     c = train_gpt.Config.from_env({"PRESET": "record"} | os.environ)
     tokens = options.tokens or c.train_batch_tokens // options.world
     model = record_model(c, options.vocab_size)
-    print("\n".join(report(model, c, tokens, options.world)))
+    print("\n".join(report(model, tokens, options.world)))
     return 0
 
 

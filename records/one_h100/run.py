@@ -568,7 +568,8 @@ class Speed:
         times = self.steps(5 if self.rehearse else 60)
         mean = statistics.mean(times)
         rate = 1e3 * c.train_batch_tokens / mean
-        work = train_gpt.operations_per_token(c, trainer.model.vocab_size, phase.recur)
+        costs = train_gpt.step_costs(trainer.model, 1, phase.recur, 1)
+        work = sum(operations for part, (operations, _) in costs.items() if part != "optimizer")
         allocated, reserved = self.runtime.peak_memory_mib()
         self.result["phases"][name] = dict(
             steps=len(times), ms_per_step=round(mean, 3),
