@@ -489,8 +489,8 @@ class Runtime:
         """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died."""
         def note(number: int, _: Any) -> None:
             self.signal = number
-            require(self.defer_signals, f"stopped by signal {number}; RESUME=1 goes on from the "
-                    "last checkpoint", Stopped)
+            require(self.defer_signals, f"stopped by signal {number}; start again, or with RESUME=1 "
+                    f"RUN_ID={self.log.run_id} from the last checkpoint, if there is one", Stopped)
 
         before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -2504,7 +2504,7 @@ class Trainer:
         name = signal.Signals(max(signals)).name if any(signals) else ""
         known = dict(step=step, total=c.iterations, reason=name or "wallclock_cap",
                      train_ms=max(times), cap_ms=1e3 * c.max_wallclock_seconds,
-                     reserve_ms=CLOCK_RESERVE_MS)
+                     reserve_ms=CLOCK_RESERVE_MS + self.reserve_ms)
         self.log.event("clock", "train_clock slowest_rank:{train_ms:.0f}ms cap:{cap_ms:.0f}ms "
                        "reserve:{reserve_ms:.0f}ms all_ranks_at_step:{step}", **known)
         if step < c.iterations:
@@ -2512,7 +2512,8 @@ class Trainer:
                            "step:{step}/{total}", **known)
         if name:
             require(self.saved == step, f"stopped by {name}, and no checkpoint could be written")
-            raise Stopped(f"stopped by {name}, with a checkpoint of step {step}: RESUME=1 goes on")
+            raise Stopped(f"stopped by {name}, with a checkpoint of step {step}: RESUME=1 "
+                          f"RUN_ID={runtime.log.run_id} goes on")
 
     def train_step(self, step: int) -> None:
         """One optimizer step, launched without waiting for the device."""

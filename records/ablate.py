@@ -155,7 +155,7 @@ def table(results: dict[str, list[dict]]) -> str:
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
             "max - min", "change against the first, 95 %", "artifact + code bytes", "steps",
-            "ms/step", "evaluation s"]
+            "ms/step with calibration", "evaluation s"]
     baseline, rows = [run["roundtrip_bpb"] for run in next(iter(results.values()))], []
     for name, runs in results.items():
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]

@@ -95,10 +95,11 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
     loss.set(title="Training loss", xlabel="step", ylabel="nats per token", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
-    bpb.set(title="Validation BPB: while training (lines), final stages (marks)", xlabel="step",
-            ylabel="bits per byte")
+    bpb.set(title="Validation BPB: while training (lines), final stages (marks)",
+            xlabel="step; the final stages stand beyond the last", ylabel="bits per byte")
+    finals = [run.headline.bpb for runs in groups.values() for run in runs if run.headline]
     lowest, highest = bpb.get_ylim()
-    bpb.set_ylim(lowest, min(highest, 1.3 * max(lowest, 0.1)))  # the first step says nothing
+    bpb.set_ylim(lowest, min(highest, 1.3 * max(finals, default=highest)))  # not the first steps
     rate.set(title="Learning rate", xlabel="step", ylabel="share of the peak")
     if not rate.get_lines():
         rate.text(0.5, 0.5, "not in these logs", ha="center", transform=rate.transAxes)

@@ -76,6 +76,17 @@ def find_group(name: str) -> Group:
     return found or group_of(Path(name).stem, [read_run(find_run_log(name))])
 
 
+def find_groups(names: list[str]) -> list[Group]:
+    """Groups under different labels: those that share one are labelled as they were given."""
+    groups = [find_group(name) for name in names]
+    labels = [group.name for group in groups]
+    groups = [group._replace(name=given) if labels.count(group.name) > 1 else group
+              for group, given in zip(groups, names, strict=True)]
+    if len({group.name for group in groups}) < len(groups):
+        raise RecordError(f"{', '.join(names)}: one of these is given twice")
+    return groups
+
+
 def group_of(name: str, runs: list[Run]) -> Group:
     """Runs as a group; raises RecordError if one has no score."""
     for run in runs:
@@ -87,11 +98,14 @@ def group_of(name: str, runs: list[Run]) -> Group:
 
 def one_group(names: list[str]) -> Group:
     """All of several logs as one group."""
-    groups = [find_group(name) for name in names]
+    groups = find_groups(names)
     if len(groups) == 1:
         return groups[0]
     if not all(group.runs for group in groups):
         raise RecordError("several RUNs make one group only if all have logs; give one at a time")
+    differ = figures.differing_settings({group.name: group.runs for group in groups})
+    if differ:
+        raise RecordError(f"runs of different settings are no seeds of one group:\n{differ}")
     return group_of(", ".join(g.name for g in groups), [r for g in groups for r in g.runs])
 
 
@@ -123,12 +137,13 @@ def statistics_text(ours: Group, against: Group | None, bar_nats: float = BAR_NA
                  f"({figures.bytes_per_token(factor):.4f} bytes per token, of {basis.name}) = "
                  f"{bar:.5f} BPB.")
     difference = against.bpb.mean - ours.bpb.mean
+    moved = f"{abs(difference):.5f} BPB {'better' if difference > 0 else 'worse'}"
     test, plain = welch(ours.bpb, against.bpb, bar), welch(ours.bpb, against.bpb)
     if test is None:
-        lines.append(f"{difference:+.5f} BPB better; too few seeds or no spread for a t-test.")
+        lines.append(f"{moved}; too few seeds or no spread for a t-test.")
         return "\n\n".join(lines)
     verdict = "passes" if test.p < BAR_P else "does NOT pass"
-    lines.append(f"{difference:+.5f} BPB better; Welch's t = {plain.t:.3f} with {plain.freedom:.2f}"
+    lines.append(f"{moved}; Welch's t = {plain.t:.3f} with {plain.freedom:.2f}"
                  f" degrees of freedom, one-sided p = {plain.p:.3g}. Better by more than the bar: "
                  f"t = {test.t:.3f}, p = {test.p:.3g}: {verdict} at p < {BAR_P:g}.")
     return "\n\n".join(lines)
@@ -153,7 +168,7 @@ def standing(group: Group) -> str:
 
 def comparison(names: list[str]) -> str:
     """Groups side by side in Markdown: numbers, settings that differ, place in the field."""
-    groups = [find_group(name) for name in names]
+    groups = find_groups(names)
     logged = {group.name: group.runs for group in groups if group.runs}
     parts = [figures.stage_table(logged)] if logged else []
     without = [[g.name, g.bpb.n, spread_of(g.bpb)] for g in groups if not g.runs]
@@ -191,40 +206,6 @@ def check_runs(runs: list[Run], code: Path) -> None:
         raise RecordError(f"seeds {seeds}: give one log for each seed")
 
 
-def seed_result(run: Run) -> dict[str, Any]:
-    """What submission.json says of a seed."""
-    result = dict(val_loss=run.headline.loss, val_bpb=run.headline.bpb)
-    for stage in ("roundtrip", "sliding", "ttt", "ngram"):
-        if stage in run.scores and run.scores[stage].compliant:
-            result[f"{stage}_bpb"] = run.scores[stage].bpb
-    return result | dict(
-        artifact_bytes=run.artifact_bytes, artifact_sha256=rules.sha256(
-            beside(run, "ARTIFACT_PATH")), steps=run.steps, step_avg_ms=round(run.step_avg_ms, 2),
-        train_ms=run.train_ms, eval_seconds=run.eval_seconds)
-
-
-def submission(runs: list[Run], options: argparse.Namespace) -> dict[str, Any]:
-    """submission.json, every number of it from the logs."""
-    first = runs[0]
-    bpb, loss = (sample([getattr(run.headline, key) for run in runs]) for key in ("bpb", "loss"))
-    compliance = dict(
-        training_seconds_max=max(run.train_ms for run in runs) / 1e3,
-        evaluation_seconds_max=max(run.eval_seconds for run in runs),
-        total_bytes_max=max(run.total_bytes for run in runs), seeds=len(runs),
-        byte_audit_exact=all(run.audit == "exact" for run in runs),
-        scored_bytes=first.audited_bytes, runs_resumed=sum(run.resumed for run in runs))
-    return dict(
-        author=options.author, github_id=options.github_id, name=options.name, date=options.date,
-        track=options.track, val_loss=round(loss.mean, 8), val_bpb=round(bpb.mean, 8),
-        val_loss_std=round(loss.std, 8), val_bpb_std=round(bpb.std, 8),
-        headline_mode=first.summary.get("headline_mode"), seeds=[run.seed for run in runs],
-        seed_results={str(run.seed): seed_result(run) for run in runs},
-        bytes_total=max(run.total_bytes for run in runs), bytes_code=first.code_bytes,
-        model_params=first.params, hardware=f"{first.world} x {first.device}",
-        pytorch_version=first.torch, cuda_version=first.cuda or "none (CPU)",
-        compliance=compliance, attribution=rules.attribution(first.settings))
-
-
 def changed_settings(run: Run) -> dict[str, str]:
     """The preset of a run and the settings in which it differs from that, its names apart."""
     import train_gpt
@@ -245,22 +226,28 @@ def readme(runs: list[Run], about: dict[str, Any], against: Group | None) -> str
     command = " ".join([*(f"{name}='{value}'" for name, value in changed.items()), "SEED=<seed>",
                         "torchrun --standalone --nproc_per_node=" + str(runs[0].world),
                         "train_gpt.py"])
+    limits = dict(training_seconds_max=600, evaluation_seconds_max=600,
+                  total_bytes_max=f"{rules.CAP_BYTES:,}", seeds=f"at least {rules.RECORD_SEEDS}",
+                  byte_audit_exact=True, runs_resumed=0)
+    model = runs[0].settings
     lines = [
         f"# {about['name']}", "",
+        f"PROTEUS: {model['NUM_LAYERS']} layers of width {model['MODEL_DIM']}, "
+        f"{about['model_params']:,} parameters, {model['ITERATIONS']} steps of "
+        f"{model['TRAIN_BATCH_TOKENS']} tokens at most.", "",
         f"{about['author']} (@{about['github_id']}), {about['date']}, {about['track']}. Made by "
         "`records/make_record.py` from the logs beside this file; no number was typed.", "",
-        f"**{group.bpb.mean:.5f} BPB** ({about['headline_mode']}), mean of {len(runs)} seeds, "
-        f"deviation {group.bpb.std:.5f}; {group.nats.mean:.5f} nats per token; "
-        f"{about['bytes_total']:,} bytes at most, {about['bytes_code']:,} of them code.", "",
+        rules.headline(about), "",
         figures.stage_table(each | {"mean": runs}), "", "## Statistics", "",
         statistics_text(group, against), "", standing(group), "", "## Curves", "",
         "![loss, BPB, learning rate, step time](curves.png)", "", "## Rules", "",
-        markdown(["rule", "measured"], [[key.replace("_", " "), value]
-                                        for key, value in about["compliance"].items()]), "",
+        markdown(["rule", "measured", "limit of a record"],
+                 [[key.replace("_", " "), value, limits.get(key)]
+                  for key, value in about["compliance"].items()]), "",
         "## Run it", "", "`DATA_PATH` is a folder of shards that retokenize_scylla.py wrote with "
         "the tokenizer beside this file (manifest.json is its ledger).", "", "```bash",
         "pip install -r requirements.txt", f"DATA_PATH=<shards> {command}", "```", "",
-        f"Hardware {about['hardware']}, torch {about['pytorch_version']}, CUDA "
+        f"Hardware (ranks x device) {about['hardware']}, torch {about['pytorch_version']}, CUDA "
         f"{about['cuda_version']}. Settings not named have their defaults.", "", "## Attribution",
         "", markdown(["technique", "who, where"], about["attribution"].items()), ""]
     return "\n".join(lines)
@@ -294,7 +281,9 @@ def make(options: argparse.Namespace) -> int:
 def write_folder(part: Path, runs: list[Run], options: argparse.Namespace,
                  against: Group | None) -> None:
     """Every file of a record folder."""
-    about = submission(runs, options)
+    about = rules.submission(
+        runs, {key: getattr(options, key) for key in rules.TYPED},
+        {run.seed: rules.sha256(beside(run, "ARTIFACT_PATH")) for run in runs})
     data = beside(runs[0], "DATA_PATH")
     kept = [p for p in sorted(data.iterdir()) if p.suffix in (".yaml", ".model", ".npz", ".vocab")
             or p.name == "manifest.json"]
@@ -414,18 +403,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             some.add_argument("--against", metavar="RUN", help="the result to beat")
             some.add_argument("--bar", type=float, default=BAR_NATS, metavar="NATS")
         if name == "plot":
-            some.add_argument("--output", type=Path, default=Path("curves.png"), metavar="PNG")
-            some.add_argument("--title", default="Runs")
+            some.add_argument("--output", type=Path, default=Path("curves.png"), metavar="PNG",
+                              help="curves.png here, if not given")
+            some.add_argument("--title", help="the names of the runs, if not given")
     return parser.parse_args(arguments)
 
 
 def draw(options: argparse.Namespace) -> int:
     """Plot runs; names of published results without logs are refused."""
-    groups = {group.name: group.runs for group in map(find_group, options.names)}
+    groups = {group.name: group.runs for group in find_groups(options.names)}
     empty = [name for name, runs in groups.items() if not runs]
     if empty:
         raise RecordError(f"{', '.join(empty)}: no log to draw; give logs or folders")
-    figures.plot(groups, options.output, options.title)
+    figures.plot(groups, options.output, options.title or ", ".join(groups))
     print(f"wrote {options.output}")
     return 0
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pack
 from runs import Run, Score, find_logs, read_run
+from welch import sample
 
 HERE = Path(__file__).resolve().parent
 CAP_BYTES = 16_000_000
@@ -33,6 +34,7 @@ SCHEMA = {  # what our submission.json also holds
 }
 SEED_SCHEMA = ("val_loss", "val_bpb", "roundtrip_bpb", "sliding_bpb", "artifact_bytes", "steps",
                "step_avg_ms")
+TYPED = ("author", "github_id", "name", "date", "track")  # all else comes from logs and files
 Found = Iterator[tuple[str, str]]
 
 
@@ -51,6 +53,47 @@ def attribution(settings: dict[str, str]) -> dict[str, str]:
     used = [row for row in credits() if all(settings.get(name, "") in values
                                             for name, values in row.get("when", {}).items())]
     return {row["technique"]: f"{row['who']}, {row['where']}" for row in used}
+
+
+def submission(runs: list[Run], typed: dict[str, Any], artifacts: dict[int, str]) -> dict[str, Any]:
+    """submission.json of finished runs; `artifacts` are the SHA-256 of each seed's."""
+    first = runs[0]
+    bpb, loss = (sample([getattr(run.headline, key) for run in runs]) for key in ("bpb", "loss"))
+    compliance = dict(
+        training_seconds_max=max(run.train_ms for run in runs) / 1e3,
+        evaluation_seconds_max=max(run.eval_seconds for run in runs),
+        total_bytes_max=max(run.total_bytes for run in runs), seeds=len(runs),
+        byte_audit_exact=all(run.audit == "exact" for run in runs),
+        scored_bytes=first.audited_bytes, runs_resumed=sum(run.resumed for run in runs))
+    return typed | dict(
+        val_loss=round(loss.mean, 8), val_bpb=round(bpb.mean, 8),
+        val_loss_std=round(loss.std, 8), val_bpb_std=round(bpb.std, 8),
+        headline_mode=first.summary.get("headline_mode"), seeds=[run.seed for run in runs],
+        seed_results={str(run.seed): seed_result(run, artifacts.get(run.seed)) for run in runs},
+        bytes_total=max(run.total_bytes for run in runs), bytes_code=first.code_bytes,
+        model_params=first.params, hardware=f"{first.world} x {first.device}",
+        pytorch_version=first.torch, cuda_version=first.cuda or "none (CPU)",
+        compliance=compliance, attribution=attribution(first.settings))
+
+
+def seed_result(run: Run, artifact: str | None) -> dict[str, Any]:
+    """What submission.json says of a seed."""
+    result = dict(val_loss=run.headline.loss, val_bpb=run.headline.bpb)
+    for stage in ("roundtrip", "sliding", "ttt", "ngram"):
+        if stage in run.scores and run.scores[stage].compliant:
+            result[f"{stage}_bpb"] = run.scores[stage].bpb
+    return result | dict(
+        artifact_bytes=run.artifact_bytes, artifact_sha256=artifact, steps=run.steps,
+        step_avg_ms=round(run.step_avg_ms, 2), train_ms=run.train_ms,
+        eval_seconds=run.eval_seconds)
+
+
+def headline(about: dict[str, Any]) -> str:
+    """The line of README.md that gives the score."""
+    return (f"**{about['val_bpb']:.5f} BPB** ({about['headline_mode']}), mean of "
+            f"{len(about['seeds'])} seeds, deviation {about['val_bpb_std']:.5f}; "
+            f"{about['val_loss']:.5f} nats per token; the largest seed takes "
+            f"{about['bytes_total']:,} bytes, {about['bytes_code']:,} of them code.")
 
 
 class Folder:
@@ -118,11 +161,11 @@ def is_number(value: Any) -> bool:
 
 
 def same(claimed: Any, logged: float | None) -> bool:
-    """Whether a number is a logged one, to the last digit that is given."""
+    """Whether a number is a logged one, to the last digit that is given, three at least."""
     if not is_number(claimed) or logged is None:
         return False
     digits = len(repr(claimed).partition(".")[2]) if "e" not in repr(claimed) else 8
-    return abs(claimed - logged) < 10.0 ** -min(digits, 8) * 1.0001
+    return abs(claimed - logged) < 10.0 ** -min(max(digits, 3), 8) * 1.0001
 
 
 def check_submission(folder: Folder) -> Found:
@@ -448,6 +491,39 @@ def check_attribution(folder: Folder) -> Found:
             yield "submission.json", f"attribution of {technique!r} is not {who!r}"
 
 
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """A JSON object's values by dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part, inner in value.items()
+            for key, leaf in flat(inner, f"{name}.{part}".strip(".")).items()}
+
+
+def check_generated(folder: Folder) -> Found:
+    """submission.json and the score in README.md are, to the letter, what the logs give."""
+    runs = sorted(folder.runs, key=lambda run: run.seed or 0)
+    if not all(run.ours and run.finished and run.headline for run in runs) or not runs:
+        return
+    typed = {key: folder.submission.get(key) for key in TYPED}
+    if not re.fullmatch(r"\d{4}-\d\d-\d\d", str(typed["date"])):
+        yield "submission.json", f"date {typed['date']!r} is not YYYY-MM-DD"
+    place = folder.path.resolve().parent.name
+    if place.startswith("track_") and typed["track"] != place:
+        yield "submission.json", f"track {typed['track']!r}, but the folder is in {place}"
+    models = {run.seed: folder.path / f"model_seed{run.seed}.ptz" for run in runs}
+    hashes = {seed: sha256(path) if path.is_file() else
+              folder.claims.get(seed, {}).get("artifact_sha256") for seed, path in models.items()}
+    about = submission(runs, typed, hashes)
+    expected, given = flat(about), flat(folder.submission)
+    for name in dict.fromkeys((*expected, *given)):
+        if expected.get(name) != given.get(name):
+            yield "submission.json", (f"{name} {given.get(name, 'missing')}, but the logs give "
+                                      f"{expected.get(name, 'nothing')}")
+    if folder.has("README.md") and headline(about) not in (
+            folder.path / "README.md").read_text(encoding="utf-8"):
+        yield "README.md", f"does not hold the line {headline(about)!r}"
+
+
 class Rule(NamedTuple):
     """One rule: what it asks, and what to do about a folder that breaks it."""
 
@@ -483,6 +559,7 @@ RULES = (
     Rule("code text", check_code_text, "run the seed again with this train_gpt.py", ours=True),
     Rule("audit", check_audit, "re-tokenize with retokenize_scylla.py, which writes the ledger, "
          "and score again", ours=True),
+    Rule("generated", check_generated, AGAIN, ours=True),
     Rule("attribution", check_attribution, "add it from records/credits.json, or " + AGAIN,
          ours=True),
 )

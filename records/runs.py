@@ -239,4 +239,5 @@ def find_run_log(name: str) -> Path:
     for path in (Path(name), Path(name).with_suffix(".txt"), Path("logs") / f"{name}.txt"):
         if path.is_file() and path.suffix in (".txt", ".log"):
             return path
-    raise RecordError(f"no log {name}; give logs/<RUN_ID>.txt, or the RUN_ID of a run in ./logs")
+    raise RecordError(f"{name} is no log, folder or published result; give logs/<RUN_ID>.txt, a "
+                      "RUN_ID of ./logs, a folder, or as much of a published name as is only its")
