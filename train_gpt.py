@@ -489,8 +489,9 @@ class Runtime:
         """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died."""
         def note(number: int, _: Any) -> None:
             self.signal = number
-            require(self.defer_signals, f"stopped by signal {number}; start again, or with RESUME=1 "
-                    f"RUN_ID={self.log.run_id} from the last checkpoint, if there is one", Stopped)
+            require(self.defer_signals, f"stopped by signal {number}; start again, or with "
+                    f"RESUME=1 RUN_ID={self.log.run_id} from the last checkpoint, if there is one",
+                    Stopped)
 
         before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
