@@ -6551,6 +6551,14 @@ def test_r_made_folder_is_right(r_folder, r_runs):
     assert r_tool("rules").verify(r_folder) == []
 
 
+def test_r_committed_folders_are_right():
+    """Every record folder of this repository breaks no rule."""
+    folders = [path for path in (ROOT / "records").glob("track_*/*") if path.is_dir()]
+    assert folders
+    for path in folders:
+        assert r_tool("rules").verify(path) == [], path
+
+
 def test_r_make_refuses(r_runs, tmp_path, capsys):
     """Other code, a missing artifact, one seed twice, a run cut short: an error and no folder."""
     packed, _, logs = r_runs
