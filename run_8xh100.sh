@@ -109,6 +109,8 @@ except t.RunError as error: raise SystemExit(f"error: {error}")')
 key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES") | sha256sum | cut -c1-12)
 runs=$DATA_DIR/runs/$key
 mkdir -p "$runs/logs"
+# the runs start in $runs; a log then names no folder of this machine
+DATA_PATH=$("$PYTHON" -c 'import os, sys; print(os.path.relpath(*sys.argv[1:]))' "$DATA_PATH" "$runs")
 "$PYTHON" records/pack.py train_gpt.py --output "$runs/train_gpt.py" || echo "note: over our own aim, which is no fault"
 
 say "5 pre-flight on the CPU"
