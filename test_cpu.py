@@ -2113,7 +2113,7 @@ def test_the_file_keeps_its_shape():
     """Bounded lines and bytes, 100 columns, ASCII; main under 100 lines, functions 75."""
     data = (ROOT / "train_gpt.py").read_bytes()
     lines = data.decode("ascii").splitlines()
-    assert len(lines) < 2910 and len(data) < 153_000
+    assert len(lines) < 2920 and len(data) < 153_000
     assert max(map(len, lines)) <= 100
     long = {}
     for node in ast.walk(ast.parse(data)):

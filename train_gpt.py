@@ -835,7 +835,7 @@ class Validation(NamedTuple):
 
 def load_validation(c: Config, table: ByteTable) -> Validation:
     """All validation ids with their audited bytes; raises RunError if the bytes are wrong."""
-    paths, manifest_path = find_shards(c, "val"), Path(c.data_path) / "manifest.json"
+    paths = find_shards(c, "val")
     ids = np.concatenate([check_ids(np.asarray(open_shard(path)), len(table.base_bytes), path)
                           for path in paths])
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
@@ -843,24 +843,30 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
     scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
     counted = int(table.base_bytes[ids[0]]) + int(scored.sum(dtype=np.int64))
-    try:
-        manifest = json.loads(manifest_path.read_bytes()) if manifest_path.exists() else {}
-        tokenizer = manifest.get("tokenizer", {})
-        exact, sha256 = tokenizer.get("byte_exact"), tokenizer.get("sha256")
-        shards = [manifest["shards"][path.name] for path in paths] if exact else []
-        source = sum(shard["source_bytes"] for shard in shards)
-        bad = sum(shard.get("bad_documents", 0) for shard in shards)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{manifest_path}: no manifest of retokenize_scylla.py ({error!r}); "
-                       "re-tokenize the data, or remove it and go without a byte audit") from error
-    require(not exact or (source == counted and not bad), "byte audit failed: the byte table "
-            f"counts {counted} bytes, manifest.json {source} with {bad} bad documents; re-tokenize "
-            "the data, or set TOKENIZER_PATH to the tokenizer it was made with")
-    audit, limit = "exact" if exact else "unverified", c.val_tokens_limit or len(ids)
-    if exact and limit < len(ids):
-        audit = "partial"
+    source, bad, sha256 = read_ledger(c, paths)
+    require(source in (None, counted) and not bad, "byte audit failed: the byte table counts "
+            f"{counted} bytes, manifest.json {source} with {bad} bad documents; re-tokenize the "
+            "data, or set TOKENIZER_PATH to the tokenizer it was made with")
+    limit = c.val_tokens_limit or len(ids)
+    audit = "unverified" if source is None else "partial" if limit < len(ids) else "exact"
     sha256 = sha256 or sha256_file(c.tokenizer_path or table.path)
     return Validation(ids[:limit], scored[: limit - 1], audit, sha256)
+
+
+def read_ledger(c: Config, paths: list[Path]) -> tuple[int | None, int, str | None]:
+    """Source bytes (None: not proven) and bad documents of shards, and the vocabulary's SHA-256."""
+    path = Path(c.data_path) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes()) if path.exists() else {}
+        tokenizer = manifest.get("tokenizer", {})
+        if not tokenizer.get("byte_exact"):
+            return None, 0, tokenizer.get("sha256")
+        shards = [manifest["shards"][shard.name] for shard in paths]
+        bad = sum(shard.get("bad_documents", 0) for shard in shards)
+        return sum(shard["source_bytes"] for shard in shards), bad, tokenizer.get("sha256")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{path}: no manifest of retokenize_scylla.py ({error!r}); re-tokenize the "
+                       "data, or remove it and go without a byte audit") from error
 
 
 def sha256_file(path: str | Path) -> str:
