@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import bz2
 import contextlib
 import functools
 import gzip
@@ -19,6 +20,7 @@ import importlib
 import importlib.util
 import io
 import json
+import linecache
 import lzma
 import math
 import os
@@ -6342,18 +6344,27 @@ def r_run(module, folder, seed, data):
 
 @pytest.fixture(scope="module")
 def r_runs(tmp_path_factory):
-    """Three tiny runs of the packed script: (packed file, data, logs)."""
-    folder = tmp_path_factory.mktemp("packed")
-    packed, data = folder / "train_gpt.py", r_data(folder)
+    """Three tiny runs of a copy of the script: (its path, data, logs)."""
+    folder = tmp_path_factory.mktemp("runs")
+    code, data = folder / "train_gpt.py", r_data(folder)
+    shutil.copy(ROOT / "train_gpt.py", code)
+    return code, data, [r_run(r_load(code), folder, s, data) for s in (42, 1337, 2024)]
+
+
+@pytest.fixture(scope="module")
+def r_packed(r_runs, tmp_path_factory):
+    """The packed script and a tiny run of it: (its path, module, log)."""
+    packed = tmp_path_factory.mktemp("packed") / "train_gpt.py"
     packed.write_bytes(r_tool("pack").pack((ROOT / "train_gpt.py").read_text()))
-    return packed, data, [r_run(r_load(packed), folder, s, data) for s in (42, 1337, 2024)]
+    module = r_load(packed)
+    return packed, module, r_run(module, packed.parent, 42, r_runs[1])
 
 
-def r_make(packed, logs, records, *more):
+def r_make(code, logs, records, *more):
     """Exit code of `make` on runs."""
     return r_tool("make_record").main(
         ["make", "--name", "Tiny", "--author", "A. Nobody", "--github-id", "nobody", "--date",
-         "2030-01-02", "--code", str(packed), "--records", str(records), *more, *map(str, logs)])
+         "2030-01-02", "--code", str(code), "--records", str(records), *more, *map(str, logs)])
 
 
 @pytest.fixture(scope="module")
@@ -6408,59 +6419,137 @@ def r_record(r_folder, tmp_path, monkeypatch):
 # packing
 
 
-def test_r_packed_code_runs_the_same(r_runs, tmp_path):
+def test_r_packed_code_runs_the_same(r_runs, r_packed):
     """Losses, scores and artifact of the packed script are those of the readable one."""
-    packed, data, logs = r_runs
-    plain = r_run(t, tmp_path, 42, data)
-    assert a_losses(tmp_path, "seed42") == a_losses(packed.parent, "seed42")
-    ours, theirs = (p.parent.parent / "seed42.ptz" for p in (plain, logs[0]))
-    assert ours.read_bytes() == theirs.read_bytes()
-    exact = r"\w+_exact val_loss:\S+ val_bpb:\S+"
-    assert re.findall(exact, plain.read_text()) == re.findall(exact, logs[0].read_text())
+    ours, theirs = r_packed[2], r_runs[2][0]
+    folders = [log.parent.parent for log in (ours, theirs)]
+    assert len({tuple(a_losses(folder, "seed42")) for folder in folders}) == 1
+    assert len({(folder / "seed42.ptz").read_bytes() for folder in folders}) == 1
+    exact = r"\w+_exact val_loss:[\d.]+ val_bpb:[\d.]+"
+    assert re.findall(exact, ours.read_text()) == re.findall(exact, theirs.read_text()) != []
 
 
-def test_r_packed_code_is_small_complete_and_deterministic(r_runs, tmp_path):
-    """Same bytes every time, under the aim; same program and settings; unpacked without running."""
-    pack, packed = r_tool("pack"), r_runs[0]
+def test_r_packed_code_is_small_complete_and_deterministic(r_packed, tmp_path):
+    """Same bytes every time, at most 25,000; the same program and settings."""
+    pack, (packed, small, _) = r_tool("pack"), r_packed
     source = (ROOT / "train_gpt.py").read_text()
-    assert packed.read_bytes() == pack.pack(source) and len(packed.read_bytes()) < 33_500
-    readable = pack.unpack(packed.read_bytes())
-    assert pack.meaning(readable) == pack.meaning(source)
-    small = r_load(packed)
+    assert len(packed.read_bytes()) <= pack.LARGEST == 25_000
+    readable = "".join(linecache.getlines(f"{packed} (unpacked)"))
+    assert ast.dump(pack.bare(readable)) == ast.dump(pack.bare(source))
     assert vars(small).keys() >= {n for n in vars(t) if not n.startswith("__")}
-    assert small.__doc__ == t.__doc__ and small.settings_table() == t.settings_table()
+    assert [(f.name, f.type, f.default) for f in fields(small.Config)] == [
+        (f.name, f.type, f.default) for f in fields(t.Config)]
     assert pack.unpack(source.encode()) == source
-    code = pack.main([str(ROOT / "train_gpt.py"), "--output", str(tmp_path / "p.py")])
-    assert code == (len(packed.read_bytes()) > pack.LARGEST)
+    pack.pack.cache_clear()
+    assert pack.main([str(ROOT / "train_gpt.py"), "--output", str(tmp_path / "p.py")]) == 0
     assert (tmp_path / "p.py").read_bytes() == packed.read_bytes()
 
 
-def test_r_minify_keeps_strings_and_nesting():
-    """Comments, docstrings and annotations go; text that looks like them stays."""
-    source = ('"""Doc."""\n\n\nclass A:\n    """Gone."""\n\n    x: int = 1  # gone\n\n'
-              '    def f(self, a: int = 2, *b: str) -> dict[str, int]:\n        """Gone."""\n'
-              '        text = """kept # here\n            and indented\n        """\n'
-              '        if a:\n            return {"->": "#",\n                    text: a}\n'
-              '        return b\n\n    def g(self):\n        """All of it."""\n')
+R_SOURCE = ('"""Doc."""\n\n\nclass A(NamedTuple):\n    """Gone."""\n\n    x: int = 1  # gone\n\n'
+            '    def f(self, a: int = 2, *b: str) -> dict[str, int]:\n        """Gone."""\n'
+            '        text: str = """kept # here\n            and indented\n        """\n'
+            '        if a:\n            return {"->": "#\\u2581",\n                    text: a}\n'
+            '        return b\n\n    def g(self):\n        """All of it."""\n\n\n'
+            '@dataclass\nclass B:\n    y: int = setting(3, "help", 1)  # an int\n')
+
+
+def test_r_minify_keeps_strings_types_of_dataclasses_and_nesting(monkeypatch):
+    """Comments, docstrings, help and other annotations go; text that looks like them stays."""
     pack = r_tool("pack")
-    small = pack.minify(source)
-    assert small == ('"""Doc."""\nclass A:\n x: int = 1\n def f(self, a = 2, *b):\n'
-                     '  text = """kept # here\n            and indented\n        """\n'
-                     '  if a:\n   return {"->": "#",\n    text: a}\n  return b\n'
-                     ' def g(self):\n  pass\n')
-    with pytest.raises(pack.PackError, match="ASCII"):
-        pack.pack("x = '\u00e9'\n")
+    assert pack.minify(R_SOURCE) == (
+        f"{pack.ABOUT}\n\nclass A(NamedTuple):\n x: 0 = 1\n\n def f(self, a=2, *b):\n"
+        "  text = 'kept # here\\n            and indented\\n        '\n"
+        "  if a:\n   return {'->': '#\\u2581', text: a}\n  return b\n\n"
+        " def g(self):\n  pass\n\n@dataclass\nclass B:\n y: int = setting(3, '', 1)\n")
+    monkeypatch.setattr(pack, "written", lambda tree: ast.unparse(tree).replace("3", "4"))
+    with pytest.raises(pack.PackError, match="not the same"):
+        pack.minify(R_SOURCE)
 
 
-def test_r_packed_code_shows_its_source(r_runs):
-    """The log begins with the source and names the file's hash and size; tracebacks show lines."""
-    packed, _, logs = r_runs
-    text, readable = logs[0].read_text(), r_tool("pack").unpack(packed.read_bytes())
-    assert text.startswith(readable)
+def test_r_packed_file_is_read_without_running_it(tmp_path):
+    """Its source comes back; damage, another decoder and another stub are named, never run."""
+    pack = r_tool("pack")
+    good = pack.pack(R_SOURCE)
+    assert pack.unpack(good) == pack.minify(R_SOURCE)
+    (tmp_path / "packed.py").write_bytes(good)
+    assert pack.main([str(tmp_path / "packed.py"), "--unpack"]) == 0
+    place = good.index(b'S=D["decode"]("') + 60
+    digit = good[place : place + 1]
+    bad_digit = good[:place] + (b"a" if digit != b"a" else b"b") + good[place + 1 :]
+    marker = tmp_path / "ran"
+    evil = zlib.compress(f"open({str(marker)!r}, 'w')\ndecode = lambda d, n: ''".encode())
+    other = good.replace(pack.literal(zlib.compress(pack.decoder().encode(), 9)).encode("latin-1"),
+                         pack.literal(evil).encode("latin-1"))
+    assert other != good
+    for data, reason in ((bad_digit, "CRC-32"), (other, "decoder is not"),
+                         (good.replace(b"exec(compile", b"exit(compile"), "this version"),
+                         (good.replace(b"\nS=", b"\nimport os\nS="), "this version"),
+                         (good.replace(b'S=zlib.decompress("x', b'S=zlib.decompress("y'),
+                          "damaged")):
+        with pytest.raises(pack.PackError, match=reason):
+            pack.unpack(data)
+    assert not marker.exists()
+
+
+def test_r_mixing_gives_every_text_back():
+    """Empty, short, repetitive and random texts; only characters that a literal can hold."""
+    mixing, random = r_tool("mixing"), np.random.default_rng(0)
+    noise = "".join(map(chr, random.integers(0, 128, 300)))
+    texts = ("", "a", "\0", "\x7f" * 500, noise, "def f(x):\n    return {x: ['(']}\n" * 20)
+    for text in texts:
+        data = mixing.encode(text, "known")
+        assert mixing.decode(data, len(text), "known") == text, text
+        assert not set(data) & set(b'\0\n\r"\\') and len(data) <= 1.1 * len(text) + 6
+    alone, twice = (len(mixing.encode(texts[-1], known)) for known in ("", texts[-1]))
+    assert twice < alone / 2 < len(texts[-1]) / 24
+    with pytest.raises(ValueError, match="section not found"):
+        mixing.decode(b"\n", 5, "")
+
+
+def test_r_mixing_rounds_alike_everywhere():
+    """No entry of its two tables is near enough to a tie for another libm to round it otherwise."""
+    odds = (np.arange(1 << 15) >> 3) / 4096
+    odds = odds[odds > 0]
+    stretch, x = 256 * np.log(odds / (1 - odds)), np.arange(-3072, 3073)
+    for values in (stretch, 1 + 65534 / (1 + np.exp(-x / 256))):
+        assert np.abs(values % 1 - 0.5).min() > 1e-8
+
+
+@pytest.mark.slow
+def test_r_mixing_is_arithmetic_coding(monkeypatch):
+    """The file is as long as the model's probabilities say, and shorter than bzip2 by a quarter."""
+    mixing, pack = r_tool("mixing"), r_tool("pack")
+    text, nats = pack.minify((ROOT / "train_gpt.py").read_text()), 0.0
+    told = mixing.bits_of(text)
+
+    def choose(p):
+        nonlocal nats
+        bit = next(told)
+        nats -= math.log((p if bit else 65536 - p) / 65536)
+        return bit
+
+    assert mixing.model(choose, len(text)) == text
+    size = len(mixing.encode(text, ""))
+    assert abs(size - nats / math.log(251)) < 10
+    assert size < 0.8 * len(bz2.compress(text.encode(), 9))
+
+
+def test_r_packed_code_names_itself(r_packed):
+    """The log begins with the source that runs and names the file's hash and size."""
+    packed, _, log = r_packed
+    text = log.read_text()
+    assert text.startswith("".join(linecache.getlines(f"{packed} (unpacked)")))
     assert f"\ncode_sha256:{t.sha256_file(packed)} bytes:{packed.stat().st_size}\n" in text
     assert f"\nCode size: {packed.stat().st_size} bytes\n" in text
+
+
+@pytest.mark.slow
+def test_r_packed_code_starts_as_a_script(r_packed):
+    """An error of its user's is a line, an error of its own a traceback with lines of source."""
+    packed = r_packed[0]
     done = a_python([packed], packed.parent, dict(PRESET="demo", DATA_PATH="nowhere"))
     assert done.returncode == 1 and done.stderr.startswith("error: no shards match")
+    assert "QK_GAIN_INIT" in a_python([packed, "--help"], packed.parent, {}).stdout
     code = ("import runpy, sys\nsys.argv = ['train_gpt.py']\nimport torch\n"
             f"torch.manual_seed = None\nrunpy.run_path({str(packed)!r}, run_name='__main__')")
     broken = a_python(["-c", code], packed.parent, dict(PRESET="demo"))
@@ -6561,19 +6650,19 @@ def test_r_committed_folders_are_right():
 
 def test_r_make_refuses(r_runs, tmp_path, capsys):
     """Other code, a missing artifact, one seed twice, a run cut short: an error and no folder."""
-    packed, _, logs = r_runs
-    cases = [([logs[0], logs[0]], packed, "one log for each seed"),
-             (logs, ROOT / "train_gpt.py", "give the file that ran with --code")]
+    code, _, logs = r_runs
+    cases = [([logs[0], logs[0]], code, "one log for each seed"),
+             (logs, ROOT / "retokenize_scylla.py", "give the file that ran with --code")]
     copy = tmp_path / "run"
-    shutil.copytree(packed.parent / "logs", copy / "logs")
-    cases.append(([copy / "logs" / "seed42.txt"], packed, "ARTIFACT_PATH of its own"))
+    shutil.copytree(code.parent / "logs", copy / "logs")
+    cases.append(([copy / "logs" / "seed42.txt"], code, "ARTIFACT_PATH of its own"))
     torn = copy / "logs" / "torn.txt"
     torn.write_text(logs[0].read_text()[:-300])
-    cases.append(([torn], packed, "run the seed again"))
+    cases.append(([torn], code, "run the seed again"))
     for some, code, message in cases:
         assert r_make(code, some, tmp_path / "records") == 1
         assert message in capsys.readouterr().err
-    assert r_make(packed, logs, tmp_path / "records") == 1  # on a CPU it is no record
+    assert r_make(code, logs, tmp_path / "records") == 1  # on a CPU it is no record
     assert "hardware" in capsys.readouterr().out
     assert not [p for p in (tmp_path / "records").rglob("*") if p.is_file()]
 

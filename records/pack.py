@@ -3,145 +3,152 @@
     python records/pack.py train_gpt.py --output packed/train_gpt.py
     python records/pack.py --unpack packed/train_gpt.py          prints the source that it runs
 
-Comments, docstrings (the module's excepted: it is the text of --help), blank lines and annotations
-of functions go, and so does indentation beyond a blank a level; names, lines and settings stay. The
-rest is compressed (bzip2: 2 % smaller here than LZMA) and stands in one Latin-1 string literal,
-which costs 2 % where base 85 would cost 25 %. Tracebacks and the log's source dump show the source
-through `linecache`; nothing is written to disk. The size that counts is that of the packed file,
-and the log prints it.
+Comments, docstrings, help texts of settings, blank lines and annotations of functions go, and so do
+line breaks within statements and indentation beyond a blank a level; names, statements and settings
+stay. The rest is compressed by context mixing (mixing.py) to characters that a Latin-1 string
+literal can hold; its decoder comes first, compressed by zlib. Starting takes some 6 s more.
+Tracebacks and the log's source dump show the source through `linecache`; nothing is written to
+disk. The size that counts is that of the packed file, and the log prints it.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import bz2
-import io
+import functools
+import re
 import sys
-import tokenize
+import zlib
 from pathlib import Path
 
+import mixing
+
 LARGEST = 25_000  # bytes of a packed file: our aim for a record
+LONGEST = 1 << 20  # characters of a source that are unpacked from a stranger's file
 STUB = '''# coding: latin-1
-# packed by records/pack.py of PROTEUS; records/pack.py --unpack prints the source
-import bz2,linecache,sys,traceback
+# packed by PROTEUS; records/pack.py --unpack prints the source
+import linecache,sys,traceback,zlib
+D={}
+S=zlib.decompress("%s".encode("latin-1")).decode()
+exec(S,D)
+S=D["decode"]("%s".encode("latin-1"),%d,S)
+assert zlib.crc32(S.encode())==%d,"this packed file is damaged"
 N=__file__+" (unpacked)"
-S=bz2.decompress("%s".encode("latin-1")).decode()
 linecache.cache[N]=len(S),None,S.splitlines(True),N
 sys.excepthook=traceback.print_exception
 exec(compile(S,N,"exec"))
 '''
 ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
-Span = tuple[tuple[int, int], tuple[int, int], str]  # (row, column), end, what stands there instead
+ABOUT = '"""PROTEUS, packed: README.md has the texts of all settings."""'  # what --help begins with
 
 
 class PackError(ValueError):
     """A source that cannot be packed, or a file that is not packed; the message says why."""
 
 
-def docstring_spans(tree: ast.Module) -> list[Span]:
-    """Docstrings of functions and classes; a body of nothing else becomes `pass`."""
-    spans = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            text, rest = node.body[0], "" if len(node.body) > 1 else "pass"
-            spans.append(((text.lineno, text.col_offset),
-                          (text.end_lineno, text.end_col_offset), rest))
-    return spans
+class Bare(ast.NodeTransformer):
+    """A program without what only a reader needs; dataclasses keep the types of their fields."""
+
+    def visit_Module(self, node: ast.Module) -> ast.Module:
+        """ABOUT in the place of the docstring."""
+        if ast.get_docstring(node):
+            node.body[0] = ast.parse(ABOUT).body[0]
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        """No docstring, no type of the result."""
+        node.body = node.body[bool(ast.get_docstring(node)) :] or [ast.Pass()]
+        node.returns = None
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        """No docstring; what a NamedTuple says of its fields is 0."""
+        node.body = node.body[bool(ast.get_docstring(node)) :] or [ast.Pass()]
+        for child in node.body:
+            if isinstance(child, ast.AnnAssign):
+                if [*map(ast.unparse, node.bases)] == ["NamedTuple"]:
+                    child.annotation = ast.Constant(0)
+                self.generic_visit(child)
+            else:
+                self.visit(child)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """A variable without its type."""
+        bare = ast.Assign([node.target], node.value, lineno=node.lineno) if node.value else node
+        return self.generic_visit(bare)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        """A parameter without its type."""
+        node.annotation = None
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        """`setting(default, help text, ...)` without the text."""
+        if ast.unparse(node.func) == "setting":
+            node.args[1] = ast.Constant("")
+        return self.generic_visit(node)
 
 
-def annotation_spans(tree: ast.Module, lines: list[str]) -> list[Span]:
-    """Annotations of parameters and results; those of fields stay, as dataclasses read them."""
-    spans = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg) and node.annotation:
-            end = node.annotation.end_lineno, node.annotation.end_col_offset
-            spans.append(((node.lineno, node.col_offset + len(node.arg)), end, ""))
-        elif isinstance(node, ast.FunctionDef) and node.returns:
-            row, column = node.returns.lineno, node.returns.col_offset
-            arrow = lines[row - 1].rindex("->", 0, column)
-            start = len(lines[row - 1][:arrow].rstrip())
-            spans.append(((row, start), (node.returns.end_lineno, node.returns.end_col_offset), ""))
-    return spans
+def bare(source: str) -> ast.Module:
+    """What a program does: the syntax tree of what is packed of it."""
+    return Bare().visit(ast.parse(source))
 
 
-def cut(lines: list[str], spans: list[Span]) -> list[str]:
-    """The lines without the spans, which do not overlap; rows stay where they are."""
-    for (row, column), (end_row, end_column), instead in sorted(spans, reverse=True):
-        head, tail = lines[row - 1][:column], lines[end_row - 1][end_column:]
-        lines[row - 1 : end_row] = [head + instead + tail, *[""] * (end_row - row)]
-    return lines
+def written(tree: ast.Module) -> str:
+    """A program as text, in ASCII, with a blank for each level."""
+    text = ast.unparse(tree).encode("ascii", "backslashreplace").decode() + "\n"
+    return re.sub("(?m)^(    )+", lambda blanks: " " * (len(blanks[0]) // 4), text)
 
 
 def minify(source: str) -> str:
-    """The same program, line by line, without what only a reader needs; names are kept."""
-    if not source.isascii():
-        raise PackError("the source is not ASCII; columns would be miscounted")
-    tree, lines = ast.parse(source), source.splitlines()
-    lines = cut(lines, docstring_spans(tree) + annotation_spans(tree, lines))
-    tokens = list(tokenize.generate_tokens(io.StringIO("\n".join(lines) + "\n").readline))
-    cut(lines, [(t.start, t.end, "") for t in tokens if t.type == tokenize.COMMENT])
-    depths, depth, inside = {}, 0, set()
-    for token in tokens:
-        depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
-        if token.type not in (tokenize.INDENT, tokenize.DEDENT, tokenize.NEWLINE, tokenize.NL):
-            depths[token.start[0]] = depth
-            inside.update(range(token.start[0] + 1, token.end[0] + 1))  # of a long string
-    statement_rows = first_rows(tokens)
-    kept = []
-    for row, line in enumerate(lines, 1):
-        if row in inside:
-            kept.append(line)
-        elif line.strip():
-            kept.append(" " * (depths[row] + (row not in statement_rows)) + line.strip())
-    small = "\n".join(kept) + "\n"
-    if meaning(small) != meaning(source):
+    """The same program, a statement a line, without what only a reader needs."""
+    small = written(bare(source))
+    if ast.dump(bare(small)) != ast.dump(bare(source)):
         raise PackError("the packed program is not the same program; this is a defect of pack.py")
     return small
 
 
-def first_rows(tokens: list[tokenize.TokenInfo]) -> set[int]:
-    """Rows on which a statement starts; the others continue one."""
-    rows, fresh = set(), True
-    for token in tokens:
-        if token.type == tokenize.NEWLINE:
-            fresh = True
-        elif fresh and token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT,
-                                          tokenize.DEDENT):
-            rows.add(token.start[0])
-            fresh = False
-    return rows
+def decoder() -> str:
+    """What a packed file needs of mixing.py."""
+    source = Path(mixing.__file__).read_text(encoding="utf-8")
+    return minify(source[: source.index("def encode")]).partition("\n")[2]
 
 
-def meaning(source: str) -> str:
-    """What a program does: its syntax tree without docstrings and annotations of functions."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+def literal(data: bytes) -> str:
+    """Bytes as they stand in a string literal of the stub."""
+    return "".join(ESCAPES.get(c, c) for c in data.decode("latin-1"))
 
 
+@functools.cache
 def pack(source: str) -> bytes:
     """The packed file of a source; equal sources give equal files."""
-    data = bz2.compress(minify(source).encode(), 9)
-    return (STUB % "".join(ESCAPES.get(c, c) for c in data.decode("latin-1"))).encode("latin-1")
+    small, known = minify(source), decoder()
+    texts = zlib.compress(known.encode(), 9), mixing.encode(small, known)
+    parts = (*map(literal, texts), len(small), zlib.crc32(small.encode()))
+    return (STUB % parts).encode("latin-1")
 
 
+@functools.cache
 def unpack(data: bytes) -> str:
     """The source that a file runs, packed or not; nothing of it is executed."""
     if not data.startswith(STUB.splitlines()[0].encode()):
         return data.decode("utf-8")
-    texts = [node.value for node in ast.walk(ast.parse(data)) if isinstance(node, ast.Constant)
-             and isinstance(node.value, str)]
+    pattern = re.escape(STUB).replace("%s", "(.*)").replace("%d", r"(\d{1,10})")
+    parts = re.fullmatch(pattern, data.decode("latin-1"))
+    if not parts or int(parts[3]) > LONGEST:
+        raise PackError("packed, but not by this version of pack.py")
     try:
-        return bz2.decompress(max(texts, key=len).encode("latin-1")).decode()
-    except (OSError, ValueError) as error:
-        raise PackError(f"not a file of pack.py: {error}") from error
+        carried = ast.literal_eval(f'"{parts[1]}"').encode("latin-1")
+        carried = zlib.decompressobj().decompress(carried, 1 << 16).decode()
+        if ast.dump(ast.parse(carried)) != ast.dump(ast.parse(decoder())):
+            raise PackError("its decoder is not that of mixing.py: what it runs cannot be told")
+        source = mixing.decode(parts[2].encode("latin-1"), int(parts[3]), carried)
+    except (ValueError, SyntaxError, zlib.error) as error:
+        raise PackError(f"a damaged packed file: {error}") from error
+    if zlib.crc32(source.encode()) != int(parts[4]):
+        raise PackError("a damaged packed file: its source has another CRC-32")
+    return source
 
 
 def main(arguments: list[str] | None = None) -> int:

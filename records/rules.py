@@ -359,8 +359,12 @@ def check_code_text(folder: Folder) -> Found:
     """Each log names the file's hash and begins with its source."""
     if not folder.has("train_gpt.py"):
         return
-    data = (folder.path / "train_gpt.py").read_bytes()
-    digest, source = sha256(folder.path / "train_gpt.py"), pack.unpack(data).rstrip()
+    digest = sha256(folder.path / "train_gpt.py")
+    try:
+        source = pack.unpack((folder.path / "train_gpt.py").read_bytes()).rstrip()
+    except pack.PackError as error:
+        yield "train_gpt.py", str(error)
+        return
     for run in folder.runs:
         if run.code_sha256 != digest:
             yield run.path.name, f"of code with sha256 {run.code_sha256}, train_gpt.py has {digest}"
