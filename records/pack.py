@@ -39,7 +39,7 @@ sys.excepthook=traceback.print_exception
 exec(compile(S,N,"exec"))
 '''
 ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\0": "\\x00"}
-ABOUT = '"""PROTEUS, packed: README.md has the texts of all settings."""'  # what --help begins with
+ABOUT = '"""PROTEUS, packed; README.md explains the settings."""'  # what --help begins with
 
 
 class PackError(ValueError):
@@ -133,7 +133,7 @@ def pack(source: str) -> bytes:
 def unpack(data: bytes) -> str:
     """The source that a file runs, packed or not; nothing of it is executed."""
     if not data.startswith(STUB.splitlines()[0].encode()):
-        return data.decode("utf-8")
+        return data.decode("utf-8", "replace")
     pattern = re.escape(STUB).replace("%s", "(.*)").replace("%d", r"(\d{1,10})")
     parts = re.fullmatch(pattern, data.decode("latin-1"))
     if not parts or int(parts[3]) > LONGEST:
