@@ -1,4 +1,4 @@
-"""Compress source code by context mixing: 26 % smaller than bzip2 on train_gpt.py, and slow.
+"""Compress source code by context mixing: a quarter smaller than bzip2 on train_gpt.py, and slow.
 
 After PAQ (Mahoney 2005). A character is 7 bits. Each bit is predicted by the bits that followed
 the same contexts before (the last characters, the word, the bracket it stands in, ...); the
