@@ -6547,7 +6547,7 @@ def test_r_packed_code_names_itself(r_packed):
 
 @pytest.mark.slow
 def test_r_packed_code_starts_as_a_script(r_packed):
-    """A line for a user's error, a traceback with its source for its own; packed alike elsewhere."""
+    """A line for a user's error, a traceback with source for its own; packed alike elsewhere."""
     packed = r_packed[0]
     again = packed.with_name("again.py")
     a_python([ROOT / "records" / "pack.py", ROOT / "train_gpt.py", "--output", again],
