@@ -87,6 +87,7 @@ def setting(default: Any, text: str, low: float | None = None, high: float | Non
 EVAL_MODES = ("roundtrip", "sliding", "ttt", "ngram", "slot")
 STORED_AS_CODES = ("attn", "mlp", "repeat", "embed")
 CODECS = ("rans", "lzma", "zlib", "zstd")
+CODE_BYTES = os.path.getsize(__file__)  # of the file that runs
 
 
 @dataclass(frozen=True)
@@ -386,7 +387,7 @@ def settings_table() -> str:
     rows = ["| setting | record | demo | what it is |", "|--|--|--|--|"]
     for f in fields(Config):
         demo, text = show(PRESETS["demo"].get(f.name, "")), f.metadata["help"]
-        text += f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        text += " (" + ", ".join(f.metadata["choices"]) + ")" if f.metadata["choices"] else ""
         rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | {text} |")
     return "\n".join(rows)
 
@@ -398,7 +399,7 @@ class RunLog:
     """logs/<run_id>.txt for people and .jsonl for programs; silent unless opened (on rank 0)."""
 
     def __init__(self, run_id: str) -> None:
-        self.run_id = run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_{os.urandom(3).hex()}"
+        self.run_id = run_id or time.strftime("%Y%m%d_%H%M%S_") + os.urandom(3).hex()
         self.text = self.events = None
 
     def open(self, append: bool) -> None:
@@ -663,7 +664,7 @@ def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
                        for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
             probe(q, k, v).sum().backward()
             torch.cuda.synchronize()
-            return attend, f"{name} ({'; '.join(reasons) or 'installed'})"
+            return attend, name + " (" + ("; ".join(reasons) or "installed") + ")"
         except Exception as error:  # of any kind: the next one is tried, and the log says why
             reasons.append(f"{name}: {first_line(error)}")
     raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
@@ -816,8 +817,8 @@ def load_byte_table(c: Config) -> ByteTable:
         found = [named[-1] if named[-1].suffix in (".model", ".npz") else
                  named[-1].with_suffix(".meta.npz")]
     require(len(found) == 1 and all(path.is_file() for path in found + named),
-            f"no single tokenizer: {show((*named, *sorted(found))) or 'none in ' + folder}; set "
-            "TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
+            "no single tokenizer: " + (show((*named, *sorted(found))) or "none in " + folder)
+            + "; set TOKENIZER_PATH to a .model, or to a vocabulary with its .meta.npz beside it")
     table = (table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta)(found[0])
     require(c.vocab_size in (0, len(table.base_bytes)), f"VOCAB_SIZE={c.vocab_size} but "
             f"{found[0]} has {len(table.base_bytes)} ids; leave VOCAB_SIZE unset")
@@ -1647,7 +1648,7 @@ def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
 
     0 where nothing is to be solved: QUANT=rtn with a fixed N_INT6_LAYERS.
     """
-    room, low, high = c.size_limit - os.path.getsize(__file__), 0.0, COARSEST
+    room, low, high = c.size_limit - CODE_BYTES, 0.0, COARSEST
     if (c.quant == "rtn" and c.n_int6_layers is not None) or bytes_at(low) <= room:
         return low
     for _ in range(14):
@@ -1914,14 +1915,14 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
     The entropies of a sample give a first coarseness, the size of the artifact corrects it.
     Raises RunError over SIZE_LIMIT; the weights then stay in fp32 beside the artifact.
     """
-    path, code = Path(c.artifact_path), os.path.getsize(__file__)
+    path = Path(c.artifact_path)
     shape = {name.upper(): show(getattr(c, name)) for name in MODEL_FIELDS}
     state = {name: p.detach().float() for name, p in model.named_parameters()}
     if not model.recur:  # a run that ended before recurrence started is a model without it
         shape["RECUR_LAYERS"] = ""
         state = {name: p for name, p in state.items() if not name.startswith("repeat_mlps")}
     header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
-    margin = unforeseen = FIT_MARGIN * (c.size_limit - code)
+    margin = unforeseen = FIT_MARGIN * (c.size_limit - CODE_BYTES)
     streams: list[Stream] = []  # on the first rank
 
     def expected(at: float) -> float:
@@ -1929,7 +1930,7 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
 
     def write() -> int:
         streams[:] = write_artifact(path, header, stored, c.compressor)
-        return code + path.stat().st_size
+        return CODE_BYTES + path.stat().st_size
 
     for _ in range(6):
         coarseness = runtime.on_first_rank(lambda: least_coarseness(expected, c))
@@ -1939,7 +1940,7 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
         runtime.log.line(f"fit coarseness:{coarseness:.4f} total:{total} free:{free}")
         if 0 <= free <= 2 * margin or (coarseness == 0 <= free) or coarseness == COARSEST:
             break
-        unforeseen = margin + total - code - sampled_bytes(state, c, coarseness)
+        unforeseen = margin + total - CODE_BYTES - sampled_bytes(state, c, coarseness)
     runtime.on_first_rank(lambda: log_sizes(state, stored, streams, total, runtime.log))
     if free < 0:
         kept = path.with_name(path.name + ".fp32")
@@ -1971,10 +1972,10 @@ def log_sizes(state: Mapping[str, Tensor], stored: Mapping[str, Stored], streams
                   + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * bool(coded),
                   name=s.name, codec=s.codec, weights=s.weights, bytes=size, floor=s.floor,
                   bits=8 * size / s.weights, **measured)
-    artifact, floor = total - os.path.getsize(__file__), sum(s.floor for s in streams)
+    artifact, floor = total - CODE_BYTES, sum(s.floor for s in streams)
     log.event("size", "artifact_floor_bytes:{floor:.0f} above_floor:{above:+.2%}\n"
               "Code size: {code} bytes\nSerialized model mixed_quant+{codec}: {artifact} bytes\n"
-              "Total submission size: {total} bytes", code=total - artifact, artifact=artifact,
+              "Total submission size: {total} bytes", code=CODE_BYTES, artifact=artifact,
               total=total, floor=floor, above=artifact / floor - 1,
               codec=max(streams, key=lambda s: len(s.data)).codec)
 
@@ -2386,7 +2387,7 @@ class Checkpoints:
     def write(self, arrays: dict[str, np.ndarray], state: dict[str, Any]) -> None:
         """Write a checkpoint and remove old ones; a rank that cannot is a RunError on all."""
         rank, buffer, problem = self.runtime.rank, io.BytesIO(), ""
-        folder = self.root / f"step{state['steps']:08d}"
+        folder = self.root / "step{steps:08d}".format(**state)
         np.savez(buffer, **arrays)
         try:
             write_atomic(folder / f"rank{rank}", buffer.getbuffer())
@@ -2397,15 +2398,15 @@ class Checkpoints:
         def commit() -> None:
             problems, crcs = zip(*outcomes, strict=True)
             about = json.dumps(dict(state=state, bound=self.bound, crcs=crcs)).encode()
-            try:
-                require(not any(problems), max(problems))
-                write_atomic(folder / f"commit.{zlib.crc32(about):08x}", about)
-            finally:  # what has no commit goes too, which leaves room for the next attempt
-                kept = {path.parent for path in self.commits()[: self.keep]}
-                for other in set(self.root.glob("step*")) - kept:
-                    shutil.rmtree(other, ignore_errors=True)
+            require(not any(problems), max(problems))
+            write_atomic(folder / f"commit.{zlib.crc32(about):08x}", about)
 
-        self.runtime.on_first_rank(commit)
+        try:
+            self.runtime.on_first_rank(commit)
+        finally:  # what has no commit goes too, from each node's disk: for room
+            kept = self.runtime.on_first_rank(self.commits)[: self.keep]
+            for other in set(self.root.glob("step*")) - {path.parent for path in kept}:
+                shutil.rmtree(other, ignore_errors=True)
 
     def commits(self) -> list[Path]:
         """The commits of this run, the newest first."""
@@ -2422,10 +2423,11 @@ class Checkpoints:
             read = functools.partial(read_checked, path, int(path.suffix[1:], 16))
             try:
                 about = json.loads(runtime.on_first_rank(read))
-                differ = [f"{name}={theirs} (now {ours})" for name, ours in self.bound.items()
-                          if ours != (theirs := about["bound"].get(name))]
-                require(not differ, f"{folder} was made with {', '.join(differ)}: set that again, "
-                        "or another RUN_ID")
+                theirs = about["bound"]
+                differ = ", ".join(f"{name}={theirs.get(name)} (now {ours})" for name, ours
+                                   in self.bound.items() if ours != theirs.get(name))
+                require(not differ, f"{folder} was made with {differ}: set that again, or another "
+                        "RUN_ID")
                 data = read_checked(folder / f"rank{runtime.rank}", about["crcs"][runtime.rank])
             except ArtifactError as error:
                 problem = str(error)
@@ -2755,14 +2757,13 @@ def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tu
 
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     """Print configuration, parameters, predicted bytes, memory and operations per step."""
-    line, code = runtime.log.line, os.path.getsize(__file__)
-    count = sum(p.numel() for p in model.parameters())
+    line, count = runtime.log.line, sum(p.numel() for p in model.parameters())
     line(settings_listing(c))
     coarseness = least_coarseness(lambda at: sum(predicted_bytes(model, c, at).values()), c)
     expected = predicted_bytes(model, c, coarseness)
     for kind, size in expected.items():
         line(f"predicted_bytes {kind}:{size:.0f}")
-    line(f"predicted_bytes code:{code} total:{sum(expected.values()) + code:.0f} "
+    line(f"predicted_bytes code:{CODE_BYTES} total:{sum(expected.values()) + CODE_BYTES:.0f} "
          f"coarseness:{coarseness:.3f}")
     tokens = c.train_batch_tokens // runtime.world
     micro = micro_batch_seqs(tokens // c.train_seq_len, c, runtime) * c.train_seq_len
@@ -2796,7 +2797,7 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     if runtime.cuda:
         log.line(f"cuda {torch.version.cuda} {torch.cuda.get_device_properties(0)}", console=False)
     log.event("code", "code_sha256:{sha256} bytes:{bytes}", sha256=sha256_file(__file__),
-              bytes=os.path.getsize(__file__))
+              bytes=CODE_BYTES)
     log.event("config", **asdict(c))
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
@@ -2832,7 +2833,7 @@ def train(model: GPT, evaluator: Evaluator, summary: dict[str, Any]) -> None:
     summary |= dict(
         steps=trainer.steps, resumed=int(trainer.resumed), weights=weights, bytes_total=total,
         train_ms=round(trainer.clock.elapsed_ms), peak_memory_mib=allocated,
-        bytes_artifact=total - os.path.getsize(__file__), post_ema_bpb=round(score.bpb, 6))
+        bytes_artifact=total - CODE_BYTES, post_ema_bpb=round(score.bpb, 6))
 
 
 def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score]) -> None:
