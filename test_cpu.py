@@ -6411,6 +6411,9 @@ def r_record(r_folder, tmp_path, monkeypatch):
         log.write_text(re.sub(r"device:cpu x\d+ ", "device:NVIDIA H100 80GB HBM3 ",
                               log.read_text()))
     r_submission(folder, track="track_10min_16mb", hardware="8 x NVIDIA H100 80GB HBM3")
+    r_edit(folder / "README.md", "track_non_record_16mb", "track_10min_16mb")
+    (folder / "README.md").write_text(re.sub(r"1 x cpu x\d+", "8 x NVIDIA H100 80GB HBM3",
+                                             (folder / "README.md").read_text()))
     rules = r_tool("rules")
     known = rules.published()
     known["facts"]["validation_bytes"] = json.loads(
@@ -6688,6 +6691,14 @@ def test_r_make_refuses(r_runs, tmp_path, capsys):
     assert not [p for p in (tmp_path / "records").rglob("*") if p.is_file()]
 
 
+def r_meta(folder, more):
+    """Count one id's bytes otherwise."""
+    with np.load(folder / "scylla.meta.npz") as meta:
+        arrays = dict(meta)
+    arrays["base_bytes"][65] += more
+    np.savez(folder / "scylla.meta.npz", **arrays)
+
+
 def r_log(folder, old, new, seed=42):
     r_edit(folder / f"train_seed{seed}.log", old, new)
 
@@ -6705,6 +6716,13 @@ def r_headline(folder, seed=42):
 def r_train_time(folder, ms):
     path = folder / "train_seed42.log"
     path.write_text(re.sub(r"(val_bpb:\S+ train_time:)\d+ms", rf"\g<1>{ms}ms", path.read_text()))
+
+
+def r_time_on(line, folder):
+    path = folder / "train_seed42.log"
+    text, count = re.subn(rf"(?m)^({line})\d+", r"\g<1>600100", path.read_text())
+    path.write_text(text)
+    assert count == 1
 
 
 def r_over_the_cap(folder):
@@ -6731,6 +6749,16 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         f, seed_results__1337=None, seeds=[42, 2024]), "seeds", "train_seed1337.log"),
     "duplicated log": (lambda f: shutil.copy(f / "train_seed42.log", f / "train_seed1337.log"),
                        "duplicates", "train_seed"),
+    "a log with other times only": (lambda f: (f / "train_seed1337.log").write_text(re.sub(
+        r"time:\d+", "time:7", (f / "train_seed42.log").read_text())), "duplicates", "train_seed"),
+    "a seed with another setting": (lambda f: r_log(f, "\nMATRIX_LR=", "\nMATRIX_LR=9"),
+                                    "configuration", "train_seed"),
+    "a seed with another torch": (lambda f: r_log(f, " torch 2", " torch 9", 2024),
+                                  "configuration", "train_seed2024.log"),
+    "a seed on another GPU": (lambda f: r_log(f, "device:NVIDIA H100", "device:a H100"),
+                              "configuration", "train_seed"),
+    "another seed in the settings": (lambda f: r_log(f, "\nSEED=42\n", "\nSEED=1337\n"),
+                                     "configuration", "train_seed42.log"),
     "log of other code": (lambda f: r_log(f, "\ncode_sha256:", "\ncode_sha256:0" * 1),
                           "code text", "train_seed42.log"),
     "other source in the log": (lambda f: r_log(f, "def main(", "def man("), "code text",
@@ -6743,10 +6771,18 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
                                  "model_seed42.ptz"),
     "bytes_total": (lambda f: r_submission(f, bytes_total=5), "sizes", "submission.json"),
     "training for 600.1 s": (lambda f: r_train_time(f, 600100), "clock", "train_seed42.log"),
+    **{f"{line} at 600.1 s": (functools.partial(r_time_on, line), "clock", "train_seed42.log")
+       for line in ("train_clock slowest_rank:", "gptq_calibration train_time:", "train_ms: ")},
     "evaluation for 601 s": (lambda f: (f / "train_seed42.log").write_text(re.sub(
         r"seconds_eval: \S+", "seconds_eval: 601.0", (f / "train_seed42.log").read_text())),
         "evaluation clock", "train_seed42.log"),
     "a chunk scored again": (lambda f: r_chunks(f, 1, 2, 2, 3), "order", "train_seed42.log"),
+    "a chunk left out": (lambda f: (f / "train_seed42.log").write_text(re.sub(
+        r"(\nttt_chunk.*)\nttt_chunk.*", r"\1", (f / "train_seed42.log").read_text(), count=1)),
+        "order", "train_seed42.log"),
+    "the last chunk left out": (lambda f: (f / "train_seed42.log").write_text(re.sub(
+        r"\nttt_chunk \[(\d+)/\1\]", "\nchunk", (f / "train_seed42.log").read_text())), "order",
+        "train_seed42.log"),
     "a chunk out of order": (lambda f: r_chunks(f, 2, 1), "order", "train_seed42.log"),
     "TTT's headline without TTT": (lambda f: (f / "train_seed42.log").write_text(re.sub(
         r"\nlegal_ttt.*", "", (f / "train_seed42.log").read_text())), "order", "train_seed42.log"),
@@ -6773,7 +6809,17 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
                                "compliance", "submission.json"),
     "no README": (lambda f: (f / "README.md").unlink(), "files", "README.md"),
     "no requirements": (lambda f: (f / "requirements.txt").unlink(), "evidence", "requirements"),
+    "empty requirements": (lambda f: (f / "requirements.txt").write_text(""), "evidence", "requi"),
+    "no curves": (lambda f: (f / "curves.png").unlink(), "evidence", "curves.png"),
     "another vocabulary": (lambda f: r_edit(f / "tiny.yaml", "a", "b"), "evidence", "manifest"),
+    "a lossy vocabulary": (lambda f: r_edit(f / "manifest.json", '"byte_exact": true',
+                                            '"byte_exact": false'), "evidence", "manifest.json"),
+    "a bad document": (lambda f: r_edit(f / "manifest.json", '"bad_documents": 0',
+                                        '"bad_documents": 7'), "evidence", "manifest.json"),
+    "no totals": (lambda f: r_edit(f / "manifest.json", '"totals"', '"total"'), "evidence",
+                  "manifest.json"),
+    "no byte table": (lambda f: (f / "scylla.meta.npz").unlink(), "evidence", "meta.npz"),
+    "another byte table": (lambda f: r_meta(f, 1), "evidence", "scylla.meta.npz"),
     "a promise in compliance": (lambda f: r_submission(
         f, compliance__artifact_under_16mb="TBD"), "schema", "compliance"),
     "no author": (lambda f: r_submission(f, author=""), "submission", "submission.json"),
@@ -6786,6 +6832,11 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         "cuda_version": "9", "date": "2030-01-02x", "track": "track_non_record_16mb",
         "compliance__training_seconds_max": 599.0, "seed_results__42__ttt_bpb": 1.25,
         "seed_results__42__train_ms": 1, "seed_results__42__artifact_sha256": "0"}.items()},
+    "another name": (lambda f: r_submission(f, name="Huge"), "generated", "submission.json"),
+    "altered table in the README": (lambda f: r_edit(f / "README.md", "| mean | 3 | 8 ", (
+        "| mean | 3 | 9 ")), "generated", "README.md"),
+    "no credits in the README": (lambda f: (f / "README.md").write_text(
+        (f / "README.md").read_text().partition("## Attribution")[0]), "generated", "README.md"),
     "altered score in the README": (lambda f: (f / "README.md").write_text(re.sub(
         r"\*\*\d", "**0", (f / "README.md").read_text())), "generated", "README.md"),
     "counted bytes": (lambda f: r_edit(f / "train_seed42.log", "\nbyte_audit:exact bytes:",
@@ -6804,6 +6855,18 @@ def test_r_verify_names_each_fault(case, r_record, capsys):
     assert r_tool("make_record").main(["verify", str(r_record)]) == 1
     printed = capsys.readouterr().out
     assert str(found[0]) in printed and f"Remedy: {found[0].rule.remedy}" in printed
+
+
+@pytest.mark.parametrize("change", [
+    dict(compliance=["x"]), dict(compliance=7), dict(seeds=[[42]]), dict(seed_results="none"),
+    dict(seed_results__42__steps="many"), dict(attribution=3)])
+def test_r_verify_reads_what_strangers_write(change, r_record):
+    """Values of any kind, and files that are no text: a finding, never a traceback."""
+    r_submission(r_record, **change)
+    (r_record / "README.md").write_bytes(b"\xff\xfe")
+    (r_record / "manifest.json").write_text('{"tokenizer": "scylla", "totals": {"val": 3}}')
+    names = {finding.rule.name for finding in r_tool("rules").verify(r_record)}
+    assert names >= {"evidence", "audit"} or names >= {"evidence", "generated"}
 
 
 def test_r_every_rule_is_broken_by_a_test():
@@ -6900,13 +6963,13 @@ def test_r_public_folders(tmp_path, capsys):
 def test_r_credits_are_one_table():
     """records/credits.json holds the README's table, and CREDITS.md's where that is there."""
     rows = [f"| {row['technique']} | {row['where']} | {row['who']} |"
-            for row in r_tool("rules").credits()]
+            for row in r_tool("generated").credits()]
     for path in (ROOT / "README.md", SHARED / "CREDITS.md"):
         text = path.read_text() if path.exists() else "\n".join(rows)
         found = text[text.index("| PROTEUS v1.6: the combination") :].split("\n\n")[0]
         assert [line for line in found.splitlines() if line.startswith("|")] == rows, path
     names = {f.name.upper() for f in fields(t.Config)}
-    for row in r_tool("rules").credits():
+    for row in r_tool("generated").credits():
         for name in row.get("when", {}):
             assert name in names, name
 

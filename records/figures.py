@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Run
+from runs import PER_RUN, Run
 from welch import Sample, sample
 
 STAGES = ("post_ema", "roundtrip", "sliding", "ttt", "ngram")
@@ -55,9 +55,8 @@ def stage_table(groups: dict[str, list[Run]]) -> str:
 
 def differing_settings(groups: dict[str, list[Run]]) -> str:
     """The settings in which groups of our runs differ, seeds and names of files left out."""
-    quiet = {"SEED", "RUN_ID", "ARTIFACT_PATH", "SCORES_PATH", "DATA_PATH"}
     ours = {name: runs[0].settings for name, runs in groups.items() if runs[0].settings}
-    names = sorted({key for settings in ours.values() for key in settings} - quiet)
+    names = sorted({key for settings in ours.values() for key in settings} - PER_RUN)
     rows = [[key, *(settings.get(key) for settings in ours.values())] for key in names
             if len({settings.get(key) for settings in ours.values()}) > 1]
     return markdown(["setting", *ours], rows) if rows else ""

@@ -28,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402
+import generated  # noqa: E402
 import pack  # noqa: E402
 import rules  # noqa: E402
 from figures import markdown, spread_of  # noqa: E402
@@ -206,53 +207,6 @@ def check_runs(runs: list[Run], code: Path) -> None:
         raise RecordError(f"seeds {seeds}: give one log for each seed")
 
 
-def changed_settings(run: Run) -> dict[str, str]:
-    """The preset of a run and the settings in which it differs from that, its names apart."""
-    import train_gpt
-
-    preset = run.settings["PRESET"]
-    base = train_gpt.settings_listing(train_gpt.Config(**train_gpt.PRESETS[preset]))
-    names = {"RUN_ID", "SEED", "ARTIFACT_PATH", "DATA_PATH", "PRESET"}
-    changed = {name: value for name, value in run.settings.items()
-               if name not in names and f"{name}={value}" not in base.splitlines()}
-    return {"PRESET": preset} | changed
-
-
-def readme(runs: list[Run], about: dict[str, Any], against: Group | None) -> str:
-    """README.md of the folder."""
-    group = group_of(about["name"], runs)
-    each = {f"seed {run.seed}": [run] for run in runs}
-    changed = changed_settings(runs[0])
-    command = " ".join([*(f"{name}='{value}'" for name, value in changed.items()), "SEED=<seed>",
-                        "torchrun --standalone --nproc_per_node=" + str(runs[0].world),
-                        "train_gpt.py"])
-    limits = dict(training_seconds_max=600, evaluation_seconds_max=600,
-                  total_bytes_max=f"{rules.CAP_BYTES:,}", seeds=f"at least {rules.RECORD_SEEDS}",
-                  byte_audit_exact=True, runs_resumed=0)
-    model = runs[0].settings
-    lines = [
-        f"# {about['name']}", "",
-        f"PROTEUS: {model['NUM_LAYERS']} layers of width {model['MODEL_DIM']}, "
-        f"{about['model_params']:,} parameters, {model['ITERATIONS']} steps of "
-        f"{model['TRAIN_BATCH_TOKENS']} tokens at most.", "",
-        f"{about['author']} (@{about['github_id']}), {about['date']}, {about['track']}. Made by "
-        "`records/make_record.py` from the logs beside this file; no number was typed.", "",
-        rules.headline(about), "",
-        figures.stage_table(each | {"mean": runs}), "", "## Statistics", "",
-        statistics_text(group, against), "", standing(group), "", "## Curves", "",
-        "![loss, BPB, learning rate, step time](curves.png)", "", "## Rules", "",
-        markdown(["rule", "measured", "limit of a record"],
-                 [[key.replace("_", " "), value, limits.get(key)]
-                  for key, value in about["compliance"].items()]), "",
-        "## Run it", "", "`DATA_PATH` is a folder of shards that retokenize_scylla.py wrote with "
-        "the tokenizer beside this file (manifest.json is its ledger).", "", "```bash",
-        "pip install -r requirements.txt", f"DATA_PATH=<shards> {command}", "```", "",
-        f"Hardware (ranks x device) {about['hardware']}, torch {about['pytorch_version']}, CUDA "
-        f"{about['cuda_version']}. Settings not named have their defaults.", "", "## Attribution",
-        "", markdown(["technique", "who, where"], about["attribution"].items()), ""]
-    return "\n".join(lines)
-
-
 def make(options: argparse.Namespace) -> int:
     """Write the folder, verify it, and keep it only if no rule is broken."""
     runs = sorted((read_run(find_run_log(name)) for name in options.logs), key=lambda r: r.seed)
@@ -281,8 +235,8 @@ def make(options: argparse.Namespace) -> int:
 def write_folder(part: Path, runs: list[Run], options: argparse.Namespace,
                  against: Group | None) -> None:
     """Every file of a record folder."""
-    about = rules.submission(
-        runs, {key: getattr(options, key) for key in rules.TYPED},
+    about = generated.submission(
+        runs, {key: getattr(options, key) for key in generated.TYPED},
         {run.seed: rules.sha256(beside(run, "ARTIFACT_PATH")) for run in runs})
     data = beside(runs[0], "DATA_PATH")
     kept = [p for p in sorted(data.iterdir()) if p.suffix in (".yaml", ".model", ".npz", ".vocab")
@@ -296,7 +250,9 @@ def write_folder(part: Path, runs: list[Run], options: argparse.Namespace,
     figures.plot({f"seed {run.seed}": [run] for run in runs}, part / "curves.png", options.name)
     text = json.dumps(about, indent=1, ensure_ascii=False)
     (part / "submission.json").write_text(text + "\n", encoding="utf-8")
-    (part / "README.md").write_text(readme(runs, about, against), encoding="utf-8")
+    group = group_of(options.name, runs)
+    statistics = f"{statistics_text(group, against)}\n\n{standing(group)}"
+    (part / "README.md").write_text(generated.readme(runs, about, statistics), encoding="utf-8")
 
 
 # --- survey: many folders -------------------------------------------------------------------
@@ -364,10 +320,12 @@ def verify(options: argparse.Namespace) -> int:
     for path in options.folders:
         if not path.is_dir():
             raise RecordError(f"{path} is no folder; give a record folder")
-        found = rules.verify(path)
+        found, name = rules.verify(path), path.resolve().name
         for finding in found:
-            print(f"{path.name}: {finding}")
-        print(f"{path.name}: " + (f"{len(found)} faults" if found else "no fault found"))
+            print(f"{name}: {finding}")
+        print(f"{name}: " + (f"{len(found)} faults" if found else "no fault found"))
+        if not [*path.glob("model_seed*.ptz")]:
+            print(f"{name}: note: no artifact is in the folder; sizes are the logs'")
         worst = worst or int(bool(found))
     return worst
 

@@ -16,14 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import generated
+import numpy as np
 import pack
-from runs import Run, Score, find_logs, read_run
-from welch import sample
+from generated import CAP_BYTES, CAP_EVAL_SECONDS, CAP_MS, RECORD_SEEDS, TYPED
+from runs import PER_RUN, Run, Score, find_logs, read_run
 
 HERE = Path(__file__).resolve().parent
-CAP_BYTES = 16_000_000
-CAP_MS, CAP_EVAL_SECONDS = 600_000, 600
-RECORD_SEEDS = 3
 SCORED = ("val_loss", "val_bpb")
 REQUIRED = {"author": str, "github_id": str, "name": str, "date": str, "val_bpb": float,
             "bytes_total": int}
@@ -34,66 +33,12 @@ SCHEMA = {  # what our submission.json also holds
 }
 SEED_SCHEMA = ("val_loss", "val_bpb", "roundtrip_bpb", "sliding_bpb", "artifact_bytes", "steps",
                "step_avg_ms")
-TYPED = ("author", "github_id", "name", "date", "track")  # all else comes from logs and files
 Found = Iterator[tuple[str, str]]
 
 
 def published() -> dict[str, Any]:
     """Published results and the facts to judge them by."""
     return json.loads((HERE / "published.json").read_text(encoding="utf-8"))
-
-
-def credits() -> list[dict[str, Any]]:
-    """Who found what: technique, where, who, and the settings under which a run uses it."""
-    return json.loads((HERE / "credits.json").read_text(encoding="utf-8"))
-
-
-def attribution(settings: dict[str, str]) -> dict[str, str]:
-    """technique -> who, where; those that a run with these settings uses."""
-    used = [row for row in credits() if all(settings.get(name, "") in values
-                                            for name, values in row.get("when", {}).items())]
-    return {row["technique"]: f"{row['who']}, {row['where']}" for row in used}
-
-
-def submission(runs: list[Run], typed: dict[str, Any], artifacts: dict[int, str]) -> dict[str, Any]:
-    """submission.json of finished runs; `artifacts` are the SHA-256 of each seed's."""
-    first = runs[0]
-    bpb, loss = (sample([getattr(run.headline, key) for run in runs]) for key in ("bpb", "loss"))
-    compliance = dict(
-        training_seconds_max=max(run.train_ms for run in runs) / 1e3,
-        evaluation_seconds_max=max(run.eval_seconds for run in runs),
-        total_bytes_max=max(run.total_bytes for run in runs), seeds=len(runs),
-        byte_audit_exact=all(run.audit == "exact" for run in runs),
-        scored_bytes=first.audited_bytes, runs_resumed=sum(run.resumed for run in runs))
-    return typed | dict(
-        val_loss=round(loss.mean, 8), val_bpb=round(bpb.mean, 8),
-        val_loss_std=round(loss.std, 8), val_bpb_std=round(bpb.std, 8),
-        headline_mode=first.summary.get("headline_mode"), seeds=[run.seed for run in runs],
-        seed_results={str(run.seed): seed_result(run, artifacts.get(run.seed)) for run in runs},
-        bytes_total=max(run.total_bytes for run in runs), bytes_code=first.code_bytes,
-        model_params=first.params, hardware=f"{first.world} x {first.device}",
-        pytorch_version=first.torch, cuda_version=first.cuda or "none (CPU)",
-        compliance=compliance, attribution=attribution(first.settings))
-
-
-def seed_result(run: Run, artifact: str | None) -> dict[str, Any]:
-    """What submission.json says of a seed."""
-    result = dict(val_loss=run.headline.loss, val_bpb=run.headline.bpb)
-    for stage in ("roundtrip", "sliding", "ttt", "ngram"):
-        if stage in run.scores and run.scores[stage].compliant:
-            result[f"{stage}_bpb"] = run.scores[stage].bpb
-    return result | dict(
-        artifact_bytes=run.artifact_bytes, artifact_sha256=artifact, steps=run.steps,
-        step_avg_ms=round(run.step_avg_ms, 2), train_ms=run.train_ms,
-        eval_seconds=run.eval_seconds)
-
-
-def headline(about: dict[str, Any]) -> str:
-    """The line of README.md that gives the score."""
-    return (f"**{about['val_bpb']:.5f} BPB** ({about['headline_mode']}), mean of "
-            f"{len(about['seeds'])} seeds, deviation {about['val_bpb_std']:.5f}; "
-            f"{about['val_loss']:.5f} nats per token; the largest seed takes "
-            f"{about['bytes_total']:,} bytes, {about['bytes_code']:,} of them code.")
 
 
 class Folder:
@@ -191,7 +136,7 @@ def check_schema(folder: Folder) -> Found:
         missing = [key for key in SEED_SCHEMA if not is_number(claim.get(key))]
         if missing:
             yield f"submission.json seed {seed}", f"no {', '.join(missing)}"
-    for key, value in folder.submission.get("compliance", {}).items():
+    for key, value in dict(folder.submission.get("compliance") or {}).items():
         if isinstance(value, str) or value is False:
             yield f"submission.json compliance.{key}", f"{value!r} is not a yes or a number"
 
@@ -205,19 +150,49 @@ def check_files(folder: Folder) -> Found:
         yield "train_seed<k>.log", "no training log"
 
 
-def check_extra_files(folder: Folder) -> Found:
-    """What it takes to run and audit it again: requirements, the ledger of bytes, its tokenizer."""
-    if "requirements.txt" not in folder.names:
-        yield "requirements.txt", "missing"
-    if "manifest.json" not in folder.names:
-        yield "manifest.json", "no byte audit"
+def check_evidence(folder: Folder) -> Found:
+    """What it takes to run and audit it again: requirements, curves, ledger, byte table."""
+    for name in ("requirements.txt", "curves.png", "manifest.json"):
+        if name not in folder.names:
+            yield name, "missing"
+        elif folder.has(name) and not (folder.path / name).stat().st_size:
+            yield name, "empty"
+    if not folder.has("manifest.json"):
         return
-    tokenizer = folder.read_json("manifest.json").get("tokenizer", {})
+    manifest = folder.read_json("manifest.json")
+    tokenizer, totals = manifest.get("tokenizer") or {}, manifest.get("totals") or {}
+    for split in ("train", "val"):
+        count = totals.get(split) or {}
+        if not (count.get("tokens") and count.get("source_bytes")) or count.get("bad_documents"):
+            yield "manifest.json", f"no exact totals of {split}: {count or 'none'}"
+    if tokenizer.get("byte_exact") is not True:
+        yield "manifest.json", f"byte_exact of its tokenizer is {tokenizer.get('byte_exact')!r}"
     named = [p for p in folder.path.iterdir() if p.suffix in (".yaml", ".vocab", ".model")]
-    hashes = {p.name: sha256(p) for p in named}
-    if tokenizer.get("sha256") not in hashes.values():
+    source = next((p for p in named if sha256(p) == tokenizer.get("sha256")), None)
+    if not source:
         yield "manifest.json", (f"made with a vocabulary of sha256 {tokenizer.get('sha256')}, the "
-                                f"folder holds {hashes or 'none'}")
+                                f"folder holds {[p.name for p in named] or 'none'}")
+    elif tokenizer.get("kind") == "tokenmonster":
+        yield from check_byte_table(folder, source)
+
+
+def check_byte_table(folder: Folder, source: Path) -> Found:
+    """The byte table that BPB was computed with is that of the vocabulary."""
+    import retokenize_scylla
+
+    vocabulary = retokenize_scylla.load_vocabulary(source)
+    tables = [*folder.path.glob("*.meta.npz")]
+    try:
+        (path,) = tables
+        with np.load(path, allow_pickle=False) as meta:
+            right = np.array_equal(meta["base_bytes"], vocabulary.base_bytes())
+            right = right and not meta["has_leading_space"].any()
+            right = right and meta["is_boundary_token"].nonzero()[0].tolist() == [vocabulary.bos_id]
+    except Exception as error:  # of any kind: a file of a stranger
+        yield "*.meta.npz", f"no byte table can be read ({error!r})"
+        return
+    if not right:
+        yield path.name, f"counts other bytes than the tokens of {source.name} have"
 
 
 def sha256(path: Path) -> str:
@@ -244,11 +219,26 @@ def check_seeds(folder: Folder) -> Found:
 
 def check_duplicates(folder: Folder) -> Found:
     """No two logs hold the same run."""
-    seen: dict[str, str] = {}
-    for run in filter(lambda run: run.named or run.train, folder.runs):
-        twin = seen.setdefault(run.text_sha256, run.path.name)
+    seen: dict[tuple[Any, ...], str] = {}
+    for run in filter(lambda run: run.losses, folder.runs):
+        twin = seen.setdefault(run.losses, run.path.name)
         if twin != run.path.name:
             yield run.path.name, f"holds the same losses as {twin}, line by line"
+
+
+def check_configuration(folder: Folder) -> Found:
+    """All seeds ran with the same settings, on the same devices, under the same torch."""
+    ours = [run for run in folder.runs if run.ours]
+    for run in ours:
+        first = ours[0]
+        pairs = {name: (getattr(first, name), getattr(run, name))
+                 for name in ("world", "device", "torch", "cuda", "params")}
+        pairs |= {name: (first.settings.get(name), run.settings.get(name))
+                  for name in sorted({*first.settings, *run.settings} - PER_RUN)}
+        pairs["SEED"] = str(run.seed), run.settings.get("SEED")
+        for name, (expected, found) in pairs.items():
+            if found != expected:
+                yield run.path.name, f"{name} is {found}, in {first.path.name} {expected}"
 
 
 def check_complete(folder: Folder) -> Found:
@@ -406,7 +396,12 @@ def check_order(folder: Folder) -> Found:
             if chunk <= before or chunk > of:
                 yield run.path.name, f"chunk {chunk} of {of} is scored after chunk {before}"
                 break
-        ttt = run.scores.get("ttt")
+        ttt, chunks = run.scores.get("ttt"), [chunk for chunk, _ in run.chunks]
+        if run.ours and ttt:  # the log has every second one or so, at equal distances, and the last
+            last = run.chunks[-1][1] if chunks else 0
+            every = (chunks + [2, 2])[1] - 1
+            if chunks != sorted({*range(1, last + 1, max(every, 1)), last}):
+                yield run.path.name, f"the chunks of TTT in the log are {chunks} of {last}"
         if run.ours and run.summary.get("headline_mode") == "ttt" and (
                 not ttt or not run.chunks or run.headline and ttt.bpb != run.headline.bpb):
             yield run.path.name, "the headline is TTT's, but no score-first TTT is in the log"
@@ -430,7 +425,7 @@ def check_compliance(folder: Folder) -> Found:
 def check_audit(folder: Folder) -> Found:
     """The bytes of BPB are proven: each log says exact, and they are the ledger's."""
     manifest = folder.read_json("manifest.json") if folder.has("manifest.json") else {}
-    ledger = manifest.get("totals", {}).get("val", {})
+    ledger = (manifest.get("totals") or {}).get("val")
     counted = {run.audited_bytes for run in folder.runs}
     for run in folder.runs:
         if run.audit != "exact":
@@ -490,7 +485,8 @@ def check_attribution(folder: Folder) -> Found:
     if not isinstance(given, dict) or not given:
         yield "submission.json", "no attribution"
         return
-    for technique, who in attribution(folder.runs[0].settings).items() if folder.ours else ():
+    for technique, who in generated.attribution(
+            folder.runs[0].settings).items() if folder.ours else ():
         if given.get(technique) != who:
             yield "submission.json", f"attribution of {technique!r} is not {who!r}"
 
@@ -504,7 +500,10 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 
 
 def check_generated(folder: Folder) -> Found:
-    """submission.json and the score in README.md are, to the letter, what the logs give."""
+    """submission.json and README.md are, to the letter, what the logs give.
+
+    README.md may say more; its statistics and its command are not compared.
+    """
     runs = sorted(folder.runs, key=lambda run: run.seed or 0)
     if not all(run.ours and run.finished and run.headline for run in runs) or not runs:
         return
@@ -514,18 +513,23 @@ def check_generated(folder: Folder) -> Found:
     place = folder.path.resolve().parent.name
     if place.startswith("track_") and typed["track"] != place:
         yield "submission.json", f"track {typed['track']!r}, but the folder is in {place}"
+    name = f"{typed['date']}_{typed['name']}".replace(" ", "_")
+    if folder.path.resolve().name != name:
+        yield "submission.json", f"date and name make {name}, but the folder has another name"
     models = {run.seed: folder.path / f"model_seed{run.seed}.ptz" for run in runs}
     hashes = {seed: sha256(path) if path.is_file() else
               folder.claims.get(seed, {}).get("artifact_sha256") for seed, path in models.items()}
-    about = submission(runs, typed, hashes)
+    about = generated.submission(runs, typed, hashes)
     expected, given = flat(about), flat(folder.submission)
     for name in dict.fromkeys((*expected, *given)):
         if expected.get(name) != given.get(name):
             yield "submission.json", (f"{name} {given.get(name, 'missing')}, but the logs give "
                                       f"{expected.get(name, 'nothing')}")
-    if folder.has("README.md") and headline(about) not in (
-            folder.path / "README.md").read_text(encoding="utf-8"):
-        yield "README.md", f"does not hold the line {headline(about)!r}"
+    path = folder.path / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if folder.has(path.name) else ""
+    for line in generated.readme(runs, about, "").splitlines() if text else ():
+        if line not in text.splitlines() and not line.startswith("DATA_PATH="):
+            yield "README.md", f"does not hold the line {line!r}"
 
 
 class Rule(NamedTuple):
@@ -544,6 +548,8 @@ RULES = (
     Rule("files", check_files, "add the file: a folder without it cannot be checked"),
     Rule("seeds", check_seeds, "add the log of every seed that counts, and name each seed"),
     Rule("duplicates", check_duplicates, "every seed needs a run of its own; run it again"),
+    Rule("configuration", check_configuration, "run every seed with the same settings on the same "
+         "machine; only SEED and names of files may differ"),
     Rule("complete", check_complete, "use a run that ended by itself and was not resumed"),
     Rule("scores", check_scores, "copy the number from the log, or " + AGAIN),
     Rule("means", check_means, "compute it from the seeds, or " + AGAIN),
@@ -559,7 +565,7 @@ RULES = (
     Rule("denominator", check_denominator, "count source bytes: re-tokenize with "
          "retokenize_scylla.py and score again"),
     Rule("schema", check_schema, AGAIN, ours=True),
-    Rule("evidence", check_extra_files, AGAIN, ours=True),
+    Rule("evidence", check_evidence, AGAIN, ours=True),
     Rule("code text", check_code_text, "run the seed again with this train_gpt.py", ours=True),
     Rule("audit", check_audit, "re-tokenize with retokenize_scylla.py, which writes the ledger, "
          "and score again", ours=True),
@@ -590,5 +596,9 @@ def verify(path: Path) -> list[Finding]:
             continue
         if rule.check is check_denominator and folder.ours and not folder.is_record:
             continue  # a demonstration on other text; `audit` proves its bytes
-        found += [Finding(rule, where, what) for where, what in rule.check(folder)]
+        try:
+            found += [Finding(rule, where, what) for where, what in rule.check(folder)]
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            found.append(Finding(rule, "the folder", f"something in it has no form that this rule "
+                                 f"can read ({error!r})"))
     return found

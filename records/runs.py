@@ -9,7 +9,6 @@ does not say is None, never a guess.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ VAL = re.compile(rf"(?:step:)?(\d+)/\d+ val_loss: ?{NUMBER} val_bpb: ?{NUMBER}"
                  rf"(?: train_time: ?{NUMBER}(ms|m))?")
 SCORE = re.compile(rf"([A-Za-z][A-Za-z0-9_ -]*?)(_exact)? (?:non_compliant )?val_loss: ?{NUMBER} "
                    rf"val_bpb: ?{NUMBER}")
+CLOCK = re.compile(r"(?:train_clock slowest_rank|gptq_calibration train_time):(\d+)ms")
 STOP = re.compile(r"stopping_early: \S+ train_time: ?(\d+)ms step: ?(\d+)/")
 CHUNK = re.compile(r"\s*ttt_chunk \[(\d+)/(\d+)\]")
 FACTS = {  # name -> pattern of the line; the last one in the log counts
@@ -54,6 +54,9 @@ STAGES = (  # pattern of a score's name -> stage of the run
 )
 
 
+PER_RUN = {"SEED", "RUN_ID", "ARTIFACT_PATH", "SCORES_PATH", "DATA_PATH"}  # may differ by seed
+
+
 class RecordError(Exception):
     """The user's input cannot be used; the message says what, the value and the remedy."""
 
@@ -82,7 +85,6 @@ class Run:
     """One log, read. Facts that it does not hold are None."""
 
     path: Path
-    text_sha256: str  # of the log without its first lines of environment
     facts: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)  # by stage
     named: dict[str, Score] = field(default_factory=dict)  # by the name on the line
@@ -95,6 +97,7 @@ class Run:
     resumed: bool = False
     finished: bool = False  # the headline is the last line
     stopped: tuple[float, int] | None = None  # (ms, step) of stopping_early
+    clocks: list[float] = field(default_factory=list)  # ms: the slowest rank's, after calibration
 
     def __getattr__(self, name: str) -> Any:
         """A fact by its name, or None."""
@@ -114,10 +117,22 @@ class Run:
         return bool(self.settings and self.facts.get("code_sha256"))
 
     @property
-    def train_ms(self) -> float | None:
-        """Milliseconds of training: the latest time on any line."""
+    def losses(self) -> tuple[Any, ...]:
+        """All losses and scores, without times: no two runs have the same."""
+        return (*((p.step, p.loss, p.bpb) for p in self.train + self.val),
+                *((name, score.loss, score.bpb) for name, score in self.named.items()))
+
+    @property
+    def stepped_ms(self) -> float | None:
+        """Milliseconds to the last step."""
         times = [p.ms for p in self.train + self.val if p.ms is not None]
         return max(times + [self.stopped[0]] if self.stopped else times, default=None)
+
+    @property
+    def train_ms(self) -> float | None:
+        """Milliseconds of training, calibration included: the latest time on any line."""
+        times = [self.stepped_ms or 0.0, *self.clocks, float(self.summary.get("train_ms", 0))]
+        return max(times) or None
 
     @property
     def steps(self) -> int | None:
@@ -127,8 +142,8 @@ class Run:
 
     @property
     def step_avg_ms(self) -> float | None:
-        """Milliseconds a step."""
-        return self.train_ms / self.steps if self.train_ms and self.steps else None
+        """Milliseconds a step, without calibration."""
+        return self.stepped_ms / self.steps if self.stepped_ms and self.steps else None
 
     @property
     def eval_seconds(self) -> float | None:
@@ -169,15 +184,11 @@ def read_run(path: Path) -> Run:
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}; name a log that exists") from error
     lines = text.splitlines()
-    run = Run(path, "")
+    run = Run(path)
     start = next((i for i, line in enumerate(lines) if re.match(r"python \d", line)), 0)
     run.source = "\n".join(lines[:start]) + "\n" if start else ""
-    results = []
     for line in lines[start:]:
         read_line(run, line)
-        if "loss" in line:
-            results.append(line)
-    run.text_sha256 = hashlib.sha256("\n".join(results).encode()).hexdigest()
     last = next((line for line in reversed(lines) if line.strip()), "")
     run.resumed = run.resumed or run.summary.get("resumed", "0") not in ("0", "False")
     run.finished = last.startswith("final_int8_zlib_roundtrip_exact ")
@@ -203,6 +214,8 @@ def read_line(run: Run, line: str) -> None:
         read_score(run, match, line)
     elif match := STOP.match(line):
         run.stopped = float(match[1]), int(match[2])
+    elif match := CLOCK.match(line):
+        run.clocks.append(float(match[1]))
     elif match := CHUNK.match(line):
         run.chunks.append((int(match[1]), int(match[2])))
     elif match := re.match(r"([A-Z][A-Z0-9_]+)=(.*)$", line):
