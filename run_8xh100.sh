@@ -19,9 +19,7 @@ cd "$root"
 say() { printf '\n== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
-DATA_DIR=$(mkdir -p "${DATA_DIR:-data/record}" && cd "${DATA_DIR:-data/record}" && pwd)
-SEEDS=${SEEDS:-42 1337 2024}
-NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
+DATA_DIR=${DATA_DIR:-data/record} SEEDS=${SEEDS:-42 1337 2024} NNODES=${NNODES:-1}
 VOCAB_SHA256=${VOCAB_SHA256:-a0177241aca1871f861fec49b7f1ee737d029e8e09e320b0efd5d5ea7bee5517}
 VOCAB_REPO=${VOCAB_REPO:-https://github.com/openai/parameter-golf}
 VOCAB_REF=${VOCAB_REF:-refs/pull/1314/head}
@@ -29,21 +27,45 @@ gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [[ ${PRESET:-record} == demo ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
 TRACK=${TRACK:-track_${kind}_16mb} RECORD_NAME=${RECORD_NAME:-$name}
+demo_text=$([[ ${PRESET:-} == demo && -z ${SHARDS:-}${DATA_PATH:-} ]] && echo 1 || true)
+SHARDS=${SHARDS:-80}
 
 say "1 what is here: $gpus GPUs, $NPROC processes on $NNODES machines, seeds $SEEDS, $DATA_DIR"
+for name in NPROC NNODES SHARDS; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a whole number above 0"
+done
+[[ $SEEDS =~ ^[0-9]+(\ +[0-9]+)*$ && -z $(tr -s ' ' '\n' <<< "$SEEDS" | sort | uniq -d) ]] ||
+    die "SEEDS=$SEEDS: must be different numbers with blanks between them, such as '42 1337 2024'"
+[[ $TRACK =~ ^track_(10min|non_record)_16mb$ ]] || die "TRACK=$TRACK: must be track_10min_16mb or \
+track_non_record_16mb"
+for name in DATA_PATH VOCAB; do
+    [[ -z ${!name:-} || -e ${!name} ]] || die "$name=${!name}: there is no such file; correct it, or \
+leave it out and the public one is fetched"
+done
+(mkdir -p "$DATA_DIR") 2>/dev/null || die "DATA_DIR=$DATA_DIR cannot be made; set one that can"
+DATA_DIR=$(cd "$DATA_DIR" && pwd)
 [[ -n ${AUTHOR:-} && -n ${GITHUB_ID:-} ]] || die "AUTHOR and GITHUB_ID are not set; they go into \
 submission.json: AUTHOR='Your Name' GITHUB_ID=handle $0"
 [[ $gpus -gt 0 || -n ${PRESET:-} ]] || die "no GPU is visible to nvidia-smi; run on 8xH100, or try \
 everything in small with PRESET=demo"
-[[ $NNODES == 1 || -n ${RDZV_ENDPOINT:-} ]] || die "NNODES=$NNODES needs RDZV_ENDPOINT=host:port of \
-the first machine, and NODE_RANK on each"
-demo_text=$([[ ${PRESET:-} == demo && -z ${SHARDS:-}${DATA_PATH:-} ]] && echo 1 || true)
-SHARDS=${SHARDS:-80}
-needed=$([[ -n ${PYTHON:-} ]] && echo 1 || echo 8)  # GB of the environment and the runs
-[[ -n $demo_text || -n ${DATA_PATH:-} ]] || needed=$((needed + SHARDS * 42 / 100))
-free=$(df -Pk "$DATA_DIR" | awk 'NR == 2 { print int($4 / 1000000) }')
-[[ $free -ge $needed ]] || die "$DATA_DIR has $free GB free, about $needed are needed; set DATA_DIR \
-to a larger disk, or lower SHARDS=$SHARDS"
+[[ $NNODES == 1 || ( -n ${RDZV_ENDPOINT:-} && -n ${NODE_RANK:-} ) ]] || die "NNODES=$NNODES needs \
+RDZV_ENDPOINT=host:port of the first machine, and on each machine its NODE_RANK, from 0"
+NODE_RANK=${NODE_RANK:-0}
+if [[ $TRACK == track_10min_16mb ]]; then
+    nvidia-smi -L 2>/dev/null | grep -q H100 && [[ $((NPROC * NNODES)) == 8 ]] || die "a record runs \
+on 8 ranks on H100s, not on $((NPROC * NNODES)) on these: $(nvidia-smi -L 2>&1 | head -1); to run all \
+the same, set TRACK=track_non_record_16mb"
+fi
+room() {  # folder, GB, remedy
+    local free
+    free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }')
+    [[ $free -ge $2 ]] || die "$1 has $free GB free, about $2 are needed; $3"
+}
+environment=$([[ -n ${PYTHON:-} ]] && echo 0 || echo 7) data=1  # GB; the runs take part of one
+[[ -n $demo_text || -n ${DATA_PATH:-} ]] || data=$((data + SHARDS * 42 / 100))
+[[ $(stat -c %d "$root") != $(stat -c %d "$DATA_DIR") ]] || data=$((data + environment))
+room "$root" "$environment" "make room, or set PYTHON to an interpreter with everything installed"
+room "$DATA_DIR" "$data" "set DATA_DIR to a larger disk, or lower SHARDS=$SHARDS"
 
 say "2 environment"
 if [[ -z ${PYTHON:-} ]]; then
@@ -60,6 +82,8 @@ fi
 "$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib, pytest' ||
     die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
 "$PYTHON" --version
+[[ -z ${AGAINST:-} ]] || "$PYTHON" records/make_record.py compare "$AGAINST" > /dev/null ||
+    die "AGAINST=$AGAINST names no result to test against"
 
 find_vocabulary() {  # $1: where it goes
     local found=${VOCAB:-} work file
@@ -90,23 +114,29 @@ if [[ -n $demo_text ]]; then
     "$PYTHON" -c 'import pathlib, retokenize_scylla as r; r.build_demo(pathlib.Path("data/demo"))'
     export DATA_PATH=$root/data/demo/scylla
 elif [[ -z ${DATA_PATH:-} ]]; then
+    sp1024=$DATA_DIR/datasets/datasets/fineweb10B_sp1024
+    have=$(find "$sp1024" -name 'fineweb_train_*.bin' 2>/dev/null | wc -l)
+    [[ $have -le $SHARDS ]] || die "$sp1024 holds $have training shards, and all would be used: set \
+DATA_DIR to another folder for SHARDS=$SHARDS"
     vocabulary=$DATA_DIR/scylla.yaml  # first: it is small, and the shards are not
     echo "$VOCAB_SHA256  $vocabulary" | sha256sum -c --status 2>/dev/null ||
         find_vocabulary "$vocabulary"
     "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
     "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$DATA_DIR/scylla" \
-        --sp-shards "$DATA_DIR/datasets/datasets/fineweb10B_sp1024/fineweb_*.bin" \
+        --sp-shards "$sp1024/fineweb_*.bin" \
         --sp-model "$DATA_DIR/datasets/tokenizers/fineweb_1024_bpe.model"
     export DATA_PATH=$DATA_DIR/scylla
 else
-    export DATA_PATH=$(cd "$DATA_PATH" && pwd)
+    DATA_PATH=$(cd "$DATA_PATH" && pwd)
+    export DATA_PATH
 fi
 
-say "4 settings and code"
+say "4 settings, data and code"
 settings=$("$PYTHON" -c 'import os, torch, train_gpt as t
 try: print(t.settings_listing(t.Config.from_env(os.environ, torch.cuda.is_available())))
 except t.RunError as error: raise SystemExit(f"error: {error}")')
-key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES") | sha256sum | cut -c1-12)
+shards=$(cd "$DATA_PATH" && { cat manifest.json 2>/dev/null || true; wc -c ./*.bin; } | sha256sum)
+key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES $shards") | sha256sum | cut -c1-12)
 runs=$DATA_DIR/runs/$key
 mkdir -p "$runs/logs"
 # the runs start in $runs; a log then names no folder of this machine
@@ -140,9 +170,10 @@ finished() {
 
 say "6 smoke test: every phase once, on all ranks"
 if ! finished smoke; then
-    launch smoke ITERATIONS=20 WARMDOWN_ITERS=10 RECUR_START_STEP=0.3 VAL_TOKENS_LIMIT=100000 \
-        EVAL_MODES=roundtrip VAL_LOSS_EVERY=0 WARMUP_STEPS=4 || die "the smoke test \
-failed; its log is $runs/logs/smoke.txt"
+    chunk=$(sed -n 's/^TTT_CHUNK_TOKENS=//p' <<< "$settings")
+    launch smoke ITERATIONS=20 WARMDOWN_ITERS=10 RECUR_START_STEP=0.3 VAL_LOSS_EVERY=0 \
+        WARMUP_STEPS=4 VAL_TOKENS_LIMIT=$((2 * chunk + 2)) || die "the smoke test failed; its log is \
+$runs/logs/smoke.txt"
 fi
 
 for seed in $SEEDS; do
@@ -154,14 +185,17 @@ done
 
 say "8 record folder"
 [[ $NODE_RANK == 0 ]] || { echo "made on the machine with NODE_RANK=0"; exit 0; }
-folder=$(cat "$runs/record" 2>/dev/null || true)
-if [[ ! -d $folder ]]; then
+wanted="$SEEDS, $RECORD_NAME, $AUTHOR, $GITHUB_ID, $TRACK, ${AGAINST:-}, ${RECORDS:-records}"
+{ read -r folder && read -r made; } 2>/dev/null < "$runs/record" || folder='' made=''
+if [[ ! -d $folder || $made != "$wanted" ]]; then
     logs=$(for seed in $SEEDS; do echo "$runs/logs/seed$seed.txt"; done)
     # shellcheck disable=SC2086
     "$PYTHON" records/make_record.py make --name "$RECORD_NAME" --author "$AUTHOR" \
         --github-id "$GITHUB_ID" --track "$TRACK" --code "$runs/train_gpt.py" \
-        --records "${RECORDS:-records}" ${AGAINST:+--against "$AGAINST"} $logs | tee "$runs/made"
-    folder=$(sed -n 's/^made //p' "$runs/made")
-    (cd "$folder" && pwd) > "$runs/record"
+        --records "${RECORDS:-records}" ${AGAINST:+--against "$AGAINST"} $logs | tee "$runs/made" ||
+        die "no folder was made of seeds $SEEDS; their runs are kept in $runs. A folder that is in \
+the way is removed by hand, or RECORD_NAME gives another name"
+    folder=$(cd "$(sed -n 's/^made //p' "$runs/made")" && pwd)
+    printf '%s\n' "$folder" "$wanted" > "$runs/record"
 fi
 "$PYTHON" records/make_record.py verify "$folder"

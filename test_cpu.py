@@ -6337,7 +6337,7 @@ def r_load(path):
 def r_run(module, folder, seed, data):
     """A tiny run of a module in a folder, under the name that run_8xh100.sh gives it."""
     environ = a_environ(data_path=str(data), seed=seed, run_id=f"seed{seed}",
-                        artifact_path=f"seed{seed}.ptz")
+                        artifact_path=f"seed{seed}.ptz", ttt_chunk_tokens=64)
     with a_inside(folder), pytest.MonkeyPatch.context() as patch:
         for name, value in environ.items():
             patch.setenv(name, value)
@@ -7007,6 +7007,7 @@ class RHub(http.server.BaseHTTPRequestHandler):
     cut: set[str] = set()  # files whose first answer breaks off in the middle
     wrong: set[str] = set()  # files whose bytes are not those of the listing
     asked: list[str] = []
+    starts: list[int] = []  # where the answers to `asked` begin
 
     def log_message(self, *_):
         """Silence."""
@@ -7041,12 +7042,13 @@ class RHub(http.server.BaseHTTPRequestHandler):
         if not name or name[1] not in self.files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
         data = self.files[name[1]]
+        start = int(re.match(r"bytes=(\d+)", self.headers.get("Range") or "bytes=0")[1])
         if self.command == "GET":
             self.asked.append(name[1])
+            self.starts.append(start)
             data = data[::-1] if name[1] in self.wrong else data
         tags = {"ETag": f'"{hashlib.sha256(self.files[name[1]]).hexdigest()}"',
                 "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
-        start = int(re.match(r"bytes=(\d+)", self.headers.get("Range") or "bytes=0")[1])
         if self.command == "GET" and name[1] in self.cut:
             self.cut.discard(name[1])
             self.send_response(200)
@@ -7075,7 +7077,7 @@ def r_hub(tmp_path):
         assert R.main(["--docs", str(documents), "--sp-model", str(model), "--split", split,
                        "--output-dir", str(shards), "--workers", "1", "--shard-tokens",
                        "5000"]) == 0
-    hub = type("Hub", (RHub,), dict(cut=set(), wrong=set(), asked=[], files={
+    hub = type("Hub", (RHub,), dict(cut=set(), wrong=set(), asked=[], starts=[], files={
         f"datasets/datasets/fineweb10B_sp1024/{p.name}": p.read_bytes()
         for p in shards.glob("*.bin")} | {
         "datasets/tokenizers/fineweb_1024_bpe.model": model.read_bytes()}))
@@ -7093,6 +7095,7 @@ def test_r_fetch_resumes_and_checks(r_hub, tmp_path):
     """A broken download goes on, nothing is fetched twice, wrong bytes are refused."""
     environ, hub = r_hub
     first = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
+    hub.files[first] = bytes(range(256)) * 100_000  # more than one read of its library
     hub.cut.add(first)
     command = [ROOT / "records" / "fetch.py", "--output", tmp_path / "got", "--shards", "1"]
     done = a_python(command, tmp_path, environ)
@@ -7101,8 +7104,10 @@ def test_r_fetch_resumes_and_checks(r_hub, tmp_path):
         there = tmp_path / "got" / name
         assert there.exists() == ("train" not in name or name == first)
         assert not there.exists() or there.read_bytes() == data
-    assert hub.asked.count(first) == 2 and "0 of them fetched now" in a_python(
-        command, tmp_path, environ).stdout
+    starts = [start for name, start in zip(hub.asked, hub.starts, strict=True) if name == first]
+    assert len(starts) == 2 and starts[0] == 0 < starts[1]  # it went on where it broke off
+    away = environ | dict(HF_ENDPOINT=environ["HF_ENDPOINT"] + "/nothing")
+    assert "0 of them fetched now" in a_python(command, tmp_path, away).stdout
     assert hub.asked.count(first) == 2
     second = first.replace("000000", "000001")
     hub.wrong.add(second)
@@ -7111,8 +7116,8 @@ def test_r_fetch_resumes_and_checks(r_hub, tmp_path):
     assert not (tmp_path / "got" / second).exists()
     done = a_python([*command[:-1], "80"], tmp_path, environ)
     assert done.returncode == 1 and "of 80 training shards" in done.stderr
-    environ["HF_ENDPOINT"] += "/nothing"
-    done = a_python(command, tmp_path, environ)
+    (tmp_path / "got" / first).unlink()
+    done = a_python(command, tmp_path, away)
     assert done.returncode == 1 and "check the network" in done.stderr
 
 
@@ -7120,7 +7125,17 @@ def test_r_fetch_resumes_and_checks(r_hub, tmp_path):
     (dict(AUTHOR=""), "AUTHOR and GITHUB_ID are not set"),
     (dict(PRESET=""), "PRESET=demo"),
     (dict(NNODES="2"), "RDZV_ENDPOINT"),
+    (dict(NNODES="2", RDZV_ENDPOINT="a:1"), "NODE_RANK"),
     (dict(SHARDS="10000000"), "GB free"),
+    (dict(SHARDS="abc"), "SHARDS=abc: must be a whole number"),
+    (dict(SEEDS="1,2"), "SEEDS=1,2: must be different numbers"),
+    (dict(SEEDS="1 2 1"), "must be different numbers"),
+    (dict(TRACK="10min"), "TRACK=10min: must be"),
+    (dict(TRACK="track_10min_16mb"), "on 8 ranks on H100s"),
+    (dict(DATA_PATH="/no/such"), "DATA_PATH=/no/such: there is no such file"),
+    (dict(VOCAB="/no/such"), "VOCAB=/no/such"),
+    (dict(DATA_DIR="/dev/null/x"), "DATA_DIR=/dev/null/x cannot be made"),
+    (dict(AGAINST="2026-0"), "AGAINST=2026-0 names no result"),
     (dict(PYTHON="/bin/false"), "requirements.txt"),
 ])
 def test_r_script_says_what_is_missing(change, message, tmp_path):
@@ -7167,6 +7182,25 @@ def test_r_script_from_bare_machine_to_folder(r_hub, tmp_path):
     assert again.returncode == 0 and len(times) > 5, again.stderr
     assert asked == len(hub.asked)
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}
+    smoke = next(tmp_path.rglob("smoke.txt")).read_text()  # every mode that the seeds are scored in
+    modes = [set(re.findall(r"\n(\w+)_exact ", text)) for text in (
+        smoke, next(tmp_path.rglob("logs/seed7.txt")).read_text())]
+    assert modes[0] == modes[1] >= {"legal_ttt"}
+    more = subprocess.run(command, env=os.environ | environ | dict(SEEDS="7 8 9"),
+                          capture_output=True, text=True)  # a third seed: the folder is in its way
+    assert more.returncode == 1 and "exists" in more.stderr and "RECORD_NAME" in more.stderr
+    shutil.rmtree(folder)
+    more = subprocess.run(command, env=os.environ | environ | dict(SEEDS="7 8 9"),
+                          capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr
+    assert json.loads((folder / "submission.json").read_text())["seeds"] == [7, 8, 9]
+    shard = next((tmp_path / "work" / "scylla").glob("fineweb_train_*.bin"))
+    shard.unlink()  # other data: no finished seed counts
+    other = subprocess.run(command, env=os.environ | environ | dict(
+        DATA_PATH=str(shard.parent), PREFLIGHT="--help", RECORD_NAME="Other"),
+        capture_output=True, text=True)
+    assert other.returncode == 0, other.stderr
+    assert len([*(tmp_path / "work" / "runs").iterdir()]) == 2
 
 
 # ==========================================================================================

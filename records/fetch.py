@@ -4,7 +4,8 @@
 
 Files are listed with size and hash, downloaded by huggingface_hub (which resumes a broken download
 and honours HF_ENDPOINT, HF_TOKEN and HTTPS_PROXY), and compared with both: SHA-256 for large files,
-the git hash for small ones. What was checked stands in fetched.json and is not fetched again.
+the git hash for small ones. What was checked stands in fetched.json and is not fetched again; once
+all of it is there, the hub is not asked either.
 """
 
 from __future__ import annotations
@@ -102,20 +103,32 @@ def room(output: Path, missing: Iterable[Any]) -> None:
 def fetch(output: Path, shards: int, repo: str, revision: str) -> None:
     """Fetch whatever is not there yet; prints a line for each file."""
     output.mkdir(parents=True, exist_ok=True)
-    ledger_path = output / LEDGER
+    ledger_path, asked = output / LEDGER, [repo, revision, shards]
     ledger = json.loads(ledger_path.read_text()) if ledger_path.exists() else {}
+    complete = ledger.pop("complete", {})  # what was asked for, and the files that answered it
+
+    def there(name: str) -> bool:
+        return (output / name).is_file() and ledger.get(name) == stamp(output / name)
+
+    def write_ledger() -> None:
+        part = ledger_path.with_suffix(".part")
+        part.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
+        part.replace(ledger_path)
+
+    if complete.get("asked") == asked and all(map(there, complete["files"])):
+        print(f"{len(complete['files'])} files are there and checked, 0 of them fetched now")
+        return
     files = wanted(repo, revision, shards)
-    missing = [entry for entry in files if not (output / entry.path).is_file()
-               or ledger.get(entry.path) != stamp(output / entry.path)]
+    missing = [entry for entry in files if not there(entry.path)]
     room(output, missing)
     with ThreadPoolExecutor(4) as pool:
         done = pool.map(lambda entry: fetch_one(entry, output, repo, revision), missing)
         for count, name in enumerate(done, 1):
             ledger[name] = stamp(output / name)
-            part = ledger_path.with_suffix(".part")
-            part.write_text(json.dumps(ledger, indent=1) + "\n", encoding="utf-8")
-            part.replace(ledger_path)
+            write_ledger()
             print(f"fetched {name} ({count}/{len(missing)})", flush=True)
+    ledger["complete"] = dict(asked=asked, files=[entry.path for entry in files])
+    write_ledger()
     print(f"{len(files)} files are there and checked, {len(missing)} of them fetched now")
 
 
