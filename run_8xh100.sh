@@ -115,7 +115,7 @@ if [[ -n $demo_text ]]; then
     export DATA_PATH=$root/data/demo/scylla
 elif [[ -z ${DATA_PATH:-} ]]; then
     sp1024=$DATA_DIR/datasets/datasets/fineweb10B_sp1024
-    have=$(find "$sp1024" -name 'fineweb_train_*.bin' 2>/dev/null | wc -l)
+    have=$(find "$sp1024" -name 'fineweb_train_*.bin' 2>/dev/null | wc -l || true)
     [[ $have -le $SHARDS ]] || die "$sp1024 holds $have training shards, and all would be used: set \
 DATA_DIR to another folder for SHARDS=$SHARDS"
     vocabulary=$DATA_DIR/scylla.yaml  # first: it is small, and the shards are not

@@ -6449,6 +6449,8 @@ def test_r_packed_code_is_small_and_complete(r_packed, tmp_path, monkeypatch):
     (tmp_path / "tiny.py").write_text(R_SOURCE)
     assert pack.main([str(tmp_path / "tiny.py"), "--output", str(tmp_path / "a" / "p.py")]) == 0
     assert (tmp_path / "a" / "p.py").read_bytes() == pack.pack(R_SOURCE)
+    for wrong in (["none.py", "--output", "x"], ["--unpack", str(tmp_path / "none.py")]):
+        assert pack.main(wrong) == 2
     monkeypatch.setattr(pack, "LARGEST", 1000)  # the file is there, and the code says so
     assert pack.main([str(tmp_path / "tiny.py"), "--output", str(tmp_path / "a" / "p.py")]) == 1
 
@@ -6617,7 +6619,7 @@ def test_r_reader_knows_both_dialects(r_runs, tmp_path):
     run = runs.read_run(r_runs[2][0])
     assert run.ours and run.finished and run.seed == 42 and not run.resumed
     assert run.settings["MODEL_DIM"] == "32" and run.steps == 8 and len(run.train) == 8
-    assert run.headline == run.scores["sliding"]._replace(eval_ms=None)
+    assert run.headline == run.scores["ttt"]._replace(eval_ms=None)
     assert run.audit == "exact" and run.total_bytes == run.artifact_bytes + run.code_bytes
     field = tmp_path / "train_seed7.log"
     field.write_text(
@@ -6628,12 +6630,15 @@ def test_r_reader_knows_both_dialects(r_runs, tmp_path):
         "Code size (uncompressed): 157868 bytes\nCode size (compressed): 31999 bytes\n"
         "Serialized model: 135417533 bytes\nSerialized model quantized+x: 15865260 bytes\n"
         "Total submission size quantized+x: 15897259 bytes\n"
+        "final_sliding_window_eval stride:64 val_loss:1.9511 val_bpb:1.1556 eval_time:75096ms\n"
+        "final_sliding_window_eval_exact stride:64 val_loss:1.95110428 val_bpb:1.15555486\n"
         "quantized_ttt_phased val_loss:2.31944212 val_bpb:1.05989454 eval_time:508785ms\n")
     run = runs.read_run(field)
     assert (run.seed, run.steps, run.train_ms, run.params) == (7, 4945, 599592.0, 123)
     assert run.train[0] == runs.Point(1, 9.0087, None, 30000.0)
     assert (run.code_bytes, run.artifact_bytes, run.total_bytes) == (31999, 15865260, 15897259)
-    assert run.headline.bpb == 1.05989454 and run.eval_seconds == pytest.approx(508.785)
+    assert run.scores["sliding"] == (1.95110428, 1.15555486, 75096.0, True)
+    assert run.headline.bpb == 1.05989454 and run.eval_seconds == pytest.approx(583.881)
     assert not run.ours and run.audit is None
     with pytest.raises(runs.RecordError, match="nothing"):
         runs.find_run_log("nothing")
@@ -6896,8 +6901,13 @@ def test_r_compare_stats_and_plot(r_folder, r_runs, tmp_path, capsys):
     assert tool.main(["plot", str(r_folder), "--output", str(output)]) == 0
     assert output.read_bytes().startswith(b"\x89PNG") and output.stat().st_size > 30_000
     for wrong in (["compare", "nothing"], ["plot", "2026-03-31_ParallelResiduals"],
-                  ["compare", logs[0], logs[0]]):
+                  ["compare", logs[0], logs[0]], ["compare", "2026-04"],
+                  ["plot", logs[0], "--output", "/no/such/x.png"]):
         assert tool.main(wrong) == 1 and "error: " in capsys.readouterr().err
+    assert tool.main(["compare", str(r_folder), "2026-03-31_ParallelResiduals"]) == 0
+    row = re.search(r"\n\| 2026-03-31_Par.*", capsys.readouterr().out)[0]  # SPEC section 10's
+    assert "| 3 | 6243 | 96.1 | 1.1228 | 1.1308 | 1.1063 | - |" in row
+    assert tool.main(["verify", str(r_folder)]) == 0
     other = tmp_path / "other" / Path(logs[0]).name  # the same file name, another setting
     other.parent.mkdir()
     other.write_text(re.sub(r"(?m)^MATRIX_LR=.*", "MATRIX_LR=9", Path(logs[0]).read_text()))
@@ -6921,7 +6931,7 @@ def test_r_published_results_take_the_bar():
 
 
 def test_r_curves_are_labelled(r_runs, tmp_path, monkeypatch):
-    """Four panels with title, units on both axes, a legend and a line for every run."""
+    """Five panels with title, units on both axes, a legend and a line for every run."""
     import matplotlib.pyplot as plt
 
     kept = []
@@ -6929,17 +6939,19 @@ def test_r_curves_are_labelled(r_runs, tmp_path, monkeypatch):
     runs = [r_tool("runs").read_run(log) for log in r_runs[2]]
     r_tool("figures").plot({f"seed {r.seed}": [r] for r in runs}, tmp_path / "c.png", "Tiny")
     monkeypatch.undo()
-    titles = [panel.get_title() for panel in kept[0].axes]
-    assert [title.split(" BPB")[0] for title in titles] == [
-        "Training loss", "Validation", "Learning rate", "Step time"]
-    for panel in kept[0].axes:
-        assert panel.get_xlabel().startswith("step") and panel.get_ylabel()
+    *panels, rest = kept[0].axes
+    assert [panel.get_title() for panel in panels] == [
+        "Training loss", "Validation while training", "Final stages", "Learning rate", "Step time"]
+    for panel in panels:
+        assert panel.get_xlabel() in ("step", "stage") and panel.get_ylabel()
         assert len(panel.get_lines()) >= 3
         assert all(len(line.get_xdata()) for line in panel.get_lines())
-    names = [text.get_text() for text in kept[0].legends[0].get_texts()]
+    names = [text.get_text() for text in rest.get_legend().get_texts()]
     assert names == ["seed 42", "seed 1337", "seed 2024"]
-    marks = [text.get_text() for text in kept[0].axes[1].get_legend().get_texts()]
-    assert marks == ["post-ema", "roundtrip", "sliding", "ttt"]
+    stages = [text.get_text() for text in panels[2].get_xticklabels()]
+    assert stages == ["post-ema", "roundtrip", "sliding", "ttt"]
+    for run, line in zip(runs, panels[2].get_lines(), strict=True):
+        assert line.get_ydata()[-1] == run.headline.bpb
     plt.close(kept[0])
 
 
@@ -6995,6 +7007,18 @@ def test_r_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
     assert ablate.main() == 0
     states = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
     assert states == ["a_seed1: to run", "a_seed2: done", "b_seed1: to run", "b_seed2: to run"]
+    with pytest.raises(SystemExit, match="--jobs 0"):
+        ablate.slots(0)
+    monkeypatch.setattr(sys, "argv", ["ablate", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="none.json: no plan"):
+        ablate.main()
+    code = tmp_path / "out" / "train_gpt.py"
+    code.write_text("another")
+    with pytest.raises(SystemExit, match="another train_gpt.py"):
+        ablate.keep_code(code.parent)
+    shutil.rmtree(done.parent)  # nothing has begun: the copy may be replaced
+    ablate.keep_code(code.parent)
+    assert code.read_bytes() == (ROOT / "train_gpt.py").read_bytes()
 
 
 # from a bare machine to a folder

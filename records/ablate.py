@@ -62,6 +62,8 @@ class Slot(NamedTuple):
 def slots(jobs: int) -> list[Slot]:
     """An equal share of the cores, and a GPU where there are any, for each of `jobs`."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    if jobs < 1:
+        raise SystemExit(f"--jobs {jobs}: one run at a time is the least")
     share, gpus = max(1, len(cores) // jobs), torch.cuda.device_count()
     if gpus and jobs > gpus:
         raise SystemExit(f"--jobs {jobs}, but there are {gpus} GPUs; one run needs one")
@@ -104,10 +106,10 @@ def run_one(folder: Path, settings: dict[str, str], slot: Slot) -> dict:
 
 
 def keep_code(out: Path) -> None:
-    """Copy train_gpt.py beside the runs; another version's runs there are an error."""
+    """Copy train_gpt.py beside the runs; runs that another version began are an error."""
     code, kept = (ROOT / "train_gpt.py").read_bytes(), out / "train_gpt.py"
     out.mkdir(parents=True, exist_ok=True)
-    if not kept.exists():
+    if not any(out.glob("*/logs")):
         kept.write_bytes(code)
     elif kept.read_bytes() != code:
         raise SystemExit(f"{out} holds runs of another train_gpt.py; remove it or give --out")
@@ -183,7 +185,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     options = parser.parse_args()
-    plan = json.loads(options.plan.read_text(encoding="utf-8"))
+    try:
+        plan = json.loads(options.plan.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{options.plan}: no plan ({error}); see records/plans/") from error
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
     if options.list:
         for variant, folder, _ in tasks_of(plan, out):

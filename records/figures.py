@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,11 @@ def spread_of(found: Sample, form: str = ".5f") -> str:
     return f"{found.mean:{form}}{half}"
 
 
-def stage_table(groups: dict[str, list[Run]]) -> str:
-    """Runs or groups of runs side by side: means over the seeds of what their logs say."""
+def stage_table(groups: dict[str, list[Run]], published: Iterable[Sequence[Any]] = ()) -> str:
+    """Runs or groups of runs side by side: means over the seeds of what their logs say.
+
+    `published` are rows of published_row, which stand below.
+    """
     head = ["run", "seeds", "steps", "ms/step", *(s.replace("_", "-") for s in STAGES),
             "headline BPB, 95 %", "eval s", "artifact", "code", "total (largest)"]
     rows = []
@@ -50,7 +54,19 @@ def stage_table(groups: dict[str, list[Run]]) -> str:
                      mean_of((run.artifact_bytes for run in runs), ".0f"),
                      mean_of((run.code_bytes for run in runs), ".0f"),
                      max((run.total_bytes for run in runs if run.total_bytes), default=None)])
-    return markdown(head, rows)
+    return markdown(head, [*rows, *published])
+
+
+def published_row(name: str, bpb: Sample, row: dict[str, Any]) -> list[Any]:
+    """A published result as a row of stage_table; BPB over corrected bytes where needed."""
+    def number(value: float | None, form: str) -> str | None:
+        return None if value is None else format(value, form)
+
+    factor, stages = row.get("counted_over_true", 1.0), row.get("stages", {})
+    scores = [number(stages.get(stage) and factor * stages[stage], ".4f") for stage in STAGES]
+    return [name, bpb.n, number(row.get("steps"), ".0f"), number(row.get("ms_per_step"), ".1f"),
+            *scores, spread_of(bpb), number(row.get("eval_seconds"), ".0f"), None,
+            row["bytes_code"], row["bytes_total"]]
 
 
 def differing_settings(groups: dict[str, list[Run]]) -> str:
@@ -72,21 +88,27 @@ def step_times(run: Run) -> tuple[list[int], list[float]]:
 
 
 def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
-    """Training loss, BPB, learning rate and step time of all runs, one colour a group, to a PNG."""
+    """Loss, BPB, final stages, learning rate and step time of all runs, a colour a group: a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
-    (loss, bpb), (rate, pace) = axes
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), layout="constrained")
+    (loss, bpb, final), (rate, pace, rest) = axes
+    present = [stage for stage in STAGES
+               if any(stage in run.scores for runs in groups.values() for run in runs)]
     colours = plt.get_cmap("tab10").colors
     for number, (name, runs) in enumerate(groups.items()):
         for order, run in enumerate(runs):
             style = dict(color=colours[number % 10], label=name if order == 0 else None,
                          linewidth=1.2, alpha=0.85)
             loss.plot([p.step for p in run.train], [p.loss for p in run.train], **style)
-            draw_scores(bpb, run, style)
+            points = [p for p in run.val if p.step]
+            bpb.plot([p.step for p in points], [p.bpb for p in points], **style, marker=".")
+            scored = [(present.index(stage), run.scores[stage].bpb) for stage in present
+                      if stage in run.scores]
+            final.plot(*zip(*scored, strict=True), **style, marker="o", linestyle=":")
             scales = [(p.step, p.lr_scale) for p in run.train if p.lr_scale is not None]
             if scales:
                 rate.plot(*zip(*scales, strict=True), **style)
@@ -94,41 +116,27 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
     loss.set(title="Training loss", xlabel="step", ylabel="nats per token", yscale="log")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
-    bpb.set(title="Validation BPB: while training (lines), final stages (marks)",
-            xlabel="step; the final stages stand beyond the last", ylabel="bits per byte")
-    finals = [run.headline.bpb for runs in groups.values() for run in runs if run.headline]
+    bpb.set(title="Validation while training", xlabel="step", ylabel="bits per byte")
+    bpb.set_xlim(0, None)
+    ends = [run.headline.bpb for runs in groups.values() for run in runs if run.headline]
     lowest, highest = bpb.get_ylim()
-    bpb.set_ylim(lowest, min(highest, 1.3 * max(finals, default=highest)))  # not the first steps
+    bpb.set_ylim(lowest, min(highest, 1.3 * max(ends, default=highest)))  # not the first steps
+    final.set(title="Final stages", xlabel="stage", ylabel="bits per byte", xticks=range(
+        len(present)), xticklabels=[stage.replace("_", "-") for stage in present])
+    final.margins(x=0.1)
     rate.set(title="Learning rate", xlabel="step", ylabel="share of the peak")
     if not rate.get_lines():
         rate.text(0.5, 0.5, "not in these logs", ha="center", transform=rate.transAxes)
-    pace.set(title="Step time", xlabel="step", ylabel="ms per step", ylim=(0, None))
-    for panel in axes.flat:
+    pace.set(title="Step time", xlabel="step", ylabel="ms per step")
+    slowest = max((max(line.get_ydata(), default=0) for line in pace.get_lines()), default=0)
+    pace.set_ylim(0, 1.1 * slowest or None)
+    for panel in (loss, bpb, final, rate, pace):
         panel.grid(alpha=0.3)
-    lines, names = loss.get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 2 + (
-        max(map(len, names), default=0) < 40)), fontsize="small")
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    rest.axis("off")
+    rest.legend(*loss.get_legend_handles_labels(), loc="upper left", fontsize="small")
+    figure.suptitle(textwrap.fill(title, 120))
+    figure.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(figure)
-
-
-def draw_scores(panel: Any, run: Run, style: dict[str, Any]) -> None:
-    """BPB while training and, beyond the last step, of the final stages, which get a legend."""
-    from matplotlib.lines import Line2D
-
-    marks = {"post_ema": "^", "roundtrip": "o", "sliding": "s", "ttt": "D", "ngram": "P"}
-    points = [p for p in run.val if p.step]
-    panel.plot([p.step for p in points], [p.bpb for p in points], **style, marker=".")
-    look = dict(markerfacecolor="none", linestyle="none")
-    for place, (stage, mark) in enumerate(marks.items(), 1):
-        if stage in run.scores:
-            panel.plot([(run.steps or 1) * (1 + 0.03 * place)], [run.scores[stage].bpb], mark,
-                       color=style["color"], label=stage, **look)
-    drawn = {line.get_label() for line in panel.get_lines()}
-    panel.legend([Line2D([], [], marker=mark, color="black", **look)
-                  for stage, mark in marks.items() if stage in drawn],
-                 [stage.replace("_", "-") for stage in marks if stage in drawn], fontsize="small")
 
 
 def nats_to_bpb(runs: Sequence[Run]) -> float | None:

@@ -48,12 +48,16 @@ class Group(NamedTuple):
     runs: list[Run]  # empty for a published result without logs
     bpb: Sample
     nats: Sample | None
+    published: dict[str, Any] = {}  # what published.json says of it
 
 
 def published_group(name: str) -> Group | None:
     """A published result by its name or the start of it, over corrected bytes where needed."""
     rows = [row for row in rules.published()["results"] if row["name"].startswith(name)]
-    if len(rows) != 1:
+    if len(rows) > 1:
+        raise RecordError(f"{name} begins {len(rows)} published names, such as "
+                          f"{', '.join(row['name'] for row in rows[:3])}; give more of one")
+    if not rows:
         return None
     row = rows[0]
     factor = row.get("counted_over_true", 1.0)
@@ -61,7 +65,7 @@ def published_group(name: str) -> Group | None:
         row["val_bpb"] * factor]
     losses = [seed["val_loss"] for seed in row["seeds"].values() if seed.get("val_loss")]
     label = row["name"] + (" (bytes corrected)" if factor != 1 else "")
-    return Group(label, [], sample(values), sample(losses) if losses else None)
+    return Group(label, [], sample(values), sample(losses) if losses else None, row)
 
 
 def find_group(name: str) -> Group:
@@ -171,10 +175,8 @@ def comparison(names: list[str]) -> str:
     """Groups side by side in Markdown: numbers, settings that differ, place in the field."""
     groups = find_groups(names)
     logged = {group.name: group.runs for group in groups if group.runs}
-    parts = [figures.stage_table(logged)] if logged else []
-    without = [[g.name, g.bpb.n, spread_of(g.bpb)] for g in groups if not g.runs]
-    if without:
-        parts.append(markdown(["published", "seeds", "BPB, 95 %"], without))
+    parts = [figures.stage_table(logged, [figures.published_row(g.name, g.bpb, g.published)
+                                          for g in groups if not g.runs])]
     parts += [text for text in (figures.differing_settings(logged),) if text]
     parts += [standing(group) for group in groups]
     return "\n\n".join(parts)
@@ -274,6 +276,17 @@ def survey_row(folder: rules.Folder) -> dict[str, Any]:
                val_loss=said.get("val_loss"), seeds=seeds, bytes_total=max(
                    (run.total_bytes for run in folder.runs if run.total_bytes),
                    default=said.get("bytes_total")), bytes_code=folder.code_bytes)
+    claimed = [run for run in folder.runs if run.headline and (
+        not folder.claims or run.seed in folder.claims)]
+    for key, name in (("steps", "steps"), ("step_avg_ms", "ms_per_step"),
+                      ("eval_seconds", "eval_seconds")):
+        there = [value for run in claimed if (value := getattr(run, key)) is not None]
+        if there:
+            row[name] = round(statistics.fmean(there), 2)
+    stages = {stage: [run.scores[stage].bpb for run in claimed if stage in run.scores]
+              for stage in figures.STAGES}
+    row["stages"] = {stage: round(statistics.fmean(values), 6)
+                     for stage, values in stages.items() if values}
     _, factor = rules.denominator(folder)
     if factor and abs(factor - 1) > 1e-3:
         row["counted_over_true"] = round(factor, 6)
@@ -323,9 +336,9 @@ def verify(options: argparse.Namespace) -> int:
         found, name = rules.verify(path), path.resolve().name
         for finding in found:
             print(f"{name}: {finding}")
-        print(f"{name}: " + (f"{len(found)} faults" if found else "no fault found"))
         if not [*path.glob("model_seed*.ptz")]:
             print(f"{name}: note: no artifact is in the folder; sizes are the logs'")
+        print(f"{name}: " + (f"{len(found)} faults" if found else "no fault found"))
         worst = worst or int(bool(found))
     return worst
 
@@ -390,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             return {"make": make, "verify": verify, "survey": survey, "plot": draw}[
                 options.command](options)
-    except (RecordError, pack.PackError) as error:
+    except (RecordError, pack.PackError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

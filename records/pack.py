@@ -158,16 +158,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the packed file; it appears only when whole")
     parser.add_argument("--unpack", action="store_true", help="print the source of a packed file")
     options = parser.parse_args(arguments)
-    if options.unpack:
-        sys.stdout.write(unpack(options.source.read_bytes()))
-        return 0
-    if not options.output:
+    if not options.unpack and not options.output:
         parser.error("--output says where the packed file goes")
-    data = pack(options.source.read_text(encoding="utf-8"))
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    part = options.output.with_name(options.output.name + ".part")
-    part.write_bytes(data)
-    part.replace(options.output)
+    try:
+        if options.unpack:
+            sys.stdout.write(unpack(options.source.read_bytes()))
+            return 0
+        data = pack(options.source.read_text(encoding="utf-8"))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        part = options.output.with_name(options.output.name + ".part")
+        part.write_bytes(data)
+        part.replace(options.output)
+    except (PackError, SyntaxError, UnicodeDecodeError, OSError) as error:
+        print(f"error: {options.source}: {error}", file=sys.stderr)
+        return 2
     before = options.source.stat().st_size
     print(f"{options.output}: {len(data)} bytes, of {before}; at most {LARGEST} are wanted")
     return int(len(data) > LARGEST)

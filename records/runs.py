@@ -19,8 +19,8 @@ NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
 TRAIN = re.compile(rf"(?:step:)?(\d+)/\d+ train_loss: ?{NUMBER}(?: train_time: ?{NUMBER}(ms|m))?")
 VAL = re.compile(rf"(?:step:)?(\d+)/\d+ val_loss: ?{NUMBER} val_bpb: ?{NUMBER}"
                  rf"(?: train_time: ?{NUMBER}(ms|m))?")
-SCORE = re.compile(rf"([A-Za-z][A-Za-z0-9_ -]*?)(_exact)? (?:non_compliant )?val_loss: ?{NUMBER} "
-                   rf"val_bpb: ?{NUMBER}")
+SCORE = re.compile(r"([A-Za-z][A-Za-z0-9_ -]*?)(_exact)? (?:non_compliant |stride:\d+ )?"
+                   rf"val_loss: ?{NUMBER} val_bpb: ?{NUMBER}")
 CLOCK = re.compile(r"(?:train_clock slowest_rank|gptq_calibration train_time):(\d+)ms")
 STOP = re.compile(r"stopping_early: \S+ train_time: ?(\d+)ms step: ?(\d+)/")
 CHUNK = re.compile(r"\s*ttt_chunk \[(\d+)/(\d+)\]")
