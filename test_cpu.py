@@ -5355,20 +5355,39 @@ def test_d_ablation_table_and_plans():
             "less": [dict(post_ema_bpb=1.5, roundtrip_bpb=2.5, bytes_total=8, steps=5,
                           train_ms=100)]}
     rows = ablate.table(runs).splitlines()
-    assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | 1.9000 | 0.2000 | - | 10 | 4 | 10 | 3 |"
-    assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | 8 | 5 | 20 | - |"
+    assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | 1.9000 | 0.2000 | - | - | 10 | 4 | 10 | 3 |"
+    assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | base | 8 | 5 | 20 | - |"
     runs["more"] = [dict(run, roundtrip_bpb=r) for run, r in zip(
         runs["base"], (2.4, 2.8), strict=True)]
     change = ablate.table(runs).splitlines()[4].split("|")[7]  # +0.4 and +0.6: 0.5 +- t * 0.1
     assert change.strip() == f"+0.5000 +- {12.7062 * 0.1:.4f}"
+    rows = ablate.table(runs, {"more": "less"}).splitlines()
+    assert "| -0.1000 | less |" in rows[4] and "| +0.5000 | base |" in rows[3]
+    assert ablate.table(json.loads(ablate.results_text(runs))) == ablate.table(runs)
     plans = sorted((ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
         plan = json.loads(path.read_text())
         assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
+        against = plan.get("against", {})
+        assert {*against, *against.values()} <= set(plan["variants"])
         for changes in plan["variants"].values():
             texts = {k: str(v).format(root=ROOT) for k, v in (plan["base"] | changes).items()}
             t.Config.from_env(texts, cuda=True)
+
+
+def test_d_ablation_results_are_the_tables(capsys, monkeypatch):
+    """Every table of kept results stands in records/README.md as `--table` prints it."""
+    ablate, text = d_tool("ablate"), (ROOT / "records" / "README.md").read_text()
+    results = sorted((ROOT / "records" / "plans" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        plan = ROOT / "records" / "plans" / path.name
+        monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--table"])
+        assert ablate.main() == 0
+        printed = capsys.readouterr().out
+        assert printed in text, path.name
+        assert {*json.loads(path.read_text())} == {*json.loads(plan.read_text())["variants"]}
 
 
 @pytest.mark.slow

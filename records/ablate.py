@@ -2,13 +2,15 @@
 
     python records/ablate.py records/plans/demo_features.json --jobs 2
     python records/ablate.py records/plans/levers.json --list      what would run; runs nothing
+    python records/ablate.py records/plans/slopes.json --table     of the results that are kept
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
-"variants": {name: {settings against the base}}}; the first variant is the baseline. Optional:
-"seeds_of": {name: n} gives a variant only the first n seeds. "{root}" in a value is this
-repository. All runs use the copy of train_gpt.py that the first one made, each in a folder of its
-own, with an equal share of the processor cores, pinned where the system can, and where there are
-GPUs with one of them. A run whose log holds a summary is not repeated.
+"variants": {name: {settings against the base}}}; the first variant is the baseline, but for those
+that "against": {name: baseline} names. Optional: "seeds_of": {name: n} gives a variant only the
+first n seeds. "{root}" in a value is this repository. All runs use the copy of train_gpt.py
+that the first one made, each in a folder of its own, with an equal share of the processor cores,
+pinned where the system can, and where there are GPUs with one of them. A run whose log holds a
+summary is not repeated. Results worth keeping are copied to records/plans/results/<plan>.json.
 """
 
 from __future__ import annotations
@@ -148,18 +150,29 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
     return grouped
 
 
-def table(results: dict[str, list[dict]]) -> str:
-    """Markdown: means over the seeds, and the roundtrip's spread and change against the first.
+def results_text(results: dict[str, list[dict]]) -> str:
+    """What a table is made of, as JSON, a line a run; it is small enough to keep with the plan."""
+    keys = (*SCORES, "bytes_total", "steps", "train_ms", "seconds_eval")
+    lines = [f' "{name}": [\n  ' + ",\n  ".join(
+        json.dumps({key: run[key] for key in keys if key in run}) for run in runs) + "\n ]"
+             for name, runs in results.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def table(results: dict[str, list[dict]], against: dict[str, str] | None = None) -> str:
+    """Markdown: means over the seeds, and the roundtrip's spread and change against a baseline.
 
     The change, seed by seed, has its 95 % interval (Student's t of the differences); one without
-    zero is bold.
+    zero is bold. The baseline is the first variant, or what `against` names.
     """
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
-            "max - min", "change against the first, 95 %", "artifact + code bytes", "steps",
+            "max - min", "change, 95 %", "against", "artifact + code bytes", "steps",
             "ms/step with calibration", "evaluation s"]
-    baseline, rows = [run["roundtrip_bpb"] for run in next(iter(results.values()))], []
+    rows: list[list] = []
     for name, runs in results.items():
+        other = (against or {}).get(name, next(iter(results)))
+        baseline = [run["roundtrip_bpb"] for run in results[other]]
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run["roundtrip_bpb"] for run in runs]
         change = sample([ours - base for ours, base in zip(finals, baseline, strict=False)])
@@ -170,7 +183,7 @@ def table(results: dict[str, list[dict]]) -> str:
         steps = statistics.fmean(run["steps"] for run in runs)
         milliseconds = statistics.fmean(run["train_ms"] for run in runs)
         rows.append([name, len(runs), *means, f"{max(finals) - min(finals):.4f}"
-                     if len(runs) > 1 else None, text if finals != baseline else "-",
+                     if len(runs) > 1 else None, *((text, other) if name != other else ("-", "-")),
                      figures.mean_of((run["bytes_total"] for run in runs), ".0f"),
                      f"{steps:.0f}", f"{milliseconds / steps:.0f}",
                      figures.mean_of((run.get("seconds_eval") for run in runs), ".0f")])
@@ -178,18 +191,24 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def main() -> int:
-    """Run a plan and print its table; also written to <out>/table.md with all summaries."""
+    """Run a plan and print its table; it is also written, with results.json beside it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("plan", type=Path)
     parser.add_argument("--out", type=Path, help="default: data/ablations/<plan>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--table", action="store_true", help="only the table of kept results")
     options = parser.parse_args()
     try:
         plan = json.loads(options.plan.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"{options.plan}: no plan ({error}); see records/plans/") from error
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
+    if options.table:
+        path = options.plan.parent / "results" / options.plan.name
+        results = json.loads(path.read_text(encoding="utf-8"))
+        print(table(results, plan.get("against")))
+        return 0
     if options.list:
         for variant, folder, _ in tasks_of(plan, out):
             state = "done" if summary_of(folder) else "to run"
@@ -197,9 +216,9 @@ def main() -> int:
         return 0
     keep_code(out)
     results = run_plan(plan, out, options.jobs)
-    text = table(results)
+    text = table(results, plan.get("against"))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    (out / "summaries.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(results_text(results), encoding="utf-8")
     print(text)
     return 0
 
