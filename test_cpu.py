@@ -6894,8 +6894,12 @@ def test_r_verify_reads_what_strangers_write(change, r_record):
 
 
 def test_r_every_rule_is_broken_by_a_test():
-    """No rule without a folder that breaks it; no rule twice."""
-    names = [rule.name for rule in r_tool("rules").RULES]
+    """No rule without a folder that breaks it and a row of records/README.md; no rule twice."""
+    rules = r_tool("rules").RULES
+    names = [rule.name for rule in rules]
+    rows = [f"| {rule.name} | {'record: ' * rule.record}{'ours: ' * rule.ours}"
+            f"{rule.check.__doc__.splitlines()[0]} |" for rule in rules]
+    assert "\n|--|--|\n" + "\n".join(rows) + "\n\n" in (ROOT / "records" / "README.md").read_text()
     assert len(set(names)) == len(names)
     assert {rule for _, rule, _ in R_BROKEN.values()} == set(names)
 

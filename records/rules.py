@@ -390,7 +390,7 @@ def check_hardware(folder: Folder) -> Found:
 
 
 def check_order(folder: Folder) -> Found:
-    """TTT scores every chunk once, in order, before it trains on it."""
+    """TTT scores every chunk once, in order, before it trains on it; the log shows the last."""
     for run in folder.runs:
         for (before, _), (chunk, of) in zip(run.chunks, run.chunks[1:], strict=False):
             if chunk <= before or chunk > of:
