@@ -6479,7 +6479,9 @@ R_SOURCE = ('"""Doc."""\n\n\nclass A(NamedTuple):\n    """Gone."""\n\n    x: int
             '        text: str = """kept # here\n            and indented\n        """\n'
             '        if a:\n            return {"->": "#\\u2581",\n                    text: a}\n'
             '        return b\n\n    def g(self):\n        """All of it."""\n\n\n'
-            '@dataclass\nclass B:\n    y: int = setting(3, "help", 1)  # an int\n')
+            '@dataclass\nclass B(A):\n    y: int = setting(3, "help", 1)  # an int\n'
+            '    if A:\n        z: int\n\n'
+            'async def h(a: int):\n    b: int\n    return A.setting(a, "kept", c=setting(4))\n')
 
 
 def test_r_minify_keeps_strings_types_of_dataclasses_and_nesting(monkeypatch):
@@ -6489,7 +6491,9 @@ def test_r_minify_keeps_strings_types_of_dataclasses_and_nesting(monkeypatch):
         f"{pack.ABOUT}\n\nclass A(NamedTuple):\n x: 0 = 1\n\n def f(self, a=2, *b):\n"
         "  text = 'kept # here\\n            and indented\\n        '\n"
         "  if a:\n   return {'->': '#\\u2581', text: a}\n  return b\n\n"
-        " def g(self):\n  pass\n\n@dataclass\nclass B:\n y: int = setting(3, '', 1)\n")
+        " def g(self):\n  pass\n\n@dataclass\nclass B(A):\n y: int = setting(3, '', 1)\n"
+        " if A:\n  z: int\n\n"
+        "async def h(a):\n b: int\n return A.setting(a, 'kept', c=setting(4))\n")
     monkeypatch.setattr(pack, "written", lambda tree: ast.unparse(tree).replace("3", "4"))
     with pytest.raises(pack.PackError, match="not the same"):
         pack.minify(R_SOURCE)
@@ -6520,7 +6524,27 @@ def test_r_packed_file_is_read_without_running_it(tmp_path):
     other = good.replace(pack.literal(zlib.compress(pack.decoder().encode(), 9)).encode("latin-1"),
                          pack.literal(evil).encode("latin-1"))
     assert other != good
+    digit_0 = chr(r_tool("mixing").DIGITS[0]).encode("latin-1")
+    more = b'12 * x".encode("latin-1"),1,S);open("ran","w");("'.replace(b"12 * x", 12 * digit_0)
+    text_end = good.index(b'".encode("latin-1"),%d,S)' % len(pack.minify(R_SOURCE)))
+    injected = good[:text_end] + more + good[text_end:]
+    long = pack.decoder() + "\n" * (1 << 16) + "open('ran', 'w')\n"
+    deep = pack.decoder().replace("32700", "32701")
+
+    def carrying(text, size=None):
+        """The packed file with another decoder, or another number of characters."""
+        small, data = pack.minify(R_SOURCE), zlib.compress(text.encode(), 9)
+        parts = data, r_tool("mixing").encode(small, pack.decoder())
+        return (pack.STUB % (*map(pack.literal, parts), size or len(small),
+                             zlib.crc32(small.encode()))).encode("latin-1")
+
+    assert carrying(pack.decoder()) == good and deep != pack.decoder()
     for data, reason in ((bad_digit, "CRC-32"), (other, "decoder is not"),
+                         (injected, "this version"), (carrying(long), "decoder is not"),
+                         (carrying(deep), "decoder is not"), (carrying("def ("), "damaged"),
+                         (carrying(pack.decoder(), 9_999_999_999), "this version"),
+                         (carrying("#" * (1 << 27)), "decoder is not"),
+                         (good + b"import os\n", "this version"),
                          (good.replace(b"exec(compile", b"exit(compile"), "this version"),
                          (good.replace(b"\nS=", b"\nimport os\nS="), "this version"),
                          (good.replace(b'S=zlib.decompress("x', b'S=zlib.decompress("y'),
@@ -6528,6 +6552,9 @@ def test_r_packed_file_is_read_without_running_it(tmp_path):
         with pytest.raises(pack.PackError, match=reason):
             pack.unpack(data)
     assert not marker.exists() and pack.unpack(b"\xff") == "\ufffd"  # somebody else's packer
+    assert pack.unpack(b"a = 1\r\nb = 2\r\n") == "a = 1\nb = 2\n"  # as Python reads it
+    pairs = bytes(value for a in range(256) for b in range(256) for value in (a, b))
+    assert ast.literal_eval(f'"{pack.literal(pairs)}"').encode("latin-1") == pairs
 
 
 def test_r_mixing_gives_every_text_back():
@@ -6684,7 +6711,11 @@ def test_r_made_folder_is_right(r_folder, r_runs):
     assert about["attribution"]["Muon"] == "@KellerJordan, Keller Jordan et al."
     assert "MuonEq-R with depth recurrence" not in about["attribution"]
     text = (r_folder / "README.md").read_text()
-    assert f"**{np.mean(scores):.5f} BPB**" in text and "MODEL_DIM='32'" in text
+    assert f"**{np.mean(scores):.5f} BPB**" in text
+    command = re.search(r"\nDATA_PATH=<shards> (.*) SEED=<seed> torchrun", text)[1]
+    changed = {k: v for k, v in a_environ(ttt_chunk_tokens=64).items()
+               if t.show(getattr(t.Config(), k.lower())) != v}
+    assert dict(re.findall(r"(\w+)='(.*?)'", command)) == changed | {"PRESET": "record"}
     assert r_tool("rules").verify(r_folder) == []
 
 
@@ -6749,6 +6780,39 @@ def r_time_on(line, folder):
     assert count == 1
 
 
+def r_again(folder, pattern, text):
+    """Replace a pattern in the first log."""
+    path = folder / "train_seed42.log"
+    altered, count = re.subn(pattern, text, path.read_text())
+    assert count == 1, count
+    path.write_text(altered)
+
+
+def r_claims(folder):
+    return json.loads((folder / "submission.json").read_text())["seed_results"]
+
+
+def r_least(folder):
+    about = json.loads((folder / "submission.json").read_text())
+    return about["bytes_code"] + min(c["artifact_bytes"] for c in r_claims(folder).values())
+
+
+def r_credit(folder):
+    """Take the first credit for oneself."""
+    path = folder / "submission.json"
+    about = json.loads(path.read_text())
+    about["attribution"][next(iter(about["attribution"]))] = "me"
+    path.write_text(json.dumps(about))
+
+
+def r_totals(folder, factor):
+    """Totals of the validation text that are not the sum of its shards."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["totals"]["val"]["source_bytes"] *= factor
+    path.write_text(json.dumps(manifest))
+
+
 def r_over_the_cap(folder):
     log = folder / "train_seed42.log"
     total = 16_000_001
@@ -6773,6 +6837,15 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         f, seed_results__1337=None, seeds=[42, 2024]), "seeds", "train_seed1337.log"),
     "duplicated log": (lambda f: shutil.copy(f / "train_seed42.log", f / "train_seed1337.log"),
                        "duplicates", "train_seed"),
+    "the log of another seed": (lambda f: (f / "train_seed1337.log").write_text(
+        (f / "train_seed42.log").read_text().replace("\nseed:42\n", "\nseed:1337\n").replace(
+            "\nSEED=42\n", "\nSEED=1337\n")), "duplicates", "train_seed"),
+    "a log with one loss altered": (lambda f: (f / "train_seed1337.log").write_text(re.sub(
+        r"(step:4/.*loss:)\S+", r"\g<1>3.0", (f / "train_seed42.log").read_text())), "duplicates",
+        "train_seed"),
+    "one artifact for two seeds": (lambda f: r_submission(
+        f, seed_results__42__artifact_sha256=r_claims(f)["1337"]["artifact_sha256"]), "duplicates",
+        "train_seed"),
     "a log with other times only": (lambda f: (f / "train_seed1337.log").write_text(re.sub(
         r"time:\d+", "time:7", (f / "train_seed42.log").read_text())), "duplicates", "train_seed"),
     "a seed with another setting": (lambda f: r_log(f, "\nMATRIX_LR=", "\nMATRIX_LR=9"),
@@ -6781,6 +6854,13 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
                                   "configuration", "train_seed2024.log"),
     "a seed on another GPU": (lambda f: r_log(f, "device:NVIDIA H100", "device:a H100"),
                               "configuration", "train_seed"),
+    "no seed in the log": (lambda f: r_log(f, "\nseed:42\n", "\n"), "configuration",
+                           "train_seed42.log"),
+    "an artifact that was there": (lambda f: r_again(
+        f, "\nLOAD_ARTIFACT=", "\nLOAD_ARTIFACT=x.ptz"), "configuration", "train_seed42.log"),
+    "more steps than settings": (lambda f: [r_log(f, "\nITERATIONS=8", "\nITERATIONS=7", seed)
+                                            for seed in (42, 1337, 2024)], "configuration",
+                                 "train_seed42.log"),
     "another seed in the settings": (lambda f: r_log(f, "\nSEED=42\n", "\nSEED=1337\n"),
                                      "configuration", "train_seed42.log"),
     "log of other code": (lambda f: r_log(f, "\ncode_sha256:", "\ncode_sha256:0" * 1),
@@ -6791,16 +6871,28 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
                              "train_seed42.log"),
     "bytes_code": (lambda f: r_submission(f, bytes_code=5), "code", "submission.json"),
     "over the cap": (r_over_the_cap, "sizes", "train_seed42.log"),
+    "a total that does not add up": (lambda f: r_again(
+        f, r"(Total submission size: )\d+", r"\g<1>9"), "sizes", "train_seed42.log"),
     "artifact of another size": (lambda f: (f / "model_seed42.ptz").write_bytes(b"x"), "sizes",
                                  "model_seed42.ptz"),
     "bytes_total": (lambda f: r_submission(f, bytes_total=5), "sizes", "submission.json"),
+    "not the largest total": (lambda f: r_submission(f, bytes_total=r_least(f)), "sizes",
+                              "submission.json"),
     "training for 600.1 s": (lambda f: r_train_time(f, 600100), "clock", "train_seed42.log"),
+    "a step at 600.1 s": (lambda f: r_again(
+        f, r"(\nstep:5/.*train_time:)\d+", r"\g<1>600100"), "clock", "train_seed42.log"),
     **{f"{line} at 600.1 s": (functools.partial(r_time_on, line), "clock", "train_seed42.log")
        for line in ("train_clock slowest_rank:", "gptq_calibration train_time:", "train_ms: ")},
     "evaluation for 601 s": (lambda f: (f / "train_seed42.log").write_text(re.sub(
         r"seconds_eval: \S+", "seconds_eval: 601.0", (f / "train_seed42.log").read_text())),
         "evaluation clock", "train_seed42.log"),
-    "a chunk scored again": (lambda f: r_chunks(f, 1, 2, 2, 3), "order", "train_seed42.log"),
+    "a chunk scored again": (lambda f: r_again(f, r"(\nttt_chunk \[3/.*)", r"\1\1"), "order",
+                             "train_seed42.log"),
+    "a chunk too many": (lambda f: r_again(f, r"(\nttt_chunk \[)31(/31.*)", r"\g<1>31\2\g<1>33\2"),
+                         "order", "train_seed42.log"),
+    "601 s on the line of a stage": (lambda f: r_again(
+        f, r"(\nfinal_int6_sliding_window .*eval_time:)\d+", r"\g<1>601000"), "evaluation clock",
+        "train_seed42.log"),
     "a chunk left out": (lambda f: (f / "train_seed42.log").write_text(re.sub(
         r"(\nttt_chunk.*)\nttt_chunk.*", r"\1", (f / "train_seed42.log").read_text(), count=1)),
         "order", "train_seed42.log"),
@@ -6809,23 +6901,50 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         "train_seed42.log"),
     "a chunk out of order": (lambda f: r_chunks(f, 2, 1), "order", "train_seed42.log"),
     "TTT's headline without TTT": (lambda f: (f / "train_seed42.log").write_text(re.sub(
-        r"\nlegal_ttt.*", "", (f / "train_seed42.log").read_text())), "order", "train_seed42.log"),
+        r"\nlegal_ttt.*", "", (f / "train_seed42.log").read_text())), "scores", "train_seed42.log"),
+    "an invented headline": (lambda f: r_again(f, r"exact (\S+) val_bpb:\S+\n\Z", (
+        r"exact \1 val_bpb:1.00000000\n")), "scores", "train_seed42.log"),
+    "another mode's headline": (lambda f: r_again(
+        f, "\nheadline_mode: ttt", "\nheadline_mode: sliding"), "scores", "train_seed42.log"),
+    "another mode's score": (lambda f: r_submission(f, seed_results__42__val_bpb=json.loads(
+        (f / "submission.json").read_text())["seed_results"]["42"]["sliding_bpb"]), "scores",
+        "submission.json seed 42"),
     "bytes not proven": (lambda f: r_log(f, "\nbyte_audit:exact", "\nbyte_audit:unverified"),
                          "audit", "train_seed42.log"),
     "bytes of another text": (lambda f: r_edit(f / "manifest.json", '"source_bytes": ',
                                                '"source_bytes": 1'), "audit", "train_seed42"),
+    "score a little off those bytes": (lambda f: r_log(
+        f, r_headline(f)[2], f"{float(r_headline(f)[2]) + 2e-6:.8f}"), "audit", "train_seed42"),
+    "bytes that differ by seed": (lambda f: r_again(f, r"(\nbyte_audit:exact bytes:)", r"\g<1>1"),
+                                  "audit", "train_seed<k>.log"),
     "score not over those bytes": (lambda f: r_log(
         f, r_headline(f)[2], f"{float(r_headline(f)[2]) * 0.95:.8f}"), "audit", "train_seed42"),
     "no attribution": (lambda f: r_submission(f, attribution={}), "attribution", "submission"),
+    "the first credit": (r_credit, "attribution", "submission.json"),
     "wrong credit": (lambda f: r_submission(f, attribution__Muon="me"), "attribution",
                      "submission.json"),
+    "resumed, says the summary": (lambda f: r_again(f, "\nresumed: 0", "\nresumed: 1"), "complete",
+                                  "train_seed42.log"),
+    "more after the end": (lambda f: (f / "train_seed42.log").write_text(
+        (f / "train_seed42.log").read_text() + "more\n"), "complete", "train_seed42.log"),
+    "two audits": (lambda f: r_again(f, "\nbyte_audit:exact", "\nbyte_audit:unverified bytes:1"
+                                     "\nbyte_audit:exact"), "complete", "train_seed42.log"),
+    "another total in the summary": (lambda f: r_again(f, r"\nbytes_total: \d+",
+                                                       "\nbytes_total: 17000000"), "complete",
+                                     "train_seed42.log"),
     "resumed run": (lambda f: r_log(f, "\nseed:42\n", (
         "\nseed:42\nresumed step:3 of checkpoints/seed42\n")), "complete", "train_seed42.log"),
     "log cut short": (lambda f: (f / "train_seed42.log").write_text(
         (f / "train_seed42.log").read_text().rsplit("\n", 2)[0]), "complete", "train_seed42.log"),
+    "a fourth log, hidden": (lambda f: (f / "worse").mkdir() or shutil.copy(
+        f / "train_seed42.log", f / "worse" / "seed7.log"), "duplicates", "seed7.log"),
     "another GPU": (lambda f: r_log(f, "NVIDIA H100", "NVIDIA A100"), "hardware", "train_seed42"),
+    "no ranks": (lambda f: r_again(f, r"\nworld_size:8 ", "\n"), "hardware", "train_seed42.log"),
     "four ranks": (lambda f: r_log(f, "\nworld_size:8", "\nworld_size:4"), "hardware",
                    "train_seed42.log"),
+    "its score in the claims": (lambda f: [r_again(f, "\nfinal_int6_roundtrip ", (
+        "\nslot non_compliant val_loss:1.0 val_bpb:0.9\nfinal_int6_roundtrip ")), r_submission(
+            f, seed_results__42__val_bpb=0.9)], "compliance", "train_seed42.log"),
     "a score that saw its targets": (lambda f: r_log(f, "\nfinal_int6_roundtrip ", (
         f"\nslot non_compliant val_loss:{r_headline(f)[1]} val_bpb:{r_headline(f)[2]}"
         "\nfinal_int6_roundtrip ")), "compliance", "train_seed42.log"),
@@ -6840,6 +6959,7 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
                                             '"byte_exact": false'), "evidence", "manifest.json"),
     "a bad document": (lambda f: r_edit(f / "manifest.json", '"bad_documents": 0',
                                         '"bad_documents": 7'), "evidence", "manifest.json"),
+    "totals of other shards": (lambda f: r_totals(f, 2), "evidence", "manifest.json"),
     "no totals": (lambda f: r_edit(f / "manifest.json", '"totals"', '"total"'), "evidence",
                   "manifest.json"),
     "no byte table": (lambda f: (f / "scylla.meta.npz").unlink(), "evidence", "meta.npz"),
@@ -6848,6 +6968,10 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         f, compliance__artifact_under_16mb="TBD"), "schema", "compliance"),
     "no author": (lambda f: r_submission(f, author=""), "submission", "submission.json"),
     "no JSON": (lambda f: (f / "submission.json").write_text("{"), "submission", "submission"),
+    "a promise not kept": (lambda f: r_submission(f, compliance__byte_audit_exact=False), "schema",
+                           "compliance"),
+    "no hash of the artifact": (lambda f: r_submission(f, seed_results__42__artifact_sha256="0"),
+                                "schema", "seed 42"),
     "no number": (lambda f: r_submission(f, model_params=None), "schema", "submission.json"),
     **{f"altered {name}": (functools.partial(r_submission, **{name: value}), "generated",
                            "submission.json") for name, value in {
@@ -6861,6 +6985,8 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
         "| mean | 3 | 9 ")), "generated", "README.md"),
     "no credits in the README": (lambda f: (f / "README.md").write_text(
         (f / "README.md").read_text().partition("## Attribution")[0]), "generated", "README.md"),
+    "altered deviation in the README": (lambda f: r_edit(f / "README.md", ", deviation 0.", (
+        ", deviation 9.")), "generated", "README.md"),
     "altered score in the README": (lambda f: (f / "README.md").write_text(re.sub(
         r"\*\*\d", "**0", (f / "README.md").read_text())), "generated", "README.md"),
     "counted bytes": (lambda f: r_edit(f / "train_seed42.log", "\nbyte_audit:exact bytes:",
@@ -6891,6 +7017,20 @@ def test_r_verify_reads_what_strangers_write(change, r_record):
     (r_record / "manifest.json").write_text('{"tokenizer": "scylla", "totals": {"val": 3}}')
     names = {finding.rule.name for finding in r_tool("rules").verify(r_record)}
     assert names >= {"evidence", "audit"} or names >= {"evidence", "generated"}
+
+
+def test_r_limits_are_inclusive(r_record, capsys):
+    """Exactly 600 s and 16,000,000 bytes break no rule of them; the worst folder counts."""
+    verify = r_tool("rules").verify
+    r_train_time(r_record, 600000)
+    size = 16_000_000 - json.loads((r_record / "submission.json").read_text())["bytes_code"]
+    r_again(r_record, r"(Total submission size:) \d+", r"\1 16000000")
+    r_again(r_record, r"(Serialized model \S+:) \d+", rf"\1 {size}")
+    texts = [str(f) for f in verify(r_record) if f.rule.name in ("clock", "sizes")]
+    assert not [text for text in texts if "at most" in text or " over " in text]
+    good = ROOT / "records" / "track_non_record_16mb" / "2026-11-21_PROTEUS_demo"
+    assert r_tool("make_record").main(["verify", str(r_record), str(good)]) == 1
+    assert capsys.readouterr().out.endswith("2026-11-21_PROTEUS_demo: no fault found\n")
 
 
 def test_r_every_rule_is_broken_by_a_test():

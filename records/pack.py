@@ -19,7 +19,9 @@ import functools
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mixing
 
@@ -47,7 +49,9 @@ class PackError(ValueError):
 
 
 class Bare(ast.NodeTransformer):
-    """A program without what only a reader needs; dataclasses keep the types of their fields."""
+    """A program without what only a reader needs; classes keep the types of their fields."""
+
+    field_type: Callable[[ast.expr], ast.expr] | None = None  # in a class: what becomes of types
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
         """ABOUT in the place of the docstring."""
@@ -57,26 +61,32 @@ class Bare(ast.NodeTransformer):
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         """No docstring, no type of the result."""
-        node.body = node.body[bool(ast.get_docstring(node)) :] or [ast.Pass()]
-        node.returns = None
-        return self.generic_visit(node)
+        return self.inside(node, None)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         """No docstring; what a NamedTuple says of its fields is 0."""
+        named = [*map(ast.unparse, node.bases)] == ["NamedTuple"]
+        return self.inside(node, lambda given: ast.Constant(0) if named else given)
+
+    def inside(self, node: Any, field_type: Callable[[ast.expr], ast.expr] | None) -> Any:
+        """A function or class without docstring and result, its body visited as one."""
         node.body = node.body[bool(ast.get_docstring(node)) :] or [ast.Pass()]
-        for child in node.body:
-            if isinstance(child, ast.AnnAssign):
-                if [*map(ast.unparse, node.bases)] == ["NamedTuple"]:
-                    child.annotation = ast.Constant(0)
-                self.generic_visit(child)
-            else:
-                self.visit(child)
+        if hasattr(node, "returns"):
+            node.returns = None
+        outer, self.field_type = self.field_type, field_type
+        self.generic_visit(node)
+        self.field_type = outer
         return node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """A variable without its type."""
-        bare = ast.Assign([node.target], node.value, lineno=node.lineno) if node.value else node
-        return self.generic_visit(bare)
+        """A variable without its type, a field of a class with it."""
+        if self.field_type:
+            node.annotation = self.field_type(node.annotation)
+        elif node.value:
+            node = ast.Assign([node.target], node.value, lineno=node.lineno)
+        return self.generic_visit(node)
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         """A parameter without its type."""
@@ -85,8 +95,9 @@ class Bare(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
         """`setting(default, help text, ...)` without the text."""
-        if ast.unparse(node.func) == "setting":
-            node.args[1] = ast.Constant("")
+        if ast.unparse(node.func) == "setting" and len(node.args) > 1:
+            if isinstance(node.args[1], ast.Constant):
+                node.args[1] = ast.Constant("")
         return self.generic_visit(node)
 
 
@@ -133,17 +144,19 @@ def pack(source: str) -> bytes:
 def unpack(data: bytes) -> str:
     """The source that a file runs, packed or not; nothing of it is executed."""
     if not data.startswith(STUB.splitlines()[0].encode()):
-        return data.decode("utf-8", "replace")
-    pattern = re.escape(STUB).replace("%s", "(.*)").replace("%d", r"(\d{1,10})")
+        return re.sub("\r\n?", "\n", data.decode("utf-8", "replace"))
+    string, number = r'((?:[^"\\]|\\.)*)', r"(\d{1,10})"  # such literals run nothing
+    pattern = re.escape(STUB).replace("%s", string).replace("%d", number)
     parts = re.fullmatch(pattern, data.decode("latin-1"))
     if not parts or int(parts[3]) > LONGEST:
         raise PackError("packed, but not by this version of pack.py")
     try:
-        carried = ast.literal_eval(f'"{parts[1]}"').encode("latin-1")
-        carried = zlib.decompressobj().decompress(carried, 1 << 16).decode()
-        if ast.dump(ast.parse(carried)) != ast.dump(ast.parse(decoder())):
+        known, text = (ast.literal_eval(f'"{part}"') for part in parts.group(1, 2))
+        stream = zlib.decompressobj()
+        carried = stream.decompress(known.encode("latin-1"), 1 << 16).decode()
+        if not stream.eof or ast.dump(ast.parse(carried)) != ast.dump(ast.parse(decoder())):
             raise PackError("its decoder is not that of mixing.py: what it runs cannot be told")
-        source = mixing.decode(parts[2].encode("latin-1"), int(parts[3]), carried)
+        source = mixing.decode(text.encode("latin-1"), int(parts[3]), carried)
     except (ValueError, SyntaxError, zlib.error) as error:
         raise PackError(f"a damaged packed file: {error}") from error
     if zlib.crc32(source.encode()) != int(parts[4]):

@@ -6,6 +6,7 @@ marked `ours` ask for evidence that our generator always gives and others may no
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
@@ -76,6 +77,8 @@ class Folder:
     def is_record(self) -> bool:
         """Whether the folder claims the record track."""
         track = self.submission.get("track") or self.mirror.get("folder") or str(self.path.parent)
+        place = self.path.resolve().parent.name
+        track = place if place.startswith("track_") else track
         return "non_record" not in str(track) and "non-record" not in str(track)
 
     @cached_property
@@ -120,8 +123,8 @@ def check_submission(folder: Folder) -> Found:
         return
     for key, kind in REQUIRED.items():
         value = folder.submission.get(key)
-        good = is_number(value) if kind in (int, float) else isinstance(value, str) and value
-        if not good:
+        given = isinstance(value, str) and value.strip()
+        if not (is_number(value) if kind in (int, float) else given):
             yield "submission.json", f"{key} is {value!r}, expected {kind.__name__}"
 
 
@@ -136,6 +139,8 @@ def check_schema(folder: Folder) -> Found:
         missing = [key for key in SEED_SCHEMA if not is_number(claim.get(key))]
         if missing:
             yield f"submission.json seed {seed}", f"no {', '.join(missing)}"
+        if not re.fullmatch(r"[0-9a-f]{64}", str(claim.get("artifact_sha256"))):
+            yield f"submission.json seed {seed}", "artifact_sha256 is no SHA-256"
     for key, value in dict(folder.submission.get("compliance") or {}).items():
         if isinstance(value, str) or value is False:
             yield f"submission.json compliance.{key}", f"{value!r} is not a yes or a number"
@@ -163,15 +168,18 @@ def check_evidence(folder: Folder) -> Found:
     tokenizer, totals = manifest.get("tokenizer") or {}, manifest.get("totals") or {}
     for split in ("train", "val"):
         count = totals.get(split) or {}
-        if not (count.get("tokens") and count.get("source_bytes")) or count.get("bad_documents"):
-            yield "manifest.json", f"no exact totals of {split}: {count or 'none'}"
+        shards = [s for name, s in manifest["shards"].items() if f"_{split}_" in name]
+        summed = {key: sum(shard[key] for shard in shards) for key in ("tokens", "source_bytes")}
+        if count.get("bad_documents") or not shards or any(
+                count.get(key) != value for key, value in summed.items()):
+            yield "manifest.json", f"totals of {split} {count}, its {len(shards)} shards {summed}"
     if tokenizer.get("byte_exact") is not True:
         yield "manifest.json", f"byte_exact of its tokenizer is {tokenizer.get('byte_exact')!r}"
-    named = [p for p in folder.path.iterdir() if p.suffix in (".yaml", ".vocab", ".model")]
-    source = next((p for p in named if sha256(p) == tokenizer.get("sha256")), None)
-    if not source:
-        yield "manifest.json", (f"made with a vocabulary of sha256 {tokenizer.get('sha256')}, the "
-                                f"folder holds {[p.name for p in named] or 'none'}")
+    source = folder.path / Path(str(tokenizer.get("path"))).name
+    digest = sha256(source) if source.is_file() else None
+    if digest != tokenizer.get("sha256"):
+        yield "manifest.json", (f"made with a vocabulary of sha256 {tokenizer.get('sha256')}, "
+                                f"{source.name} in the folder has {digest}")
     elif tokenizer.get("kind") == "tokenmonster":
         yield from check_byte_table(folder, source)
 
@@ -224,6 +232,12 @@ def check_duplicates(folder: Folder) -> Found:
         twin = seen.setdefault(run.losses, run.path.name)
         if twin != run.path.name:
             yield run.path.name, f"holds the same losses as {twin}, line by line"
+    seen = {}
+    for run in filter(lambda run: run.ours and run.headline, folder.runs):
+        same_as = {seen.setdefault(mark, run.path.name) for mark in (
+            run.headline.loss, folder.claims.get(run.seed, {}).get("artifact_sha256")) if mark}
+        for twin in same_as - {run.path.name}:
+            yield run.path.name, f"ends with the score or the artifact of {twin}"
 
 
 def check_configuration(folder: Folder) -> Found:
@@ -235,10 +249,13 @@ def check_configuration(folder: Folder) -> Found:
                  for name in ("world", "device", "torch", "cuda", "params")}
         pairs |= {name: (first.settings.get(name), run.settings.get(name))
                   for name in sorted({*first.settings, *run.settings} - PER_RUN)}
-        pairs["SEED"] = str(run.seed), run.settings.get("SEED")
+        pairs["SEED"] = str(run.facts.get("seed")), run.settings.get("SEED")
+        pairs["LOAD_ARTIFACT"] = "", run.settings.get("LOAD_ARTIFACT")
         for name, (expected, found) in pairs.items():
             if found != expected:
-                yield run.path.name, f"{name} is {found}, in {first.path.name} {expected}"
+                yield run.path.name, f"{name} is {found!r}, expected {expected!r}"
+        if (run.steps or 0) > int(run.settings["ITERATIONS"]):
+            yield run.path.name, f"{run.steps} steps of {run.settings['ITERATIONS']}"
 
 
 def check_complete(folder: Folder) -> Found:
@@ -250,6 +267,11 @@ def check_complete(folder: Folder) -> Found:
             yield run.path.name, "holds no final score"
         if run.resumed:
             yield run.path.name, "the run was resumed from a checkpoint"
+        for conflict in run.conflicts if run.ours else ():
+            yield run.path.name, f"says two things: {conflict}"
+        said = run.summary.get("byte_audit"), run.summary.get("bytes_total")
+        if run.ours and said != (run.audit, str(run.total_bytes)):
+            yield run.path.name, f"its summary says {said}, its lines {run.audit, run.total_bytes}"
 
 
 def known_scores(run: Run) -> list[Score]:
@@ -258,7 +280,16 @@ def known_scores(run: Run) -> list[Score]:
 
 
 def check_scores(folder: Folder) -> Found:
-    """Scores and sizes of each seed are those of its log."""
+    """Scores and sizes of each seed are those of its log; ours claim their last enabled mode."""
+    for run in filter(lambda run: run.ours and run.headline, folder.runs):
+        enabled = [mode for mode in ("roundtrip", "sliding", "ttt", "ngram")
+                   if mode in run.settings["EVAL_MODES"].split(",")
+                   and run.settings.get(f"{mode.upper()}_ENABLED") != "0"]
+        mode = run.summary.get("headline_mode")
+        stage = run.scores.get(mode)
+        if enabled[-1:] != [mode] or (stage and stage[:2]) != run.headline[:2]:
+            yield run.path.name, (f"ends with {run.headline[:2]} as {mode}, enabled are {enabled}, "
+                                  f"and that line says {stage and stage[:2]}")
     for seed, claim in folder.claims.items():
         for run in folder.runs_of(seed)[:1]:
             where = f"submission.json seed {seed}"
@@ -358,7 +389,7 @@ def check_code_text(folder: Folder) -> Found:
     for run in folder.runs:
         if run.code_sha256 != digest:
             yield run.path.name, f"of code with sha256 {run.code_sha256}, train_gpt.py has {digest}"
-        if source not in run.source:
+        if run.source.rstrip() != source:
             yield run.path.name, "begins with other source than train_gpt.py runs"
 
 
@@ -383,7 +414,7 @@ def check_evaluation_clock(folder: Folder) -> Found:
 def check_hardware(folder: Folder) -> Found:
     """Eight ranks; ours say on which GPU."""
     for run in folder.runs:
-        if run.world not in (None, 8):
+        if run.world not in ((8,) if run.ours else (None, 8)):
             yield run.path.name, f"ran on {run.world} ranks, a record on 8"
         if run.ours and "H100" not in (run.device or ""):
             yield run.path.name, f"ran on {run.device}, a record on 8xH100"
@@ -402,9 +433,6 @@ def check_order(folder: Folder) -> Found:
             every = (chunks + [2, 2])[1] - 1
             if chunks != sorted({*range(1, last + 1, max(every, 1)), last}):
                 yield run.path.name, f"the chunks of TTT in the log are {chunks} of {last}"
-        if run.ours and run.summary.get("headline_mode") == "ttt" and (
-                not ttt or not run.chunks or run.headline and ttt.bpb != run.headline.bpb):
-            yield run.path.name, "the headline is TTT's, but no score-first TTT is in the log"
 
 
 def check_compliance(folder: Folder) -> Found:
@@ -508,8 +536,10 @@ def check_generated(folder: Folder) -> Found:
     if not all(run.ours and run.finished and run.headline for run in runs) or not runs:
         return
     typed = {key: folder.submission.get(key) for key in TYPED}
-    if not re.fullmatch(r"\d{4}-\d\d-\d\d", str(typed["date"])):
-        yield "submission.json", f"date {typed['date']!r} is not YYYY-MM-DD"
+    try:
+        datetime.date.fromisoformat(typed["date"])
+    except (TypeError, ValueError):
+        yield "submission.json", f"date {typed['date']!r} is no YYYY-MM-DD"
     place = folder.path.resolve().parent.name
     if place.startswith("track_") and typed["track"] != place:
         yield "submission.json", f"track {typed['track']!r}, but the folder is in {place}"

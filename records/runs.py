@@ -97,6 +97,7 @@ class Run:
     resumed: bool = False
     finished: bool = False  # the headline is the last line
     stopped: tuple[float, int] | None = None  # (ms, step) of stopping_early
+    conflicts: list[str] = field(default_factory=list)  # facts of which it says two things
     clocks: list[float] = field(default_factory=list)  # ms: the slowest rank's, after calibration
 
     def __getattr__(self, name: str) -> Any:
@@ -147,11 +148,9 @@ class Run:
 
     @property
     def eval_seconds(self) -> float | None:
-        """Seconds of all evaluation of the artifact: the summary's, else the lines' sum."""
-        if "seconds_eval" in self.summary:
-            return float(self.summary["seconds_eval"])
+        """Seconds of all evaluation of the artifact: the summary's or the lines' sum, if longer."""
         spent = [s.eval_ms for name, s in self.named.items() if s.eval_ms and "ema" not in name]
-        return sum(spent) / 1e3 if spent else None
+        return max(sum(spent) / 1e3, float(self.summary.get("seconds_eval", 0))) or None
 
     @property
     def headline(self) -> Score | None:
@@ -183,7 +182,7 @@ def read_run(path: Path) -> Run:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror}; name a log that exists") from error
-    lines = text.splitlines()
+    lines = text.split("\n")  # not at form feeds, which source may hold
     run = Run(path)
     start = next((i for i, line in enumerate(lines) if re.match(r"python \d", line)), 0)
     run.source = "\n".join(lines[:start]) + "\n" if start else ""
@@ -222,10 +221,13 @@ def read_line(run: Run, line: str) -> None:
         run.settings[match[1]] = match[2]
     elif match := re.match(r"([a-z][a-z0-9_]*): (\S+)$", line):
         run.summary[match[1]] = match[2]
-    run.resumed = run.resumed or bool(re.match(r"resumed step:[1-9]", line))
+    run.resumed = run.resumed or bool(re.match(r"resumed step:0*[1-9]", line))
     for name, pattern in FACT_PATTERNS.items():
         if match := pattern.match(line):
-            run.facts[name] = int(match[1]) if name in FACTS else match[1]
+            found = int(match[1]) if name in FACTS else match[1]
+            if run.facts.setdefault(name, found) != found:
+                run.conflicts.append(f"{name} {run.facts[name]} and {found}")
+            run.facts[name] = found
 
 
 def read_score(run: Run, match: re.Match[str], line: str) -> None:
@@ -243,8 +245,9 @@ def read_score(run: Run, match: re.Match[str], line: str) -> None:
 
 
 def find_logs(folder: Path) -> list[Path]:
-    """Logs of a record folder."""
-    return sorted(p for p in folder.glob("train*") if p.suffix in (".log", ".txt"))
+    """Logs of a record folder, wherever in it they are."""
+    return sorted(p for p in folder.rglob("*") if p.suffix == ".log"
+                  or p.suffix == ".txt" and p.name.lower().startswith("train"))
 
 
 def find_run_log(name: str) -> Path:
