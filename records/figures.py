@@ -1,4 +1,4 @@
-"""Tables and curves of runs: Markdown side by side, and one PNG with four panels."""
+"""Tables and curves of runs: Markdown side by side, and one PNG with five panels."""
 
 from __future__ import annotations
 

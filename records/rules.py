@@ -156,18 +156,22 @@ def check_files(folder: Folder) -> Found:
 
 
 def check_evidence(folder: Folder) -> Found:
-    """What it takes to run and audit it again: requirements, curves, ledger, byte table."""
+    """What it takes to run and audit it again: requirements, curves, the ledger of bytes."""
     for name in ("requirements.txt", "curves.png", "manifest.json"):
         if name not in folder.names:
             yield name, "missing"
         elif folder.has(name) and not (folder.path / name).stat().st_size:
             yield name, "empty"
+
+
+def check_ledger(folder: Folder) -> Found:
+    """The ledger is exact, its totals are its shards', and its tokenizer is in the folder."""
     if not folder.has("manifest.json"):
         return
     manifest = folder.read_json("manifest.json")
-    tokenizer, totals = manifest.get("tokenizer") or {}, manifest.get("totals") or {}
+    tokenizer = manifest.get("tokenizer") or {}
     for split in ("train", "val"):
-        count = totals.get(split) or {}
+        count = (manifest.get("totals") or {}).get(split) or {}
         shards = [s for name, s in manifest["shards"].items() if f"_{split}_" in name]
         summed = {key: sum(shard[key] for shard in shards) for key in ("tokens", "source_bytes")}
         if count.get("bad_documents") or not shards or any(
@@ -180,27 +184,27 @@ def check_evidence(folder: Folder) -> Found:
     if digest != tokenizer.get("sha256"):
         yield "manifest.json", (f"made with a vocabulary of sha256 {tokenizer.get('sha256')}, "
                                 f"{source.name} in the folder has {digest}")
-    elif tokenizer.get("kind") == "tokenmonster":
-        yield from check_byte_table(folder, source)
 
 
-def check_byte_table(folder: Folder, source: Path) -> Found:
-    """The byte table that BPB was computed with is that of the vocabulary."""
+def check_byte_table(folder: Folder) -> Found:
+    """The byte table behind BPB is that of the vocabulary, token by token."""
+    vocabularies = sorted(folder.path.glob("*.yaml"))
+    if not vocabularies:
+        return
     import retokenize_scylla
 
-    vocabulary = retokenize_scylla.load_vocabulary(source)
-    tables = [*folder.path.glob("*.meta.npz")]
     try:
-        (path,) = tables
+        vocabulary = retokenize_scylla.load_vocabulary(vocabularies[0])
+        (path,) = folder.path.glob("*.meta.npz")
         with np.load(path, allow_pickle=False) as meta:
-            right = np.array_equal(meta["base_bytes"], vocabulary.base_bytes())
-            right = right and not meta["has_leading_space"].any()
-            right = right and meta["is_boundary_token"].nonzero()[0].tolist() == [vocabulary.bos_id]
-    except Exception as error:  # of any kind: a file of a stranger
-        yield "*.meta.npz", f"no byte table can be read ({error!r})"
+            right = (np.array_equal(meta["base_bytes"], vocabulary.base_bytes())
+                     and not meta["has_leading_space"].any()
+                     and [*meta["is_boundary_token"].nonzero()[0]] == [vocabulary.bos_id])
+    except Exception as error:  # of any kind: the files are a stranger's
+        yield "*.meta.npz", f"no byte table of {vocabularies[0].name} can be read ({error!r})"
         return
     if not right:
-        yield path.name, f"counts other bytes than the tokens of {source.name} have"
+        yield path.name, f"counts other bytes than the tokens of {vocabularies[0].name} have"
 
 
 def sha256(path: Path) -> str:
@@ -279,8 +283,8 @@ def known_scores(run: Run) -> list[Score]:
     return [run.headline] if run.ours and run.headline else list(run.named.values())
 
 
-def check_scores(folder: Folder) -> Found:
-    """Scores and sizes of each seed are those of its log; ours claim their last enabled mode."""
+def check_headline(folder: Folder) -> Found:
+    """The last line is the score of the last mode that the settings enable, as its line says."""
     for run in filter(lambda run: run.ours and run.headline, folder.runs):
         enabled = [mode for mode in ("roundtrip", "sliding", "ttt", "ngram")
                    if mode in run.settings["EVAL_MODES"].split(",")
@@ -290,6 +294,10 @@ def check_scores(folder: Folder) -> Found:
         if enabled[-1:] != [mode] or (stage and stage[:2]) != run.headline[:2]:
             yield run.path.name, (f"ends with {run.headline[:2]} as {mode}, enabled are {enabled}, "
                                   f"and that line says {stage and stage[:2]}")
+
+
+def check_scores(folder: Folder) -> Found:
+    """Scores and sizes of each seed are those of its log."""
     for seed, claim in folder.claims.items():
         for run in folder.runs_of(seed)[:1]:
             where = f"submission.json seed {seed}"
@@ -596,6 +604,11 @@ RULES = (
          "retokenize_scylla.py and score again"),
     Rule("schema", check_schema, AGAIN, ours=True),
     Rule("evidence", check_evidence, AGAIN, ours=True),
+    Rule("ledger", check_ledger, "re-tokenize with retokenize_scylla.py, which writes it, and run "
+         "again", ours=True),
+    Rule("byte table", check_byte_table, "put in the .meta.npz that retokenize_scylla.py wrote "
+         "with this vocabulary; if it is another, score again", ours=True),
+    Rule("headline", check_headline, "run again; the mode is fixed by the settings", ours=True),
     Rule("code text", check_code_text, "run the seed again with this train_gpt.py", ours=True),
     Rule("audit", check_audit, "re-tokenize with retokenize_scylla.py, which writes the ledger, "
          "and score again", ours=True),
