@@ -6841,6 +6841,10 @@ R_BROKEN = {  # what is done to the folder -> rule, and a part of where it is fo
     "missing log": (lambda f: (f / "train_seed1337.log").unlink(), "seeds", "submission.json"),
     "two seeds": (lambda f: [(f / "train_seed1337.log").unlink(), r_submission(
         f, seeds=[42, 2024], seed_results__1337=None)], "seeds", "train_seed"),
+    "a log under another seed's name": (lambda f: (f / "train_seed42.log").rename(
+        f / "train_seed7.log"), "seeds", "train_seed7.log"),
+    "steps of another run": (lambda f: r_submission(f, seed_results__42__steps=10), "scores",
+                             "seed 42"),
     "log of a seed that is not claimed": (lambda f: r_submission(
         f, seed_results__1337=None, seeds=[42, 2024]), "seeds", "train_seed1337.log"),
     "duplicated log": (lambda f: shutil.copy(f / "train_seed42.log", f / "train_seed1337.log"),
@@ -7012,6 +7016,39 @@ def test_r_verify_names_each_fault(case, r_record, capsys):
     printed = capsys.readouterr().out
     assert re.search(rf"(?m)^2030-01-02_Tiny: {rule}( \(our rule\))?: [^:]*{re.escape(where)}"
                      rf"[^:]*: .* Remedy: {re.escape(remedy)}$", printed), printed
+
+
+R_FIELD_LOG = (
+    "model_params:123\nworld_size:8 grad_accum_steps:1\nseed:7\n"
+    "stopping_early: wallclock_cap train_time:599000ms step:4000/20000\n"
+    "Code size: 100 bytes\nSerialized model int6+zlib: 15000000 bytes\n"
+    "Total submission size int6+zlib: 15000100 bytes\n"
+    "final_int6_sliding_window_exact val_loss:1.95000000 val_bpb:1.15000000\n"
+    "final_int6_sliding_window val_loss:1.9500 val_bpb:1.1500 eval_time:90000ms\n")
+
+
+@pytest.mark.parametrize(("rule", "log", "claims"), [
+    (None, ("", ""), {}),
+    ("means", ("", ""), dict(val_bpb=1.148)), ("sizes", ("", ""), dict(bytes_total=16_000_001)),
+    ("sizes", ("Total submission size int6+zlib: 1", "Total submission size int6+zlib: 2"), {}),
+    ("code", ("Code size: 1", "Code size: 2"), {}), ("seeds", ("seed:7", "seed:8"), {}),
+    ("clock", ("599000ms", "600001ms"), {}), ("evaluation clock", ("90000ms", "601000ms"), {}),
+    ("hardware", ("world_size:8", "world_size:4"), {}),
+    ("complete", ("sliding_window", "x"), {}),
+    ("compliance", ("", ""), dict(blurb="scored by two-pass evaluation")),
+    ("submission", ("", ""), dict(author=None)),
+])
+def test_r_rules_bind_everybody(rule, log, claims, tmp_path):
+    """A folder in the field's dialect: only our own rules break; a fault breaks its rule too."""
+    (tmp_path / "train_seed7.log").write_text(R_FIELD_LOG.replace(*log) if log[0] else R_FIELD_LOG)
+    (tmp_path / "train_gpt.py").write_text("#" * 100)
+    (tmp_path / "README.md").write_text("A record.\n")
+    about = dict(author="A", github_id="a", name="B", date="2026-04-01", val_bpb=1.15,
+                 val_loss=1.95, bytes_total=15_000_100, track="10min_16mb", blurb="")
+    (tmp_path / "submission.json").write_text(json.dumps(about | claims))
+    found = {f.rule.name for f in r_tool("rules").verify(tmp_path) if not f.rule.ours
+             and "at least 3" not in f.what}  # seeds
+    assert found >= {rule} if rule else not found, found
 
 
 @pytest.mark.parametrize("change", [

@@ -29,7 +29,6 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import figures  # noqa: E402
 import generated  # noqa: E402
-import pack  # noqa: E402
 import rules  # noqa: E402
 from figures import markdown, spread_of  # noqa: E402
 from runs import RecordError, Run, find_run_log, read_run  # noqa: E402
@@ -403,7 +402,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             return {"make": make, "verify": verify, "survey": survey, "plot": draw}[
                 options.command](options)
-    except (RecordError, pack.PackError, OSError) as error:
+    except (RecordError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -5,7 +5,8 @@
 
 Comments, docstrings, help texts of settings, blank lines and annotations of functions go, and so do
 line breaks within statements and indentation beyond a blank a level; names, statements and settings
-stay. The rest is compressed by context mixing (mixing.py) to characters that a Latin-1 string
+stay. (A program that reads annotations of functions as it runs is none for this packer.) The rest
+is compressed by context mixing (mixing.py) to characters that a Latin-1 string
 literal can hold; its decoder comes first, compressed by zlib. Starting takes some 6 s more.
 Tracebacks and the log's source dump show the source through `linecache`; nothing is written to
 disk. The size that counts is that of the packed file, and the log prints it.
