@@ -7218,7 +7218,7 @@ def test_r_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="--jobs 0"):
         ablate.slots(0)
     monkeypatch.setattr(sys, "argv", ["ablate", str(tmp_path / "none.json")])
-    with pytest.raises(SystemExit, match="none.json: no plan"):
+    with pytest.raises(SystemExit, match="none.json: nothing to read"):
         ablate.main()
     code = tmp_path / "out" / "train_gpt.py"
     code.write_text("another")

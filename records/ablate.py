@@ -190,6 +190,14 @@ def table(results: dict[str, list[dict]], against: dict[str, str] | None = None)
     return figures.markdown(head, rows)
 
 
+def read_json(path: Path) -> dict:
+    """A plan or kept results; SystemExit if there are none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: nothing to read ({error}); see records/plans/") from error
+
+
 def main() -> int:
     """Run a plan and print its table; it is also written, with results.json beside it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -199,14 +207,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     parser.add_argument("--table", action="store_true", help="only the table of kept results")
     options = parser.parse_args()
-    try:
-        plan = json.loads(options.plan.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"{options.plan}: no plan ({error}); see records/plans/") from error
+    plan = read_json(options.plan)
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
     if options.table:
-        path = options.plan.parent / "results" / options.plan.name
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = read_json(options.plan.parent / "results" / options.plan.name)
         print(table(results, plan.get("against")))
         return 0
     if options.list:
