@@ -23,7 +23,8 @@ DATA_DIR=${DATA_DIR:-data/record} SEEDS=${SEEDS:-42 1337 2024} NNODES=${NNODES:-
 VOCAB_SHA256=${VOCAB_SHA256:-a0177241aca1871f861fec49b7f1ee737d029e8e09e320b0efd5d5ea7bee5517}
 VOCAB_REPO=${VOCAB_REPO:-https://github.com/openai/parameter-golf}
 VOCAB_REF=${VOCAB_REF:-refs/pull/1314/head}
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+devices=$(nvidia-smi -L 2>/dev/null || true)
+gpus=$(grep -c '^GPU' <<< "$devices" || true)
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [[ ${PRESET:-record} == demo ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
 TRACK=${TRACK:-track_${kind}_16mb} RECORD_NAME=${RECORD_NAME:-$name}
@@ -52,9 +53,8 @@ everything in small with PRESET=demo"
 RDZV_ENDPOINT=host:port of the first machine, and on each machine its NODE_RANK, from 0"
 NODE_RANK=${NODE_RANK:-0}
 if [[ $TRACK == track_10min_16mb ]]; then
-    nvidia-smi -L 2>/dev/null | grep -q H100 && [[ $((NPROC * NNODES)) == 8 ]] || die "a record runs \
-on 8 ranks on H100s, not on $((NPROC * NNODES)) on these: $(nvidia-smi -L 2>&1 | head -1); to run all \
-the same, set TRACK=track_non_record_16mb"
+    [[ $devices == *H100* && $((NPROC * NNODES)) == 8 ]] || die "a record runs on 8 ranks on H100s, \
+not on $((NPROC * NNODES)) on ${devices%%$'\n'*}; to run all the same, set TRACK=track_non_record_16mb"
 fi
 room() {  # folder, GB, remedy
     local free

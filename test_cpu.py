@@ -7379,6 +7379,23 @@ def test_r_script_says_what_is_missing(change, message, tmp_path):
     assert done.returncode == 1 and message in done.stderr, done
 
 
+@pytest.mark.parametrize(("name", "count", "message"), [
+    ("H100 80GB HBM3", 8, "lacks a package"), ("H100 80GB HBM3", 4, "on 4 on GPU 0: NVIDIA H100"),
+    ("A100-SXM4-80GB", 8, "on 8 on GPU 0: NVIDIA A100")])
+def test_r_script_knows_the_machine_of_a_record(name, count, message, tmp_path):
+    """Eight H100s go on to the environment; other machines are named, with the way out."""
+    listing = "".join(f"GPU {i}: NVIDIA {name} (UUID: GPU-{i:036d})\n" for i in range(count))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'E'\n{listing}E\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environ = dict(AUTHOR="A", GITHUB_ID="a", DATA_DIR=str(tmp_path), DATA_PATH=str(tmp_path),
+                   PYTHON="/bin/false", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", ROOT / "run_8xh100.sh"], env=os.environ | environ,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr, done
+    assert ("TRACK=track_non_record_16mb" in done.stderr) == ("on GPU 0" in message)
+    assert f"{count} GPUs, {count} processes" in done.stdout
+
+
 @pytest.mark.slow
 def test_r_script_from_bare_machine_to_folder(r_hub, tmp_path):
     """Fetch, find the vocabulary, re-tokenize, pre-flight, smoke, two seeds on two ranks, folder.
