@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shutil
 import statistics
@@ -292,34 +291,39 @@ def survey_row(folder: rules.Folder) -> dict[str, Any]:
     return row
 
 
+def alarms(folder: rules.Folder) -> list[str]:
+    """A row of the survey: the folder, the first fault of each rule of all, our rules it breaks."""
+    found = rules.verify(folder.path)
+    by_rule: dict[str, list[rules.Finding]] = {}
+    for finding in found:
+        by_rule.setdefault(finding.rule.name, []).append(finding)
+    texts = [f"{name}: {some[0].where}: {some[0].what}"
+             + (f" (and {len(some) - 1} more)" if len(some) > 1 else "")
+             for name, some in by_rule.items() if not some[0].rule.ours]
+    ours = sorted(name for name, some in by_rule.items() if some[0].rule.ours)
+    return [folder.path.name, "; ".join(texts).replace("|", "/") or "none", ", ".join(ours)]
+
+
+def published_text(rows: list[dict[str, Any]]) -> str:
+    """published.json with these results, a line each; facts and notes stay as they are."""
+    known = rules.published()
+    kept = {row["name"]: {k: row[k] for k in ("excluded", "note") if k in row}
+            for row in known["results"]}
+    text = ",\n  ".join(json.dumps(row | kept.get(row["name"], {}), ensure_ascii=False)
+                        for row in rows if rules.is_number(row["val_bpb"]))
+    head = json.dumps({k: v for k, v in known.items() if k != "results"}, indent=1,
+                      ensure_ascii=False)
+    return f'{head[:-2]},\n "results": [\n  {text}\n ]\n}}\n'
+
+
 def survey(options: argparse.Namespace) -> int:
     """Verify many folders; the table of alarms, and with --json the results as data."""
     folders = [rules.Folder(path) for path in options.folders]
-    rows, results = [], []
-    for folder in folders:
-        found = rules.verify(folder.path)
-        faults = [f for f in found if not f.rule.ours]
-        ours = sorted({f.rule.name for f in found if f.rule.ours})
-        first = dict.fromkeys(f.rule.name for f in faults)
-        texts = [next(f"{f.rule.name}: {f.where}: {f.what}" for f in faults if f.rule.name == name)
-                 + (f" (and {n - 1} more)" if (n := sum(f.rule.name == name for f in faults)) > 1
-                    else "") for name in first]
-        rows.append([folder.path.name, "; ".join(texts).replace("|", "/") or "none",
-                     ", ".join(ours)])
-        if len(folder.names) > 1:
-            results.append(survey_row(folder))
-    print(markdown(["folder", "faults by the challenge's rules", "our rules"], rows))
+    print(markdown(["folder", "faults by the challenge's rules", "our rules"],
+                   map(alarms, folders)))
     if options.json:
-        known = rules.published()
-        kept = {row["name"]: {k: row[k] for k in ("excluded", "note") if k in row}
-                for row in known["results"]}
-        results = [row | kept.get(row["name"], {}) for row in results
-                   if row["val_bpb"] is not None and math.isfinite(row["val_bpb"])]
-        text = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in results)
-        head = json.dumps({k: v for k, v in known.items() if k != "results"}, indent=1,
-                          ensure_ascii=False)
-        options.json.write_text(f'{head[:-2]},\n "results": [\n  {text}\n ]\n}}\n',
-                                encoding="utf-8")
+        rows = [survey_row(folder) for folder in folders if len(folder.names) > 1]
+        options.json.write_text(published_text(rows), encoding="utf-8")
     return 0
 
 

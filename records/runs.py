@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ SCORE = re.compile(r"([A-Za-z][A-Za-z0-9_ -]*?)(_exact)? (?:non_compliant |strid
                    rf"val_loss: ?{NUMBER} val_bpb: ?{NUMBER}")
 CLOCK = re.compile(r"(?:train_clock slowest_rank|gptq_calibration train_time):(\d+)ms")
 STOP = re.compile(r"stopping_early: \S+ train_time: ?(\d+)ms step: ?(\d+)/")
+SETTING = re.compile(r"([A-Z][A-Z0-9_]+)=(.*)$")
+SUMMARY = re.compile(r"([a-z][a-z0-9_]*): (\S+)$")
 CHUNK = re.compile(r"\s*ttt_chunk \[(\d+)/(\d+)\]")
 FACTS = {  # name -> pattern of the line; the last one in the log counts
     "seed": r"seed: ?(\d+)$",
@@ -201,26 +204,10 @@ def milliseconds(number: str | None, unit: str | None) -> float | None:
 
 def read_line(run: Run, line: str) -> None:
     """Enter one line of a log into the run."""
-    if match := TRAIN.match(line):
-        step, loss, time, unit = match.groups()
-        scale = re.search(rf" lr_scale:{NUMBER}", line)
-        run.train.append(Point(int(step), float(loss), None, milliseconds(time, unit),
-                               float(scale[1]) if scale else None))
-    elif match := VAL.match(line):
-        step, loss, bpb, time, unit = match.groups()
-        run.val.append(Point(int(step), float(loss), float(bpb), milliseconds(time, unit)))
-    elif match := SCORE.match(line):
-        read_score(run, match, line)
-    elif match := STOP.match(line):
-        run.stopped = float(match[1]), int(match[2])
-    elif match := CLOCK.match(line):
-        run.clocks.append(float(match[1]))
-    elif match := CHUNK.match(line):
-        run.chunks.append((int(match[1]), int(match[2])))
-    elif match := re.match(r"([A-Z][A-Z0-9_]+)=(.*)$", line):
-        run.settings[match[1]] = match[2]
-    elif match := re.match(r"([a-z][a-z0-9_]*): (\S+)$", line):
-        run.summary[match[1]] = match[2]
+    for pattern, enter in LINES:
+        if match := pattern.match(line):
+            enter(run, match)
+            break
     run.resumed = run.resumed or bool(re.match(r"resumed step:0*[1-9]", line))
     for name, pattern in FACT_PATTERNS.items():
         if match := pattern.match(line):
@@ -230,9 +217,28 @@ def read_line(run: Run, line: str) -> None:
             run.facts[name] = found
 
 
-def read_score(run: Run, match: re.Match[str], line: str) -> None:
+def read_train(run: Run, match: re.Match[str]) -> None:
+    """Enter a step of training."""
+    step, loss, time, unit = match.groups()
+    scale = re.search(rf" lr_scale:{NUMBER}", match.string)
+    run.train.append(Point(int(step), float(loss), None, milliseconds(time, unit),
+                           float(scale[1]) if scale else None))
+
+
+def read_val(run: Run, match: re.Match[str]) -> None:
+    """Enter a validation while training."""
+    step, loss, bpb, time, unit = match.groups()
+    run.val.append(Point(int(step), float(loss), float(bpb), milliseconds(time, unit)))
+
+
+def read_stop(run: Run, match: re.Match[str]) -> None:
+    """Enter the step at which the clock ended training."""
+    run.stopped = float(match[1]), int(match[2])
+
+
+def read_score(run: Run, match: re.Match[str]) -> None:
     """Enter a line with a loss and a BPB; an exact one replaces its rounded twin."""
-    name, exact, loss, bpb = match.groups()
+    line, (name, exact, loss, bpb) = match.string, match.groups()
     time = re.search(r"eval_time: ?(\d+)ms", line)
     before = run.named.get(name)
     spent = float(time[1]) if time else before.eval_ms if before and exact else None
@@ -242,6 +248,15 @@ def read_score(run: Run, match: re.Match[str], line: str) -> None:
     stage = next((stage for stage, pattern in STAGES if re.match(pattern, name)), None)
     if stage:
         run.scores[stage] = score
+
+
+LINES: tuple[tuple[re.Pattern[str], Callable[[Run, re.Match[str]], None]], ...] = (
+    (TRAIN, read_train), (VAL, read_val), (SCORE, read_score), (STOP, read_stop),
+    (CLOCK, lambda run, match: run.clocks.append(float(match[1]))),
+    (CHUNK, lambda run, match: run.chunks.append((int(match[1]), int(match[2])))),
+    (SETTING, lambda run, match: run.settings.update([match.groups()])),
+    (SUMMARY, lambda run, match: run.summary.update([match.groups()])),
+)  # of these a line is the first that it matches
 
 
 def find_logs(folder: Path) -> list[Path]:
