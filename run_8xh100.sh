@@ -82,6 +82,12 @@ fi
 "$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib, pytest' ||
     die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
 "$PYTHON" --version
+list_settings() {  # of train_gpt.py, from the environment; wrong ones end the script
+    "$PYTHON" -c 'import os, torch, train_gpt as t
+try: print(t.settings_listing(t.Config.from_env(os.environ, torch.cuda.is_available())))
+except t.RunError as error: raise SystemExit(f"error: {error}")'
+}
+list_settings > /dev/null  # before anything is fetched
 [[ -z ${AGAINST:-} ]] || "$PYTHON" records/make_record.py compare "$AGAINST" > /dev/null ||
     die "AGAINST=$AGAINST names no result to test against"
 
@@ -132,9 +138,7 @@ else
 fi
 
 say "4 settings, data and code"
-settings=$("$PYTHON" -c 'import os, torch, train_gpt as t
-try: print(t.settings_listing(t.Config.from_env(os.environ, torch.cuda.is_available())))
-except t.RunError as error: raise SystemExit(f"error: {error}")')
+settings=$(list_settings)
 shards=$(cd "$DATA_PATH" && { cat manifest.json 2>/dev/null || true; wc -c ./*.bin; } | sha256sum)
 key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES $shards") | sha256sum | cut -c1-12)
 runs=$DATA_DIR/runs/$key

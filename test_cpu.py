@@ -7374,6 +7374,7 @@ def test_r_fetch_resumes_and_checks(r_hub, tmp_path):
     (dict(VOCAB="/no/such"), "VOCAB=/no/such"),
     (dict(DATA_DIR="/dev/null/x"), "DATA_DIR=/dev/null/x cannot be made"),
     (dict(AGAINST="2026-0"), "AGAINST=2026-0 names no result"),
+    (dict(MATRIX_LR="abc"), "MATRIX_LR=abc: expected a finite number"),
     (dict(PYTHON="/bin/false"), "requirements.txt"),
 ])
 def test_r_script_says_what_is_missing(change, message, tmp_path):

@@ -59,14 +59,12 @@ def stage_table(groups: dict[str, list[Run]], published: Iterable[Sequence[Any]]
 
 def published_row(name: str, bpb: Sample, row: dict[str, Any]) -> list[Any]:
     """A published result as a row of stage_table; BPB over corrected bytes where needed."""
-    def number(value: float | None, form: str) -> str | None:
-        return None if value is None else format(value, form)
-
     factor, stages = row.get("counted_over_true", 1.0), row.get("stages", {})
-    scores = [number(stages.get(stage) and factor * stages[stage], ".4f") for stage in STAGES]
-    return [name, bpb.n, number(row.get("steps"), ".0f"), number(row.get("ms_per_step"), ".1f"),
-            *scores, spread_of(bpb), number(row.get("eval_seconds"), ".0f"), None,
-            row["bytes_code"], row["bytes_total"]]
+    scores = [stages.get(stage) and factor * stages[stage] for stage in STAGES]
+    return [name, bpb.n, mean_of([row.get("steps")], ".0f"),
+            mean_of([row.get("ms_per_step")], ".1f"), *(mean_of([s], ".4f") for s in scores),
+            spread_of(bpb), mean_of([row.get("eval_seconds")], ".0f"), None, row["bytes_code"],
+            row["bytes_total"]]
 
 
 def differing_settings(groups: dict[str, list[Run]]) -> str:

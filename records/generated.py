@@ -11,7 +11,7 @@ from typing import Any
 
 import figures
 from figures import markdown
-from runs import Run
+from runs import PER_RUN, Run
 from welch import sample
 
 HERE = Path(__file__).resolve().parent
@@ -78,9 +78,8 @@ def changed_settings(run: Run) -> dict[str, str]:
 
     preset = run.settings["PRESET"]
     base = train_gpt.settings_listing(train_gpt.Config(**train_gpt.PRESETS[preset]))
-    names = {"RUN_ID", "SEED", "ARTIFACT_PATH", "DATA_PATH", "PRESET"}
     changed = {name: value for name, value in run.settings.items()
-               if name not in names and f"{name}={value}" not in base.splitlines()}
+               if name not in PER_RUN | {"PRESET"} and f"{name}={value}" not in base.splitlines()}
     return {"PRESET": preset} | changed
 
 

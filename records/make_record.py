@@ -258,6 +258,19 @@ def write_folder(part: Path, runs: list[Run], options: argparse.Namespace,
 # --- survey: many folders -------------------------------------------------------------------
 
 
+def means(runs: list[Run]) -> dict[str, Any]:
+    """Steps, clocks and the stages' BPB as data: the mean of each that a log has."""
+    columns = {name: [getattr(run, key) for run in runs] for name, key in (
+        ("steps", "steps"), ("ms_per_step", "step_avg_ms"), ("eval_seconds", "eval_seconds"))}
+    there = {name: [value for value in values if value is not None]
+             for name, values in columns.items()}
+    stages = {stage: [run.scores[stage].bpb for run in runs if stage in run.scores]
+              for stage in figures.STAGES}
+    row = {name: round(statistics.fmean(values), 2) for name, values in there.items() if values}
+    return row | dict(stages={stage: round(statistics.fmean(values), 6)
+                              for stage, values in stages.items() if values})
+
+
 def survey_row(folder: rules.Folder) -> dict[str, Any]:
     """A published folder as data: what it claims, from its submission or else its logs."""
     said, mirror = folder.submission, folder.mirror
@@ -274,17 +287,8 @@ def survey_row(folder: rules.Folder) -> dict[str, Any]:
                val_loss=said.get("val_loss"), seeds=seeds, bytes_total=max(
                    (run.total_bytes for run in folder.runs if run.total_bytes),
                    default=said.get("bytes_total")), bytes_code=folder.code_bytes)
-    claimed = [run for run in folder.runs if run.headline and (
-        not folder.claims or run.seed in folder.claims)]
-    for key, name in (("steps", "steps"), ("step_avg_ms", "ms_per_step"),
-                      ("eval_seconds", "eval_seconds")):
-        there = [value for run in claimed if (value := getattr(run, key)) is not None]
-        if there:
-            row[name] = round(statistics.fmean(there), 2)
-    stages = {stage: [run.scores[stage].bpb for run in claimed if stage in run.scores]
-              for stage in figures.STAGES}
-    row["stages"] = {stage: round(statistics.fmean(values), 6)
-                     for stage, values in stages.items() if values}
+    row |= means([run for run in folder.runs if run.headline and (
+        not folder.claims or run.seed in folder.claims)])
     _, factor = rules.denominator(folder)
     if factor and abs(factor - 1) > 1e-3:
         row["counted_over_true"] = round(factor, 6)
