@@ -39,17 +39,21 @@ import shutil
 import signal
 import statistics
 import struct
+import subprocess
 import sys
 import time
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before torch: its threads sleep while they wait. Spinning, they stop a machine that others share.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -455,15 +459,15 @@ class Runtime:
     """This process among its peers: rank, device, compute dtype, collectives, log."""
 
     def __init__(self, c: Config) -> None:
-        self.rank, self.world, local = (int(os.environ.get(name, default)) for name, default in (
-            ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        self.rank, self.world = (int(os.environ.get(name, default)) for name, default in (
+            ("RANK", "0"), ("WORLD_SIZE", "1")))
+        self.local_rank, self.local_world = (int(os.environ.get(name, of)) for name, of in (
+            ("LOCAL_RANK", self.rank), ("LOCAL_WORLD_SIZE", self.world)))  # in this node
         self.signal, self.defer_signals = 0, False
-        self.cuda, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-        self.device = torch.device("cuda", local) if self.cuda else torch.device("cpu")
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")  # see find_gpu
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
-            require(local < gpus, f"LOCAL_RANK={local} but this machine has {gpus} GPUs; start "
-                    f"torchrun with --nproc_per_node={gpus}")
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         self.compiles, self.compiler = select_compiler(self.device, c)
@@ -478,6 +482,16 @@ class Runtime:
         self.attention, self.attention_name = select_attention(self.device, eager)
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
+
+    def handicaps(self) -> list[str]:
+        """What makes this machine slower than the one that a record is run on, each with why."""
+        gpu = torch.cuda.get_device_name() if self.cuda else "a CPU"
+        fast = self.attention_name.startswith(("flash_attention_3", "cudnn"))
+        return [text for slow, text in (
+            ("H100" not in gpu, f"it runs on {gpu}, not on an H100"),
+            (not self.compiles, f"nothing is compiled ({self.compiler})"),
+            (not fast, f"attention is {self.attention_name}, some 13 ms a step slower than "
+             "FlashAttention-3 or cuDNN")) if slow]
 
     def close(self) -> None:
         """Leave the process group and close the log."""
@@ -499,7 +513,7 @@ class Runtime:
             yield
         except RuntimeError as error:
             self.defer_signals = True  # the launcher ends this rank too, but it answers first
-            failed = not isinstance(error, RunError) and re.search("gloo|NCCL", str(error))
+            failed = not isinstance(error, RunError) and "gloo" in str(error)  # NCCL says nothing
             lost = self.lost_ranks() if failed and self.world > 1 else ""
             require(not lost, f"rank {lost} of {self.world} has died, so rank {self.rank} ends; "
                     f"start again with RESUME=1 ({error})")
@@ -562,6 +576,23 @@ class Runtime:
         for tensor in tensors if self.world > 1 else []:
             dist.broadcast(tensor.detach(), 0)
 
+    def in_turns(self, jobs: list[Callable[[], Any]]) -> list[float]:
+        """Run every job on every rank, each on one rank of a node first; returns their seconds.
+
+        What that rank compiles is in the node's cache when the others come to it. Jobs are dealt
+        out, so that different ones compile side by side; they must not communicate.
+        """
+        seconds = [0.0] * len(jobs)
+        for first in (True, False):
+            for i, job in enumerate(jobs):
+                if (i % self.local_world == self.local_rank) == first:
+                    start = time.perf_counter()
+                    job()
+                    self.synchronize()
+                    seconds[i] = time.perf_counter() - start
+            every = self.gather(seconds)  # all have to be here before the others begin
+        return [max(times) for times in zip(*every, strict=True)]
+
     def on_first_rank(self, work: Callable[[], Any]) -> Any:
         """Result of `work` on rank 0, given to every rank; its RunError stops every rank."""
         outcome = [None, None]
@@ -604,6 +635,11 @@ class Runtime:
         inductor.emulate_precision_casts = True  # else QAT's scales are not those of the export
         return torch.compile(module, fullgraph=True, dynamic=False)
 
+    def reset_peak_memory(self) -> None:
+        """Forget the peak so far; a process cannot."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+
     def peak_memory_mib(self) -> tuple[int, int]:
         """MiB allocated and reserved at most: of the GPU, or resident of this process."""
         if self.cuda:
@@ -611,6 +647,39 @@ class Runtime:
         import resource  # Unix only
 
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,) * 2
+
+
+def find_gpu(environ: MutableMapping[str, str], devices: str = "/dev") -> bool:
+    """Whether this process has a GPU; RunError if the machine has some and torch does not see it.
+
+    A rank of torchrun sees its own only, as cuda:0: the compiler's cache knows a graph by its
+    device too, so that ranks can share it only under one name. To be called before CUDA is used.
+    """
+    visible, ranks = environ.get("CUDA_VISIBLE_DEVICES"), int(environ.get("LOCAL_WORLD_SIZE", 1))
+    if visible in ("", "-1"):
+        return False  # the CPU, asked for by name
+    if "LOCAL_RANK" in environ:
+        listed = [*map(str, range(ranks))] if visible is None else split_list(visible)
+        require(ranks <= len(listed), f"{ranks} ranks, but CUDA_VISIBLE_DEVICES={visible} lists "
+                f"{len(listed)} GPUs; start torchrun with --nproc_per_node={len(listed)}")
+        environ["CUDA_VISIBLE_DEVICES"] = listed[int(environ["LOCAL_RANK"])]
+    if torch.cuda.is_available():
+        return True
+    found = ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, check=True,
+                               timeout=60).stdout
+    gpus, driver, cuda = (re.search(rf"{name}[^:\n]*: *(\S+)", found) for name in (
+        "Attached GPUs", "Driver Version", "CUDA"))
+    gpus = int(gpus[1]) if gpus else len([*Path(devices).glob("nvidia[0-9]*")])
+    require(not 0 < gpus < ranks, f"{ranks} ranks, but this machine has {gpus} GPUs; start "
+            f"torchrun with --nproc_per_node={gpus}")
+    require(not gpus, f"this machine has {gpus} GPUs (driver {driver[1] if driver else 'unknown'}, "
+            f"for CUDA {cuda[1] if cuda else 'unknown'} at most), and torch {torch.__version__} "
+            f"(made for CUDA {torch.version.cuda}) sees none of them. Install a torch for that "
+            "CUDA (pip install 'torch>=2.9,<2.11' is made for CUDA 12.8), or a newer driver (580 "
+            "for CUDA 13). To use the CPU all the same, say so: CUDA_VISIBLE_DEVICES= ")
+    return False
 
 
 def first_line(error: Exception) -> str:
@@ -2102,6 +2171,17 @@ class Evaluator:
         ids = torch.from_numpy(ids.astype(np.int64)).to(self.runtime.device, non_blocking=True)
         return ids[:, :-1], ids[:, 1:]
 
+    def random_tokens(self, rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+        """The same of random ids, to prime with: no validation token is seen."""
+        ids = torch.randint(vocab_size, (rows, self.length + 1),
+                            generator=torch.Generator().manual_seed(0)).to(self.runtime.device)
+        return ids[:, :-1], ids[:, 1:]
+
+    def prime(self, forward: Callable, vocab_size: int) -> None:
+        """Compile and run the scoring of a batch."""
+        with torch.inference_mode():
+            forward(*self.random_tokens(self.batch_windows, vocab_size))
+
     def report(self, label: str, done: int, total: int, seconds: float) -> None:
         """Every 20 s a line of progress; it warns if the modes to come look like over 600 s."""
         now, left = time.perf_counter(), seconds * (total / done - 1)
@@ -2217,14 +2297,11 @@ class TTT:
 
     def prime(self) -> None:
         """Compile and run scoring and training on random tokens; no weight moves."""
-        evaluator, val, one = self.evaluator, self.evaluator.val, np.zeros((1, 2), int)
-        ids = np.random.default_rng(0).integers(self.model.vocab_size, size=evaluator.length + 1)
-        evaluator.val = val._replace(ids=ids)
-        evaluator.score_batch(self.forward, one[:, 0])
-        if self.config.ttt_enabled:
-            self.optimizer = torch.optim.SGD(self.params, 0.0)
-            self.step(one, evaluator.length)
-        evaluator.val = val
+        evaluator, vocab_size = self.evaluator, self.model.vocab_size
+        evaluator.prime(self.forward, vocab_size)
+        if "ttt" in self.config.modes:
+            self.forward(*evaluator.random_tokens(self.rank_seqs, vocab_size)).sum().backward()
+            self.model.zero_grad()
 
     def score(self) -> tuple[Score, np.ndarray]:
         """(Score, nats of every target), each by weights that have seen earlier chunks only."""
@@ -2287,7 +2364,7 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
             slot_forward(model, runtime, c), c.eval_stride, FINAL_LINES["slot"], chunk)),
     }
     scored, scores = functools.cache(lambda mode: runs[mode][1]()), {}
-    ttt.prime()
+    runtime.in_turns([ttt.prime])
     evaluator.start_clock({mode: runs[mode][0] for mode in c.modes})
     for mode in c.modes:
         start, name = time.perf_counter(), FINAL_LINES[mode]
@@ -2659,28 +2736,58 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile and prime every graph of the run on random tokens, then restore all state."""
-        c, device = self.config, self.runtime.device
+        c, runtime, phases = self.config, self.runtime, self.phases()
         saved = [p.detach().clone() for p in self.params]
+        jobs = [functools.partial(self.compile, phase) for phase in phases] + [self.compile_ttt]
+        seconds = runtime.in_turns(jobs if runtime.compiles and c.warmup_steps else [])
         random = torch.Generator().manual_seed(c.seed)
-        shape = (self.micro_seqs * self.accumulation, c.train_seq_len + 1)
-        optimizer = Optimizer(self.model, c, self.runtime)
-        first = recurrence_due(0, 0.0, c)  # then no step runs without recurrence
-        phases = [Phase(recur, qat) for qat in (False, True)[: 1 + bool(c.late_qat_threshold)]
-                  for recur in (False, True)[first : 1 + bool(c.recur_layers)]]
-        for phase in phases:
+        optimizer, average = Optimizer(self.model, c, runtime), Average(self.model, c)
+        for phase, compile_s in zip_longest(phases, seconds[:-1], fillvalue=0.0):
             self.model.set_phase(phase)
+            runtime.reset_peak_memory()
+            marks = [runtime.event()]
             for _ in range(math.ceil(c.warmup_steps / len(phases))):
-                ids = torch.randint(self.model.vocab_size, shape, generator=random).to(device)
-                loss = self.backward(ids[:, :-1], ids[:, 1:])
+                loss = self.backward(*self.random_tokens(self.accumulation, random))
                 optimizer.step(loss.repeat(6), 1.0, c.muon_momentum)
-                Average(self.model, c).update(0, 1.0)
+                average.update(0, 1.0)
+                marks.append(runtime.event())
+            runtime.synchronize()
+            times = [begin.elapsed_time(end) for begin, end in pairwise(marks)]
+            self.log.event("primed", "primed recurrence:{recur:d} qat:{qat:d} compile:"
+                           "{compile_s:.1f}s step:{step_ms:.2f}ms peak:{peak_mib}MiB",
+                           **phase._asdict(), compile_s=compile_s,
+                           step_ms=min(times, default=0.0), peak_mib=runtime.peak_memory_mib()[0])
         with torch.no_grad():
             torch._foreach_copy_(self.params, saved)
         if c.quant == "gptq" and c.max_wallclock_seconds:
             for _ in range(2):  # the first time primes
                 self.reserve_ms = CALIBRATION_MARGIN * self.hessians()[1]
         self.model.set_phase(self.phase)
-        self.runtime.synchronize()
+        runtime.synchronize()
+
+    def phases(self) -> list[Phase]:
+        """The phases that steps of this run may be in."""
+        c, first = self.config, recurrence_due(0, 0.0, self.config)  # then none is without it
+        return [Phase(recur, qat) for qat in (False, True)[: 1 + bool(c.late_qat_threshold)]
+                for recur in (False, True)[first : 1 + bool(c.recur_layers)]]
+
+    def random_tokens(self, micro_batches: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Inputs and targets for `backward`, of random ids."""
+        shape = (self.micro_seqs * micro_batches, self.config.train_seq_len + 1)
+        ids = torch.randint(self.model.vocab_size, shape, generator=random).to(self.runtime.device)
+        return ids[:, :-1], ids[:, 1:]
+
+    def compile(self, phase: Phase) -> None:
+        """Compile training and validation in a phase."""
+        self.model.set_phase(phase)
+        self.backward(*self.random_tokens(1, torch.Generator().manual_seed(0)))
+        self.evaluator.prime(self.forward, self.model.vocab_size)
+
+    def compile_ttt(self) -> None:
+        """Compile what the reloaded artifact will do, with this model in its place."""
+        self.model.set_phase(Phase(recur=bool(self.config.recur_layers)))
+        TTT(self.model, self.evaluator).prime()
+        self.model.requires_grad_(True)
 
     def hessians(self) -> tuple[dict[str, Tensor], float]:
         """Hessians on the training data after the last step so far, and the milliseconds taken."""
@@ -2801,9 +2908,14 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     log.event("config", **asdict(c))
     log.line(settings_listing(c), console=False)
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
-    log.line(f"run_id:{log.run_id} preset:{c.preset} device:{device} dtype:{runtime.dtype}\n"
-             f"attention:{runtime.attention_name} compile:{int(runtime.compiles)} "
-             f"({runtime.compiler})\nseed:{c.seed}")
+    handicaps = runtime.handicaps()
+    log.event("machine", "run_id:{run_id} preset:{preset} device:{device} dtype:{dtype}\n"
+              "attention:{attention} compile:{compiles:d} ({compiler})\nseed:{seed}",
+              run_id=log.run_id, preset=c.preset, device=device, dtype=str(runtime.dtype),
+              attention=runtime.attention_name, compiles=runtime.compiles,
+              compiler=runtime.compiler, seed=c.seed, world_size=runtime.world, handicaps=handicaps)
+    if handicaps and c.preset != "demo":
+        log.line("warning: slower than a record run: " + "; ".join(handicaps))
     inside = not table.is_boundary[val.ids[0]]
     note = " (the first id is context only: its bytes are not counted)" if inside else ""
     log.event("bytes", "byte_audit:{audit} bytes:{bytes}" + note, audit=val.audit, bytes=total)
@@ -2894,7 +3006,7 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{settings_table()}")
         return 0 if arguments in (["--help"], ["-h"]) else 1
     try:
-        run(Config.from_env(os.environ, torch.cuda.is_available()))
+        run(Config.from_env(os.environ, find_gpu(os.environ)))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code
