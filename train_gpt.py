@@ -2179,8 +2179,9 @@ class Evaluator:
 
     def prime(self, forward: Callable, vocab_size: int) -> None:
         """Compile and run the scoring of a batch."""
+        batch = self.random_tokens(self.batch_windows, vocab_size)  # no inference tensors
         with torch.inference_mode():
-            forward(*self.random_tokens(self.batch_windows, vocab_size))
+            forward(*batch)
 
     def report(self, label: str, done: int, total: int, seconds: float) -> None:
         """Every 20 s a line of progress; it warns if the modes to come look like over 600 s."""
@@ -2766,9 +2767,14 @@ class Trainer:
         runtime.synchronize()
 
     def phases(self) -> list[Phase]:
-        """The phases that steps of this run may be in."""
-        c, first = self.config, recurrence_due(0, 0.0, self.config)  # then none is without it
-        return [Phase(recur, qat) for qat in (False, True)[: 1 + bool(c.late_qat_threshold)]
+        """The phases that steps of this run may be in: by a clock, all that settings allow."""
+        c, qat = self.config, self.config.late_qat_threshold
+        if not c.max_wallclock_seconds:
+            steps = range(c.iterations)
+            return list(dict.fromkeys(Phase(recurrence_due(step, 0.0, c),
+                                            lr_scale(step, 0.0, 0.0, c) < qat) for step in steps))
+        first = recurrence_due(0, 0.0, c)  # then no step is without it
+        return [Phase(recur, late) for late in (False, True)[: 1 + bool(qat)]
                 for recur in (False, True)[first : 1 + bool(c.recur_layers)]]
 
     def random_tokens(self, micro_batches: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
