@@ -629,10 +629,8 @@ class Runtime:
         if not self.compiles:
             return module
         from torch._dynamo import config as dynamo
-        from torch._inductor import config as inductor
 
         dynamo.recompile_limit = 64
-        inductor.emulate_precision_casts = True  # else QAT's scales are not those of the export
         return torch.compile(module, fullgraph=True, dynamic=False)
 
     def reset_peak_memory(self) -> None:
@@ -1566,17 +1564,25 @@ def row_quantiles(magnitudes: Tensor) -> Tensor:
                         for place in places], dim=1)
 
 
+def as_stored(scales: Tensor) -> Tensor:
+    """Scales (not negative) rounded to fp16, as fp32.
+
+    Their sign bit is cleared because inductor would drop a mere cast and back (torch 2.11 does).
+    """
+    return (scales.half().view(torch.int16) & 0x7FFF).view(torch.float16).float()
+
+
 def row_scales(weight: Tensor, bits: int, step: float = 0.0) -> Tensor:
     """Row scales (R, 1), exact in fp16: of all QUANTILES the one with the least squared error.
 
     None is under `step` row standard deviations: wider steps are what makes codes cheaper.
     """
     clips = row_quantiles(weight.abs()) / largest_code(bits)
-    scales = clips.clamp_min(SMALLEST_SCALE).half().float().unsqueeze(2)  # (R, quantiles, 1)
+    scales = as_stored(clips.clamp_min(SMALLEST_SCALE)).unsqueeze(2)  # (R, quantiles, 1)
     grids = round_to_grid(weight.unsqueeze(1), scales, bits) * scales
     errors = (grids - weight.unsqueeze(1)).square().sum(2)
     best = scales.squeeze(2).gather(1, errors.argmin(1, keepdim=True))
-    return best.maximum((step * weight.std(1, correction=0, keepdim=True)).half().float())
+    return best.maximum(as_stored(step * weight.std(1, correction=0, keepdim=True)))
 
 
 @torch.no_grad()

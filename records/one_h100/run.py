@@ -47,9 +47,9 @@ PEAK_TFLOPS = 989.0  # dense bf16 of an H100, datasheet
 MOST_EPOCHS = 4  # over the training shards
 NO_LIMIT = dict(SIZE_LIMIT=64_000_000, MAX_WALLCLOCK_SECONDS=0)
 PARTS = {  # settings of train_gpt.py beside those of `settings`; seconds at most
-    "steps": (NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=30, LATE_QAT_THRESHOLD=0,
-                              TRAIN_LOG_EVERY=1, WARMUP_STEPS=4, EVAL_MODES="roundtrip",
-                              VAL_TOKENS_LIMIT=65537), 300),
+    "steps": (NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=30, WARMDOWN_ITERS=40,
+                              LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1, WARMUP_STEPS=4,
+                              EVAL_MODES="roundtrip", VAL_TOKENS_LIMIT=65537), 300),
     "qat": (NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=0, LATE_QAT_THRESHOLD=1,
                             WARMDOWN_ITERS=80, TRAIN_LOG_EVERY=1, WARMUP_STEPS=2,
                             VAL_TOKENS_LIMIT=131073), 300),
@@ -189,7 +189,7 @@ def digest(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 KERNEL_CLASSES = (  # first match wins
-    ("attention", r"flash|fmha|sdpa|attention"),
+    ("attention", r"flash|fmha|sdpa|attention|cudnn"),
     ("matmul", r"gemm|gemv|nvjet|cutlass|xmma|cublas|splitk|wgmma"),
     ("triton", r"^triton_"),
     ("optimizer", r"adam|multi_tensor_apply|foreach"),
