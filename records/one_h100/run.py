@@ -1,25 +1,26 @@
 """The one-H100 protocol: one eighth of the record batch on one GPU, in one call of 8 minutes.
 
     python records/one_h100/run.py                    every part below, in order of worth
-    python records/one_h100/run.py --only speed train     these parts alone
+    python records/one_h100/run.py --only profile train   these parts alone
     python records/one_h100/run.py --rehearse             the same code on a CPU, tiny, no numbers
     python records/one_h100/run.py report FOLDER          summary.json -> README.md and a table row
 
     data        shards of the proxy corpus and of the FineWeb documents in --source, else the demo's
     tests       pytest -m gpu: compiled against eager, bf16 against fp32, attention, GPTQ, TTT
     steps       60 steps of the full model without and with recurrence, artifact, reload
-    qat         60 steps with late QAT; export, reload, every score: what evaluation costs
-    speed       the compiled steps again, alone on the GPU: ms a step and memory of each phase
-    profile     where the time of a step goes, without and with recurrence
-    train       120 s against the clock, then export, reload and scores
+    qat         60 steps with recurrence and late QAT, artifact, reload, every score
+    profile     ms a step, and where they go, without and with recurrence
+    train       up to 120 s against the clock, then export, reload and scores
 
-`tests`, `steps` and `qat` run side by side, since they mostly compile: no time is taken of them.
-Every part writes to --out at once: its entry in summary.json, and its logs in logs.tar.gz.
+`tests`, `steps` and `qat` run side by side, since they mostly compile; `profile` and `train` find
+their graphs in the cache. As each part ends, --out has its entry in summary.json and its logs in
+logs.tar.gz.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -46,19 +47,17 @@ BATCH_TOKENS = 98304  # one eighth of the record batch: what one of eight GPUs d
 PEAK_TFLOPS = 989.0  # dense bf16 of an H100, datasheet
 MOST_EPOCHS = 4  # over the training shards
 NO_LIMIT = dict(SIZE_LIMIT=64_000_000, MAX_WALLCLOCK_SECONDS=0)
-PARTS = {  # settings of train_gpt.py beside those of `settings`; seconds at most
-    "steps": (NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=30, WARMDOWN_ITERS=40,
-                              LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1, WARMUP_STEPS=4,
-                              EVAL_MODES="roundtrip", VAL_TOKENS_LIMIT=65537), 300),
-    "qat": (NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=0, LATE_QAT_THRESHOLD=1,
-                            WARMDOWN_ITERS=80, TRAIN_LOG_EVERY=1, WARMUP_STEPS=2,
-                            VAL_TOKENS_LIMIT=131073), 300),
-    "speed": (NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=20, WARMDOWN_ITERS=40, QUANT="rtn",
-                              LATE_QAT_THRESHOLD=0.5, TRAIN_LOG_EVERY=1, WARMUP_STEPS=60,
-                              EVAL_MODES="roundtrip", VAL_TOKENS_LIMIT=65537), 150),
-    "train": (dict(SIZE_LIMIT=64_000_000, RECUR_START_STEP=0,
-                   WARMDOWN_ITERS=800, TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500), 330),
+PARTS = {  # settings of train_gpt.py beside those of `settings`
+    "steps": NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=30, WARMDOWN_ITERS=40,
+                             LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1, WARMUP_STEPS=20,
+                             EVAL_MODES="roundtrip", VAL_TOKENS_LIMIT=65537),
+    "qat": NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=0, LATE_QAT_THRESHOLD=1,
+                           WARMDOWN_ITERS=80, TRAIN_LOG_EVERY=1, WARMUP_STEPS=10,
+                           VAL_TOKENS_LIMIT=131073),
+    "train": dict(SIZE_LIMIT=64_000_000, RECUR_START_STEP=0, WARMDOWN_ITERS=800,
+                  TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
 }
+SIDE_SECONDS = 330  # at most, of the parts that run side by side
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",
     XSA_LAST_N=2, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, EVAL_SEQ_LEN=128,
@@ -82,8 +81,8 @@ class Protocol:
         """Settings of a part: the record at one eighth of the batch, the part's, the user's."""
         base: dict[str, Any] = dict(PRESET="record", TRAIN_BATCH_TOKENS=BATCH_TOKENS)
         if self.options.rehearse:
-            own |= dict(VAL_TOKENS_LIMIT=3000, WARMUP_STEPS=6, **{
-                name: 6 for name in ("MAX_WALLCLOCK_SECONDS",) if own.get(name)})
+            clock = min(6, own.get("MAX_WALLCLOCK_SECONDS", 0))
+            own |= dict(VAL_TOKENS_LIMIT=3000, WARMUP_STEPS=6, MAX_WALLCLOCK_SECONDS=clock)
             base = REHEARSAL
         given = dict(pair.split("=", 1) for pair in self.options.set)
         return {k: str(v) for k, v in (base | own | dict(DATA_PATH=self.shards) | given).items()}
@@ -101,28 +100,34 @@ class Protocol:
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self.work, process_group=0,
                 env=kept | {"PYTHONUNBUFFERED": "1"} | settings)
 
-    def finish(self, name: str, process: subprocess.Popen, seconds: float = 600.0) -> None:
-        """Wait for a part, `seconds` at most, and keep all that it has said by then."""
+    def finish(self, running: dict[str, subprocess.Popen], seconds: float = 600.0) -> None:
+        """Wait for parts, `seconds` at most, and keep what each has said as it ends."""
+        until = min(time.monotonic() + seconds, self.deadline)
+        while running:
+            for name, process in list(running.items()):
+                if process.poll() is None and time.monotonic() > until:
+                    self.summary["parts"][name]["timed_out"] = True
+                    for number in (signal.SIGTERM, signal.SIGKILL):
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(process.pid, number)
+                        time.sleep(2)
+                    process.wait()
+                if process.poll() is not None:
+                    self.conclude(name, running.pop(name).returncode)
+            time.sleep(0.2)
+
+    def conclude(self, name: str, exit_code: int) -> None:
+        """Enter a part that has ended into the summary."""
         part = self.summary["parts"][name]
-        left = min(part["started"] + seconds - time.time(), self.deadline - time.monotonic())
-        try:
-            process.wait(max(1.0, left))
-        except subprocess.TimeoutExpired:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                os.killpg(process.pid, number)
-                time.sleep(2)
-            process.wait()
-            part["timed_out"] = True
         text = (self.work / f"{name}.log").read_text("utf-8", "replace")
         seconds = round(time.time() - part.pop("started"), 1)
-        part |= dict(exit_code=process.returncode, seconds=seconds,
-                     last_lines=text.splitlines()[-12:])
+        part |= dict(exit_code=exit_code, seconds=seconds, last_lines=text.splitlines()[-12:])
         events = self.work / "logs" / f"{name}.jsonl"
         if events.exists():
             part |= digest([json.loads(line) for line in events.read_text("utf-8").splitlines()])
         self.save()
-        print(f"[{name}] exit code {part['exit_code']} after {part['seconds']} s", flush=True)
-        if part["exit_code"]:
+        print(f"[{name}] exit code {exit_code} after {seconds} s", flush=True)
+        if exit_code:
             print(*text.splitlines()[-30:], sep="\n", flush=True)
 
     def save(self) -> None:
@@ -135,14 +140,12 @@ class Protocol:
 
     def train_gpt(self, name: str) -> subprocess.Popen:
         """Start train_gpt.py as a part of PARTS."""
-        own = PARTS[name][0] | dict(RUN_ID=name, ARTIFACT_PATH=f"{name}.ptz")
+        own = PARTS[name] | dict(RUN_ID=name, ARTIFACT_PATH=f"{name}.ptz")
         if name == "train":
             tokens = sum(len(t.open_shard(path)) for path in self.shards.glob("*_train_*.bin"))
             left = self.deadline - time.monotonic()  # start, export and scores take their share
-            own["MAX_WALLCLOCK_SECONDS"] = round(min(120, max(20, left - 120)))
+            own["MAX_WALLCLOCK_SECONDS"] = round(min(120, max(20, left - 100)))
             own["ITERATIONS"] = MOST_EPOCHS * tokens // int(self.settings()["TRAIN_BATCH_TOKENS"])
-        if name == "steps" and self.options.rehearse:
-            own["ITERATIONS"] = 40
         return self.start(name, [sys.executable, str(ROOT / "train_gpt.py")], self.settings(**own))
 
     def data(self) -> None:
@@ -159,7 +162,7 @@ class Protocol:
                                             ("val", "fineweb_docs.jsonl"))]
         for number, command in enumerate(commands):
             name = f"data{number}"
-            self.finish(name, self.start(name, command, {}))
+            self.finish({name: self.start(name, command, {})})
         if not source.is_dir():
             self.shards = self.work / "demo" / "scylla"
 
@@ -309,19 +312,16 @@ def run_parts(protocol: Protocol, options: argparse.Namespace) -> int:
             sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rs",
             "-rP", "--durations=10", str(ROOT / "tests" / "test_gpu.py")], {})
     side |= {name: protocol.train_gpt(name) for name in ("steps", "qat") if name in options.only}
-    for name, process in reversed(side.items()):  # the tests last: they may take the longest
-        protocol.finish(name, process, PARTS.get(name, ((), 300))[1])
-    if "speed" in options.only:
-        protocol.finish("speed", protocol.train_gpt("speed"), PARTS["speed"][1])
+    protocol.finish(side, SIDE_SECONDS)
     if "profile" in options.only:
         command = [sys.executable, __file__, "profile", str(protocol.out), *options.inductor]
-        protocol.finish("profile", protocol.start("profile", command, protocol.settings(
-            ITERATIONS=1000, WARMDOWN_ITERS=0, RECUR_START_STEP=900, RUN_ID="profile")), 120)
+        protocol.finish({"profile": protocol.start("profile", command, protocol.settings(
+            ITERATIONS=1000, WARMDOWN_ITERS=0, RECUR_START_STEP=900, RUN_ID="profile"))})
         found = protocol.out / "profile.json"
         if found.exists():
             protocol.summary["parts"]["profile"]["profile"] = json.loads(found.read_text("utf-8"))
     if "train" in options.only:
-        protocol.finish("train", protocol.train_gpt("train"), PARTS["train"][1])
+        protocol.finish({"train": protocol.train_gpt("train")})
     protocol.save()
     report(protocol.out)
     return int(any(part["exit_code"] for part in protocol.summary["parts"].values()))
@@ -337,7 +337,7 @@ def main(arguments: list[str]) -> int:
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["tests", "steps", "qat", "speed", "profile", "train"]
+    every = ["tests", "steps", "qat", "profile", "train"]
     out = Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "out")
     add = parser.add_argument
     add("--only", nargs="+", choices=every, default=every, metavar="PART", help="these parts")
