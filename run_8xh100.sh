@@ -10,8 +10,9 @@
 # DATA_DIR (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file;
 # else looked up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, RECORDS (the
 # folder of the tracks), AGAINST (a result to test against), PREFLIGHT (arguments of pytest),
-# PYTHON (an interpreter with everything installed), and any setting of train_gpt.py. PRESET=demo
-# without SHARDS or DATA_PATH takes the demo's own text.
+# PYTHON (an interpreter with everything installed), FA3_INDEX (a page of FlashAttention-3 wheels),
+# CUDA_VISIBLE_DEVICES (the GPUs to use; empty: the CPU), and any setting of train_gpt.py.
+# PRESET=demo without SHARDS or DATA_PATH takes the demo's own text.
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 cd "$root"
@@ -25,6 +26,10 @@ VOCAB_REPO=${VOCAB_REPO:-https://github.com/openai/parameter-golf}
 VOCAB_REF=${VOCAB_REF:-refs/pull/1314/head}
 devices=$(nvidia-smi -L 2>/dev/null || true)
 gpus=$(grep -c '^GPU' <<< "$devices" || true)
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then  # empty or -1 asks for the CPU
+    listed=$(tr ',' '\n' <<< "${CUDA_VISIBLE_DEVICES#-1}" | grep -c '[^ ]' || true)
+    gpus=$((listed < gpus ? listed : gpus))
+fi
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [[ ${PRESET:-record} == demo ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
 TRACK=${TRACK:-track_${kind}_16mb} RECORD_NAME=${RECORD_NAME:-$name}
@@ -47,8 +52,10 @@ done
 DATA_DIR=$(cd "$DATA_DIR" && pwd)
 [[ -n ${AUTHOR:-} && -n ${GITHUB_ID:-} ]] || die "AUTHOR and GITHUB_ID are not set; they go into \
 submission.json: AUTHOR='Your Name' GITHUB_ID=handle $0"
-[[ $gpus -gt 0 || -n ${PRESET:-} ]] || die "no GPU is visible to nvidia-smi; run on 8xH100, or try \
+[[ $gpus -gt 0 || -n ${PRESET:-} ]] || die "nvidia-smi shows no GPU to use; run on 8xH100, or try \
 everything in small with PRESET=demo"
+[[ $gpus == 0 || $NPROC -le $gpus ]] || die "NPROC=$NPROC, but there are $gpus GPUs to use; leave \
+NPROC out"
 [[ $NNODES == 1 || ( -n ${RDZV_ENDPOINT:-} && -n ${NODE_RANK:-} ) ]] || die "NNODES=$NNODES needs \
 RDZV_ENDPOINT=host:port of the first machine, and on each machine its NODE_RANK, from 0"
 NODE_RANK=${NODE_RANK:-0}
@@ -61,35 +68,78 @@ room() {  # folder, GB, remedy
     free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }')
     [[ $free -ge $2 ]] || die "$1 has $free GB free, about $2 are needed; $3"
 }
-environment=$([[ -n ${PYTHON:-} ]] && echo 0 || echo 7) data=1  # GB; the runs take part of one
+data=1  # GB; the runs take part of one
 [[ -n $demo_text || -n ${DATA_PATH:-} ]] || data=$((data + SHARDS * 42 / 100))
-[[ $(stat -c %d "$root") != $(stat -c %d "$DATA_DIR") ]] || data=$((data + environment))
-room "$root" "$environment" "make room, or set PYTHON to an interpreter with everything installed"
 room "$DATA_DIR" "$data" "set DATA_DIR to a larger disk, or lower SHARDS=$SHARDS"
 
 say "2 environment"
-if [[ -z ${PYTHON:-} ]]; then
-    PYTHON=$root/.venv/bin/python
-    stamp=$(sha256sum requirements.txt | cut -c1-16)
-    if [[ ! -e .venv/.installed-$stamp ]]; then
-        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "python3 is \
-$(python3 --version 2>&1 || echo missing); Python 3.11 or newer is needed"
-        python3 -m venv .venv || die "no venv module; on Debian: apt-get install python3-venv"
-        .venv/bin/pip install -q -r requirements.txt
-        touch ".venv/.installed-$stamp"
-    fi
-fi
-"$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib, pytest' ||
-    die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
-"$PYTHON" --version
-list_settings() {  # of train_gpt.py, from the environment; wrong ones end the script
-    "$PYTHON" -c 'import os, torch, train_gpt as t
-try: print(t.settings_listing(t.Config.from_env(os.environ, torch.cuda.is_available())))
+list_settings() {  # of train_gpt.py, by an interpreter; wrong ones end the script, as does a torch
+    # that does not see the GPUs
+    LOCAL_WORLD_SIZE=$NPROC LOCAL_RANK=$((NPROC - 1)) "$1" -c 'import os, train_gpt as t
+try: print(t.settings_listing(t.Config.from_env(os.environ, t.find_gpu(os.environ))))
 except t.RunError as error: raise SystemExit(f"error: {error}")'
 }
-list_settings > /dev/null  # before anything is fetched
+make_environment() {  # .venv: with the torch of python3 if that one serves, else with its own
+    local edit='' disk=7 site='' driver
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "python3 is \
+$(python3 --version 2>&1 || echo missing); Python 3.11 or newer is needed"
+    if python3 -c 'import numpy, torch; raise SystemExit(torch.__version__ < "2.9.0a0")' \
+            2> /dev/null; then
+        list_settings python3 > /dev/null
+        echo "the torch of python3 is used; everything else goes into .venv"
+        edit='/^torch/d' disk=1 site=--system-site-packages
+    else
+        driver=$({ nvidia-smi -q || true; } 2> /dev/null |
+            sed -n 's/^Driver Version *: *\([0-9]*\).*/\1/p')
+        [[ ${driver:-580} -ge 580 ]] || edit='/^torch/s/$/,<2.11/'  # from 2.11 on made for CUDA 13
+        echo "python3 has no torch of 2.9 or newer: one for driver ${driver:-none} goes \
+into .venv ($(sed -n "$edit; /^torch/p" requirements.txt))"
+    fi
+    # du: 6.3 GB with torch for CUDA 13, 1.4 with a torch for CPUs, 0.5 without torch
+    [[ $(stat -c %d "$root") != $(stat -c %d "$DATA_DIR") ]] || disk=$((disk + data))
+    room "$root" "$disk" "make room, or set PYTHON to an interpreter with everything installed"
+    # shellcheck disable=SC2086
+    python3 -m venv $site .venv || die "no venv module; on Debian: apt-get install python3-venv"
+    .venv/bin/pip install -q -r <(sed "$edit" requirements.txt)
+    touch "$stamp"
+}
+own=''
+if [[ -z ${PYTHON:-} ]]; then
+    own=1 PYTHON=$root/.venv/bin/python
+    stamp=.venv/.installed-$(sha256sum requirements.txt | cut -c1-16)
+    [[ -e $stamp ]] || make_environment
+fi
+"$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib, pytest, sys
+print("python", sys.version.split()[0], "with torch", torch.__version__, "in", *torch.__path__)' ||
+    die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
+list_settings "$PYTHON" > /dev/null  # before anything is fetched
 [[ -z ${AGAINST:-} ]] || "$PYTHON" records/make_record.py compare "$AGAINST" > /dev/null ||
     die "AGAINST=$AGAINST names no result to test against"
+get_flash_attention() {  # 3, built for our torch and CUDA; without it, cuDNN's attention serves
+    local cuda torch page
+    read -r torch cuda < <("$PYTHON" -c 'import torch
+print(torch.__version__.split("+")[0], torch.version.cuda)' | tr -d .)
+    for page in ${FA3_INDEX:-https://download.pytorch.org/whl/cu$cuda/flash-attn-3/ \
+            https://windreamer.github.io/flash-attention3-wheels/cu${cuda}_torch$torch}; do
+        timeout 120 "$PYTHON" -m pip install -q --no-deps --no-index --retries 0 \
+            --find-links "$page" flash_attn_3 && "$PYTHON" -c 'import flash_attn_interface' &&
+            { echo "FlashAttention-3 is installed, from $page"; return; }
+        echo "note: no FlashAttention-3 from $page"
+    done
+    echo "note: cuDNN's attention will do; FA3_INDEX=page looks for FlashAttention-3 elsewhere"
+}
+if [[ -n $own && $gpus -gt 0 && $devices == *H[12]00* ]]; then
+    "$PYTHON" -c 'import flash_attn_interface' 2> /dev/null || get_flash_attention
+fi
+if [[ $TRACK == track_10min_16mb ]]; then
+    reasons=$("$PYTHON" -c 'import os, tempfile, train_gpt as t
+c = t.Config.from_env(os.environ, t.find_gpu(os.environ))
+os.chdir(tempfile.mkdtemp())  # for its log
+try: print("; ".join(t.Runtime(c).handicaps()))
+except t.RunError as error: raise SystemExit(f"error: {error}")')
+    [[ -z $reasons ]] || die "a record would be ruined: $reasons. Mend that, or run all the same \
+with TRACK=track_non_record_16mb"
+fi
 
 find_vocabulary() {  # $1: where it goes
     local found=${VOCAB:-} work file
@@ -138,14 +188,17 @@ else
 fi
 
 say "4 settings, data and code"
-settings=$(list_settings)
+settings=$(list_settings "$PYTHON")
 shards=$(cd "$DATA_PATH" && { cat manifest.json 2>/dev/null || true; wc -c ./*.bin; } | sha256sum)
 key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES $shards") | sha256sum | cut -c1-12)
 runs=$DATA_DIR/runs/$key
 mkdir -p "$runs/logs"
 # the runs start in $runs; a log then names no folder of this machine
 DATA_PATH=$("$PYTHON" -c 'import os, sys; print(os.path.relpath(*sys.argv[1:]))' "$DATA_PATH" "$runs")
-"$PYTHON" records/pack.py train_gpt.py --output "$runs/train_gpt.py" || echo "note: over our own aim, which is no fault"
+rm -f "$runs/train_gpt.py"
+"$PYTHON" records/pack.py train_gpt.py --output "$runs/train_gpt.py" ||
+    { [[ -e $runs/train_gpt.py ]] && echo "note: over our own aim, which is no fault"; } ||
+    die "records/pack.py made no $runs/train_gpt.py"
 
 say "5 pre-flight on the CPU"
 if [[ ! -e $runs/preflight.done ]]; then
@@ -155,16 +208,21 @@ if [[ ! -e $runs/preflight.done ]]; then
     touch "$runs/preflight.done"
 fi
 
-launch() {  # RUN_ID, then settings; all ranks of the packed script, in the runs' folder
-    local id=$1 where=(--standalone)
-    shift
-    for old in "$runs/logs/$id".{txt,jsonl} "$runs"/{,data/}checkpoints/"$id"; do  # of an attempt that failed
+on_all_ranks() (  # RUN_ID, a program and its arguments; in the runs' folder
+    local where=(--standalone)
+    [[ $NNODES == 1 ]] || where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d
+                                 --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="$1")
+    cd "$runs" &&
+        "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc_per_node="$NPROC" "${@:2}"
+)
+launch() {  # RUN_ID, then settings: the packed script
+    local id=$1
+    # of an attempt that failed
+    for old in "$runs/logs/$id".{txt,jsonl} "$runs"/{,data/}checkpoints/"$id"; do
         [[ ! -e $old ]] || mv "$old" "$old.failed_$(date +%s)"
     done
-    [[ $NNODES == 1 ]] || where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d
-                                 --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="$id")
-    (cd "$runs" && env RUN_ID="$id" ARTIFACT_PATH="$id.ptz" "$@" "$PYTHON" -m torch.distributed.run \
-        "${where[@]}" --nproc_per_node="$NPROC" train_gpt.py) || return 1
+    (export RUN_ID="$id" ARTIFACT_PATH="$id.ptz" "${@:2}"
+     on_all_ranks "$id" train_gpt.py) || return 1
     touch "$runs/$id.done"  # the only trace of a run on machines that keep no log
 }
 finished() {
@@ -172,12 +230,23 @@ finished() {
         grep -q '^final_int8_zlib_roundtrip_exact' "$runs/logs/$1.txt" 2>/dev/null
 }
 
-say "6 smoke test: every phase once, on all ranks"
+say "6 smoke test: every phase and every collective, on all ranks"
 if ! finished smoke; then
+    on_all_ranks collectives "$root/records/smoke.py" collectives "$runs/collectives.json" ||
+        die "the collectives of a step failed"
     chunk=$(sed -n 's/^TTT_CHUNK_TOKENS=//p' <<< "$settings")
     launch smoke ITERATIONS=20 WARMDOWN_ITERS=10 RECUR_START_STEP=0.3 VAL_LOSS_EVERY=0 \
-        WARMUP_STEPS=4 VAL_TOKENS_LIMIT=$((2 * chunk + 2)) || die "the smoke test failed; its log is \
-$runs/logs/smoke.txt"
+        WARMUP_STEPS=16 VAL_TOKENS_LIMIT=$((2 * chunk + 2)) || die "the smoke test failed; its \
+log is $runs/logs/smoke.txt"
+fi
+if [[ $NODE_RANK == 0 ]] &&
+        ! "$PYTHON" records/smoke.py report "$runs/logs/smoke.jsonl" "$runs/collectives.json"; then
+    if [[ $TRACK == track_10min_16mb ]]; then
+        mv "$runs/logs/smoke.txt" "$runs/logs/smoke.txt.no_go"  # the next try measures again
+        die "no seed is run for a record on this machine; take another one (nvidia-smi topo -m \
+shows how GPUs are joined), or run all the same with TRACK=track_non_record_16mb"
+    fi
+    echo "note: this is no run for the record track: it goes on"
 fi
 
 for seed in $SEEDS; do

@@ -473,11 +473,10 @@ class Runtime:
         self.compiles, self.compiler = select_compiler(self.device, c)
         if self.world > 1:
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives one
-            self.store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+            store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             dist.init_process_group(
-                "nccl" if self.cuda else "gloo", store=self.store, rank=self.rank,
+                "nccl" if self.cuda else "gloo", store=store, rank=self.rank,
                 world_size=self.world, device_id=self.device if self.cuda else None)
-            self.peers = self.gather((platform.node(), os.getpid()))
         eager = replace(c, torch_compile_disable=not self.compiles)
         self.attention, self.attention_name = select_attention(self.device, eager)
         self.log = RunLog(c.run_id)
@@ -501,7 +500,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
-        """A signal raises Stopped or, if deferred, is noted; RunError names ranks that died."""
+        """A signal raises Stopped or, if deferred, is noted."""
         def note(number: int, _: Any) -> None:
             self.signal = number
             require(self.defer_signals, f"stopped by signal {number}; start again, or with "
@@ -511,28 +510,9 @@ class Runtime:
         before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
-        except RuntimeError as error:
-            self.defer_signals = True  # the launcher ends this rank too, but it answers first
-            failed = not isinstance(error, RunError) and "gloo" in str(error)  # NCCL says nothing
-            lost = self.lost_ranks() if failed and self.world > 1 else ""
-            require(not lost, f"rank {lost} of {self.world} has died, so rank {self.rank} ends; "
-                    f"start again with RESUME=1 ({error})")
-            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    def lost_ranks(self) -> str:
-        """This node's dead ranks, as the first to notice knew them, within 5 seconds."""
-        for _ in range(50):
-            lost = show(tuple(rank for rank, (node, pid) in enumerate(self.peers)
-                              if node == platform.node() and not os.path.exists(f"/proc/{pid}")))
-            if lost:
-                with contextlib.suppress(RuntimeError):  # without torchrun, rank 0 has the store
-                    lost = self.store.compare_set("lost", "", lost).decode()
-                return lost
-            time.sleep(0.1)
-        return ""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over ranks, on the device it came from."""

@@ -26,7 +26,7 @@ from typing import Any
 
 import mixing
 
-LARGEST = 25_000  # bytes of a packed file: our aim for a record
+LARGEST = 32_000  # bytes of a packed file: our aim for a record
 LONGEST = 1 << 20  # characters of a source that are unpacked from a stranger's file
 STUB = '''# coding: latin-1
 # packed by PROTEUS; records/pack.py --unpack prints the source

@@ -15,11 +15,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT.parent / "shared" / "nullcuda")]
 
+import launches  # noqa: E402, I001  # of ../shared/nullcuda, after torch
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch._dynamo.utils import counters  # noqa: E402
 
-import launches  # noqa: E402, I001  # of ../shared/nullcuda, after torch
 import train_gpt as t  # noqa: E402
 
 report: dict[str, Any] = dict(steps=[], graphs={})

@@ -1,0 +1,410 @@
+"""A rented machine: GPUs that torch does not see, its own torch, what a record run refuses.
+
+Made-up commands (nvidia-smi, python3, pip, torchrun) stand for the machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_gpt as t  # noqa: E402
+
+H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
+SEES_GPUS = """
+find_gpu = lambda environ: True
+Runtime.handicaps = lambda self: [w for w in [os.environ.get("HANDICAP")] if w]
+"""
+PACK = """
+import os, pathlib, sys
+pathlib.Path(sys.argv[3]).write_text('''
+import os, pathlib
+log = pathlib.Path("logs", os.environ["RUN_ID"])
+log.with_suffix(".txt").write_text("final_int8_zlib_roundtrip_exact 1" + chr(10))
+print("run", log.name, os.environ.get("WARMUP_STEPS"))
+''')
+"""
+SMOKE = """
+import os, sys
+print("smoke.py", sys.argv[1])
+sys.exit(sys.argv[1] == "report" and os.environ["VERDICT"] == "NO GO")
+"""
+
+
+def command(path: Path, text: str) -> None:
+    """A shell script that can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+
+
+def nvidia_smi(folder: Path, count: int, name: str = H100, driver: str = "570.86.10") -> None:
+    """A made-up nvidia-smi of `count` GPUs in a folder; of none, it fails."""
+    listing = "".join(f"GPU {i}: {name} (UUID: GPU-{i:036d})\n" for i in range(count))
+    about = f"Driver Version : {driver}\nCUDA Version : 12.8\nAttached GPUs : {count}\n"
+    command(folder / "nvidia-smi", "exit 9\n" if not count else
+            f"[ $1 = -L ] && cat <<'E' || cat <<'F'\n{listing}E\n{about}F\n")
+
+
+def clean(folder: Path, **environ: Any) -> dict[str, str]:
+    """The environment without settings and ranks from outside; commands of a folder come first."""
+    names = {f.name.upper() for f in fields(t.Config)} | {
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"}
+    return {k: v for k, v in os.environ.items() if k not in names} | dict(
+        PATH=f"{folder}:{os.environ['PATH']}") | environ
+
+
+class Pod:
+    """A copy of run_8xh100.sh with made-up commands around it; CALLS is what they were asked."""
+
+    def __init__(self, folder: Path, count: int = 8, name: str = H100, **smi: str) -> None:
+        self.root, self.bin, self.calls = folder / "root", folder / "bin", folder / "calls"
+        self.data = folder / "shards"
+        (self.root / "records").mkdir(parents=True)
+        self.data.mkdir()
+        (self.data / "fineweb_train_000000.bin").write_bytes(b"")
+        for kept in ("run_8xh100.sh", "requirements.txt"):
+            shutil.copy(ROOT / kept, self.root)
+        (self.root / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + SEES_GPUS)
+        nvidia_smi(self.bin, count, name, **smi)
+        self.environ = clean(self.bin, AUTHOR="A", GITHUB_ID="a", DATA_DIR=str(folder / "work"),
+                             DATA_PATH=str(self.data), PYTHON=sys.executable)
+
+    def run(self, **environ: str) -> subprocess.CompletedProcess:
+        """The script; it ends with an error wherever something is not made up."""
+        done = subprocess.run(["bash", self.root / "run_8xh100.sh"], capture_output=True,
+                              text=True, env=self.environ | environ)
+        assert done.returncode == 1, done
+        return done
+
+    def python3(self, version: str | None) -> None:
+        """A python3 with a torch that says this version, or none; its pip only notes its task."""
+        real = (f'case "$*" in *"-m pip"*) echo "$@" >> {self.calls}; exit 1;; esac\n'
+                f'exec {sys.executable} "$@"\n')
+        command(self.root / "python", real)
+        command(self.root / "pip", f'echo pip >> {self.calls}; cat "$4" >> {self.calls}\n')
+        make = (f'-m\\ venv*) echo "$@" >> {self.calls}; mkdir -p .venv/bin; '
+                "cp python pip .venv/bin;;")
+        says = "raise ImportError" if version is None else (
+            f"import torch; torch.__version__ = type(torch.__version__)('{version}')")
+        asks = f'-c\\ import\\ numpy,\\ torch*) exec {sys.executable} -c "{says}\n$2";;'
+        command(self.bin / "python3", f'case "$*" in {make} {asks} *) exec {sys.executable} "$@";; '
+                "esac\n")
+        del self.environ["PYTHON"]
+
+    def asked(self) -> str:
+        """What the made-up commands were asked."""
+        return self.calls.read_text() if self.calls.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def smoke() -> ModuleType:
+    """records/smoke.py."""
+    spec = importlib.util.spec_from_file_location("smoke", ROOT / "records" / "smoke.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# --- find_gpu -----------------------------------------------------------
+
+
+@pytest.fixture
+def unseen(tmp_path, monkeypatch):
+    """A machine whose torch sees no GPU: a folder for its commands, which hold no nvidia-smi."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    nvidia_smi(tmp_path, 0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_gpus_that_torch_does_not_see_stop(unseen, named):
+    """Both versions and both remedies; without nvidia-smi the device files tell."""
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (unseen / name).touch()
+    if named:
+        nvidia_smi(unseen, 2)
+    with pytest.raises(t.RunError) as caught:
+        t.find_gpu({}, str(unseen))
+    assert caught.value.code == 1
+    parts = ["has 2 GPUs", torch.__version__, f"CUDA {torch.version.cuda}", "torch>=2.9,<2.11",
+             "newer driver", "CUDA_VISIBLE_DEVICES= "]
+    parts += ["driver 570.86.10", "CUDA 12.8 at most"] if named else ["driver unknown"]
+    assert not [part for part in parts if part not in str(caught.value)]
+
+
+def test_a_machine_without_gpus_is_a_cpu(unseen):
+    """Nothing found is no error."""
+    assert t.find_gpu({}, str(unseen)) is False
+    assert t.find_gpu({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, str(unseen)) is False
+
+
+@pytest.mark.parametrize("by_name", ["", "-1"])
+def test_the_cpu_can_be_asked_for(unseen, by_name):
+    """Also where there are GPUs, whatever torch sees of them."""
+    nvidia_smi(unseen, 2)
+    environ = {"CUDA_VISIBLE_DEVICES": by_name, "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    assert t.find_gpu(environ, str(unseen)) is False
+    assert environ["CUDA_VISIBLE_DEVICES"] == by_name
+
+
+def test_more_ranks_than_gpus_stop(unseen, monkeypatch):
+    """Told by nvidia-smi, or by the list that is set."""
+    nvidia_smi(unseen, 2)
+    ranks = {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(t.RunError, match="4 ranks, .* 2 GPUs; .*--nproc_per_node=2"):
+        t.find_gpu(dict(ranks), str(unseen))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(t.RunError, match="CUDA_VISIBLE_DEVICES=4,5,6 lists 3 GPUs"):
+        t.find_gpu(ranks | {"CUDA_VISIBLE_DEVICES": "4,5,6"}, str(unseen))
+
+
+@pytest.mark.parametrize(("listed", "own"), [(None, "2"), ("4,5,6,7", "6"), ("GPU-a,b,c,d", "c")])
+def test_a_rank_sees_its_own_gpu_only(monkeypatch, listed, own):
+    """Its entry of the list; without ranks nothing is changed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    given = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
+    environ = given | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "4"}
+    assert t.find_gpu(environ) is True and environ["CUDA_VISIBLE_DEVICES"] == own
+    alone = dict(given)
+    assert t.find_gpu(alone) is True and alone == given
+
+
+cpu_torch = pytest.mark.skipif(torch.version.cuda, reason="this torch may see a GPU")
+
+
+@cpu_torch
+def test_train_gpt_never_falls_back_on_the_cpu(tmp_path):
+    """A GPU machine and a torch for CPUs: the message, exit code 1, and nothing is written."""
+    nvidia_smi(tmp_path / "bin", 1)
+    (tmp_path / "work").mkdir()
+    done = subprocess.run([sys.executable, ROOT / "train_gpt.py"], cwd=tmp_path / "work",
+                          env=clean(tmp_path / "bin", PRESET="demo"), capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and "sees none of them" in done.stderr and not done.stdout
+    assert not [*(tmp_path / "work").iterdir()]
+
+
+@cpu_torch
+@pytest.mark.parametrize("given", [True, False])
+def test_the_script_never_falls_back_on_the_cpu(tmp_path, given):
+    """Neither with PYTHON nor with the torch of python3; nothing is fetched or built."""
+    pod = Pod(tmp_path, 2, A100)
+    shutil.copy(ROOT / "train_gpt.py", pod.root)
+    if not given:
+        pod.python3(torch.__version__)
+    done = pod.run(PRESET="demo")
+    assert torch.__version__ in done.stderr and "570.86.10" in done.stderr
+    assert "a newer driver" in done.stderr and "pip install 'torch>=2.9,<2.11'" in done.stderr
+    assert not pod.asked() and not (pod.root / ".venv").exists()
+    assert not [*(tmp_path / "work").iterdir()]
+
+
+# --- run_8xh100.sh: GPUs, environment -------------------------------------
+
+
+@pytest.mark.parametrize(("environ", "text"), [
+    (dict(), "8 GPUs, 8 processes"),
+    (dict(CUDA_VISIBLE_DEVICES=""), "0 GPUs, 1 processes"),
+    (dict(CUDA_VISIBLE_DEVICES="-1"), "0 GPUs, 1 processes"),
+    (dict(CUDA_VISIBLE_DEVICES="4,5"), "2 GPUs, 2 processes"),
+    (dict(NPROC="9"), "NPROC=9, but there are 8 GPUs"),
+    (dict(NPROC="3", CUDA_VISIBLE_DEVICES="4,5"), "NPROC=3, but there are 2 GPUs"),
+    (dict(CUDA_VISIBLE_DEVICES="", PRESET=""), "shows no GPU to use"),
+])
+def test_the_script_counts_the_gpus_to_use(tmp_path, environ, text):
+    """As nvidia-smi and CUDA_VISIBLE_DEVICES say; more processes than that stop."""
+    done = Pod(tmp_path).run(**dict(PYTHON="/bin/false", PRESET="demo") | environ)
+    assert text in done.stdout + done.stderr
+    assert ("lacks a package" in done.stderr) == ("processes" in text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("version", "driver", "wanted"), [
+    ("2.14.1+cu130", "580.95.05", None), ("2.9.0a0+abc", "570.86.10", None),
+    ("2.8.0+cu128", "570.86.10", "torch>=2.9,<=2.13.0,<2.11"),
+    (None, "580.95.05", "torch>=2.9,<=2.13.0"), (None, "", "torch>=2.9,<=2.13.0")])
+def test_the_torch_of_the_machine_is_used(tmp_path, version, driver, wanted):
+    """A torch that serves is not replaced; else one that fits the driver is asked for."""
+    pod = Pod(tmp_path, 8 if driver else 0, A100, driver=driver)
+    pod.python3(version)
+    done = pod.run(PRESET="demo", AGAINST="none")  # names no result: the end of the environment
+    assert "AGAINST=none" in done.stderr, done
+    venv, pip, *packages = pod.asked().splitlines()
+    assert ("--system-site-packages" in venv) == (not wanted) and pip == "pip"
+    assert [p for p in packages if p.startswith("torch")] == ([wanted] if wanted else [])
+    assert "numba>=0.61" in packages
+    assert ("the torch of python3 is used" in done.stdout) == (not wanted)
+    assert not wanted or f"for driver {driver[:3] or 'none'} goes" in done.stdout
+    pod.run(PRESET="demo", AGAINST="none")
+    assert pod.asked().count("-m venv") == 1  # what is done is skipped
+
+
+@pytest.mark.slow
+def test_flash_attention_3_is_tried_and_not_needed(tmp_path):
+    """The page of our torch and CUDA, or FA3_INDEX; only on Hopper; the script goes on."""
+    pod = Pod(tmp_path)
+    pod.python3(torch.__version__)
+    here = torch.__version__.split("+")[0].replace(".", "")
+    cuda = str(torch.version.cuda).replace(".", "")
+    for environ, pages in ((dict(), [f"/whl/cu{cuda}/flash-attn-3/", f"/cu{cuda}_torch{here}"]),
+                           (dict(FA3_INDEX="file:///x"), ["file:///x"]),
+                           (dict(CUDA_VISIBLE_DEVICES="", PRESET="demo"), [])):
+        pod.calls.unlink(missing_ok=True)
+        done = pod.run(TRACK="track_non_record_16mb", **environ)
+        tried = re.findall(r"--no-deps .*--find-links (\S+) flash_attn_3", pod.asked())
+        assert len(tried) == len(pages)
+        assert all(map(str.endswith, tried, pages))
+        assert done.stdout.count("note: no FlashAttention-3 from") == len(pages)
+        assert "made no" in done.stderr  # it went on to packing
+    nvidia_smi(pod.bin, 8, A100)
+    pod.calls.unlink(missing_ok=True)
+    pod.run(TRACK="track_non_record_16mb")
+    assert not pod.asked()
+
+
+# --- run_8xh100.sh: what a record run refuses ------------------------------
+
+
+@pytest.mark.slow
+def test_a_record_run_refuses_a_handicap(tmp_path):
+    """With the reason and the override, before anything is made; without one it goes on."""
+    pod, why = Pod(tmp_path), "attention is slow"
+    done = pod.run(HANDICAP=why)
+    assert why in done.stderr and "TRACK=track_non_record_16mb" in done.stderr
+    assert not [*(tmp_path / "work").iterdir()] and not (pod.root / "logs").exists()
+    assert "made no" in pod.run().stderr  # the packer is missing here
+    assert "made no" in pod.run(HANDICAP=why, TRACK="track_non_record_16mb").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pack", "stops"), [
+    (PACK + "sys.exit(1)", False), ("raise ValueError", True), ("raise SystemExit(2)", True)])
+def test_only_the_size_of_the_packed_file_is_forgiven(tmp_path, pack, stops):
+    """A packer that fails ends the script; a file that is too large does not."""
+    pod = Pod(tmp_path, 1, A100)
+    (pod.root / "records" / "pack.py").write_text(pack)
+    done = pod.run(TRACK="track_non_record_16mb")
+    assert ("made no" in done.stderr) == stops
+    assert ("the pre-flight failed" in done.stderr) == (not stops)
+
+
+@pytest.mark.slow
+def test_no_go_stops_a_record_only(tmp_path):
+    """Before the seeds; the next try measures again, another track goes on to the seeds."""
+    pod = Pod(tmp_path)
+    (pod.root / "records" / "pack.py").write_text(PACK)
+    (pod.root / "records" / "smoke.py").write_text(SMOKE)
+    (pod.root / "test_cpu.py").write_text("def test(): pass\n")
+    command(pod.bin / "python", f"""case "$2" in
+torch.distributed.run) while [ $1 != --nproc_per_node=8 ]; do shift; done; shift;; esac
+exec {sys.executable} "$@"
+""")
+    pod.environ["PYTHON"] = str(pod.bin / "python")
+    for verdict, track, seeds in (("NO GO", "10min", 0), ("GO", "10min", 3),
+                                  ("NO GO", "non_record", 0)):
+        done = pod.run(VERDICT=verdict, TRACK=f"track_{track}_16mb")
+        stopped = "no seed is run for a record" in done.stderr
+        assert stopped == (verdict == "NO GO" and track == "10min")
+        assert ("TRACK=track_non_record_16mb" in done.stderr) == stopped
+        measured = "smoke.py collectives\nrun smoke 16\n" in done.stdout
+        assert measured == (track == "10min") and "smoke.py report" in done.stdout
+        assert done.stdout.count("run seed") == seeds
+        assert stopped or "no folder was made" in done.stderr
+
+
+# --- records/smoke.py -------------------------------------------------------
+
+
+def events(step_ms: tuple[float, float], device: str = H100, preset: str = "record", handicaps: tuple[str, ...] = (),
+           slower: float = 1.0, mib: int = 40_000) -> list[dict[str, Any]]:
+    """Of a log of the smoke test on eight GPUs."""
+    primed = [dict(event="primed", recur=recur, qat=qat, compile_s=31.5, peak_mib=mib,
+                   step_ms=step_ms[recur] * slower)
+              for qat in (False, True) for recur in (False, True)]
+    return [dict(event="config", train_batch_tokens=8 * 98304),
+            dict(event="machine", device=device, preset=preset, attention="cudnn (installed)",
+                 compiler="inductor", world_size=8, handicaps=[*handicaps]), *primed]
+
+
+def verdict(smoke, folder, capsys, gb_s=300.0, **changes) -> tuple[int, str]:
+    """Exit code of the report and what it printed."""
+    links = {name: dict(mb=9.5, ms=0.25, gb_s=gb_s)
+             for name in ("reduce_scatter", "all_gather", "all_reduce")}
+    (folder / "links.json").write_text(json.dumps(links))
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, events(
+        smoke.YARDSTICKS["H100"].step_ms, **changes))))
+    code = smoke.main(["report", str(folder / "log.jsonl"), str(folder / "links.json")])
+    return code, capsys.readouterr().out
+
+
+def test_the_report_shows_every_figure(smoke, tmp_path, capsys):
+    """Each phase and collective with its yardstick; the last line is the verdict."""
+    code, text = verdict(smoke, tmp_path, capsys)
+    assert code == 0 and text.splitlines()[-1] == "GO"
+    off, on = smoke.YARDSTICKS["H100"].step_ms
+    for line in (f"recurrence off: a step +{off:.1f} ms +at most {1.25 * off:.1f}",
+                 f"recurrence on, QAT: a step +{on:.1f} ms +at most {1.25 * on:.1f}",
+                 "recurrence on: memory +40000.0 MiB +at most",
+                 "recurrence off, QAT: compilation +31.5 s\n",
+                 "all_gather of 9.5 MB in 0.25 ms +300.0 GB/s +at least"):
+        assert re.search(line, text), line
+    assert "attention cudnn (installed), compiler inductor" in text
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    (dict(slower=1.3), "recurrence on: a step"),
+    (dict(mib=80_000), "memory 80000.0 MiB"), (dict(gb_s=30.0), "reduce_scatter of 9.5 MB"),
+    (dict(handicaps=("nothing is compiled",)), "nothing is compiled")])
+def test_each_yardstick_can_say_no(smoke, tmp_path, capsys, changes, reason):
+    """NO GO with the reason and exit code 1; nothing of it where there is no yardstick."""
+    code, text = verdict(smoke, tmp_path, capsys, **changes)
+    assert code == 1 and text.splitlines()[-1].startswith("NO GO: ")
+    assert reason in text.splitlines()[-1]
+    for other in (dict(device=A100), dict(preset="demo")):
+        code, text = verdict(smoke, tmp_path, capsys, **changes | other)
+        assert code == 0 and text.splitlines()[-1].startswith("GO: there is no yardstick")
+
+
+def test_a_log_without_phases_is_no_go(smoke, tmp_path, capsys):
+    """A smoke test that ended early proves nothing."""
+    (tmp_path / "log.jsonl").write_text(json.dumps(dict(event="config")))
+    assert smoke.main(["report", str(tmp_path / "log.jsonl")]) == 1
+    assert capsys.readouterr().out.startswith("NO GO")
+
+
+@pytest.mark.slow
+def test_the_smoke_test_on_two_ranks(smoke, tmp_path, capsys):
+    """Collectives at the sizes of the step's buffers, for real; one rank sends nothing."""
+    environ = clean(tmp_path, PRESET="demo", VOCAB_SIZE="300", CUDA_VISIBLE_DEVICES="",
+                    OMP_NUM_THREADS="1")
+    for ranks in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone",
+             f"--nproc_per_node={ranks}", ROOT / "records" / "smoke.py", "collectives", "c.json"],
+            cwd=tmp_path, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "c.json").read_text())
+        assert len(found) == (3 if ranks == 2 else 0)
+    c = t.Config(**t.PRESETS["demo"], vocab_size=300)
+    assert found["all_gather"]["mb"] == found["reduce_scatter"]["mb"] > 1  # fp32 on a CPU
+    assert found["all_reduce"]["mb"] >= 4 * 300 * c.model_dim / 1e6
+    for name, link in found.items():
+        passes = 1 + (name == "all_reduce")
+        assert link["gb_s"] == pytest.approx(passes / 2 * link["mb"] / link["ms"])
