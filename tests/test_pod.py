@@ -332,8 +332,9 @@ exec {sys.executable} "$@"
 # --- records/smoke.py -------------------------------------------------------
 
 
-def events(step_ms: tuple[float, float], device: str = H100, preset: str = "record", handicaps: tuple[str, ...] = (),
-           slower: float = 1.0, mib: int = 40_000) -> list[dict[str, Any]]:
+def events(step_ms: tuple[float, float], device: str = H100, preset: str = "record",
+           handicaps: tuple[str, ...] = (), slower: float = 1.0,
+           mib: int = 40_000) -> list[dict[str, Any]]:
     """Of a log of the smoke test on eight GPUs."""
     primed = [dict(event="primed", recur=recur, qat=qat, compile_s=31.5, peak_mib=mib,
                    step_ms=step_ms[recur] * slower)
