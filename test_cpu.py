@@ -3031,7 +3031,7 @@ def test_b_warm_up_changes_nothing(b_make):
     backward = warm.backward
     warm.backward = lambda *batch: calls.append(warm.model.recur) or backward(*batch)
     warm.warm_up()
-    assert calls == [False, True, False, True]  # one priming step in each phase
+    assert calls == [False, False, True, True, True, True]  # two priming steps in each phase
     assert all(map(torch.equal, before, warm.params))
     assert {m.qat_bits for m in warm.model.modules() if isinstance(m, t.Linear)} == {0}
     assert not warm.model.recur
@@ -3315,8 +3315,7 @@ def test_preflight_05_code_size(capsys):
     """train_gpt.py is a bounded ASCII file; a record counts the packed file."""
     data = (ROOT / "train_gpt.py").read_bytes()
     b_report(capsys, f"train_gpt.py {len(data)} bytes, {data.count(10)} lines")
-    size, is_ascii = len(data), data.isascii()
-    assert is_ascii and size < 153_000
+    assert data.isascii() and len(data) < 0.02 * t.Config().size_limit
 
 
 def b_export(c: t.Config, model: t.GPT, folder: Path) -> tuple[int, list, t.GPT]:
@@ -3557,6 +3556,81 @@ def test_b_steps_compile_nothing_that_warm_up_has_not(b_make, monkeypatch):
     trainer = b_make(**B_SWITCHING)
     b_around_steps(trainer, monkeypatch, around)
     assert set(counts) == {len(trainer.phases())} == {3}
+
+
+def test_b_nothing_compiles_after_warm_up(b_make, monkeypatch):
+    """Validation in every phase, the averaged weights and all scores of the artifact's kind."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter, counts = CompileCounter(), []
+    monkeypatch.setattr(t.Runtime, "compile", lambda self, module: torch.compile(
+        module, fullgraph=True, dynamic=False, backend=counter))
+    trainer = b_make(**B_SWITCHING, val_loss_every=2)
+    trainer.runtime.compiles = True
+    validate, warm_up = trainer.validate, trainer.warm_up
+    for name, inner in (("validate", validate), ("warm_up", warm_up)):
+        monkeypatch.setattr(trainer, name, lambda inner=inner: (
+            inner(), counts.append((trainer.phase, counter.frame_count))))
+    trainer.run()
+    trainer.finish()
+    trainer.evaluator.score(trainer.forward, trainer.config.eval_seq_len)
+    t.TTT(trainer.model, trainer.evaluator).score()
+    assert {phase for phase, _ in counts} == {*trainer.phases()}
+    assert {count for _, count in counts} == {counter.frame_count}
+    torch._dynamo.reset()
+
+
+def test_b_phases_are_those_that_can_occur():
+    """Without a clock those of the schedule, in order; with one, all that the settings allow."""
+    def phases(**settings):
+        trainer = SimpleNamespace(config=b_config(**settings))
+        return [tuple(map(int, phase)) for phase in t.Trainer.phases(trainer)]
+
+    late = dict(iterations=20, warmdown_iters=10, late_qat_threshold=0.3)
+    assert phases(**late, recur_start_step=5.0) == [(0, 0), (1, 0), (1, 1)]
+    assert phases(**late, recur_start_step=19.0) == [(0, 0), (0, 1), (1, 1)]
+    assert phases(**late, recur_start_step=0.0) == [(1, 0), (1, 1)]
+    late |= dict(max_wallclock_seconds=9.0)
+    assert phases(**late, recur_start_step=5.0) == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert phases(**late, recur_start_step=0.0) == [(1, 0), (1, 1)]
+    assert phases(**late | dict(late_qat_threshold=0.0), recur_layers=()) == [(0, 0)]
+
+
+@pytest.mark.parametrize("world, nodes", [(1, 1), (3, 1), (8, 2)])
+def test_b_each_job_runs_on_one_rank_of_a_node_first(world, nodes):
+    """Before the ranks meet every job has run once in each node, then on all the other ranks."""
+    ran, local = {}, world // nodes
+    for rank in range(world):
+        runtime, order = a_runtime(), ran.setdefault(rank, [])
+        runtime.local_rank, runtime.local_world = rank % local, local
+        runtime.gather = lambda value, order=order: order.append("meet") or [value]
+        runtime.in_turns([functools.partial(order.append, job) for job in range(5)])
+    for node in range(nodes):
+        orders = [ran[rank] for rank in range(node * local, (node + 1) * local)]
+        first = [job for order in orders for job in order[: order.index("meet")]]
+        assert sorted(first) == [*range(5)]
+        assert all(sorted(job for job in order if job != "meet") == [*range(5)]
+                   and order.count("meet") == 2 and order[-1] == "meet" for order in orders)
+
+
+def test_b_handicaps_are_named(monkeypatch):
+    """A record's machine has none; each other GPU, attention or lack of a compiler is one."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    runtime = a_runtime()
+    runtime.compiles, runtime.compiler, runtime.cuda = True, "inductor", True
+    for name in ("flash_attention_3 (installed)", "cudnn (flash_attention_3: none)"):
+        runtime.attention_name = name
+        assert runtime.handicaps() == []
+    runtime.attention_name = "flash (cudnn: none)"
+    assert [text.split(",")[0] for text in runtime.handicaps()] == [
+        "attention is flash (cudnn: none)"]
+    runtime.attention_name, runtime.compiles, runtime.compiler = "cudnn", False, "no Triton"
+    assert runtime.handicaps() == ["nothing is compiled (no Triton)"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    assert runtime.handicaps()[0] == "it runs on NVIDIA A100, not on an H100"
+    runtime.cuda = False
+    assert runtime.handicaps() == ["it runs on a CPU"]
 
 
 def test_b_steps_never_wait_for_a_value(b_make, monkeypatch):

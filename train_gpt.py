@@ -484,7 +484,9 @@ class Runtime:
 
     def handicaps(self) -> list[str]:
         """What makes this machine slower than the one that a record is run on, each with why."""
-        gpu = torch.cuda.get_device_name() if self.cuda else "a CPU"
+        if not self.cuda:
+            return ["it runs on a CPU"]
+        gpu = torch.cuda.get_device_name()
         fast = self.attention_name.startswith(("flash_attention_3", "cudnn"))
         return [text for slow, text in (
             ("H100" not in gpu, f"it runs on {gpu}, not on an H100"),
@@ -650,16 +652,16 @@ def find_gpu(environ: MutableMapping[str, str], devices: str = "/dev") -> bool:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         found = subprocess.run(["nvidia-smi", "-q"], capture_output=True, text=True, check=True,
                                timeout=60).stdout
-    gpus, driver, cuda = (re.search(rf"{name}[^:\n]*: *(\S+)", found) for name in (
-        "Attached GPUs", "Driver Version", "CUDA"))
-    gpus = int(gpus[1]) if gpus else len([*Path(devices).glob("nvidia[0-9]*")])
+    count, driver, cuda = ([*re.findall(rf"{name}[^:\n]*: *(\S+)", found), "unknown"][0]
+                           for name in ("Attached GPUs", "Driver Version", "CUDA"))
+    gpus = int(count) if found else len([*Path(devices).glob("nvidia[0-9]*")])
     require(not 0 < gpus < ranks, f"{ranks} ranks, but this machine has {gpus} GPUs; start "
             f"torchrun with --nproc_per_node={gpus}")
-    require(not gpus, f"this machine has {gpus} GPUs (driver {driver[1] if driver else 'unknown'}, "
-            f"for CUDA {cuda[1] if cuda else 'unknown'} at most), and torch {torch.__version__} "
-            f"(made for CUDA {torch.version.cuda}) sees none of them. Install a torch for that "
-            "CUDA (pip install 'torch>=2.9,<2.11' is made for CUDA 12.8), or a newer driver (580 "
-            "for CUDA 13). To use the CPU all the same, say so: CUDA_VISIBLE_DEVICES= ")
+    require(not gpus, f"this machine has {gpus} GPUs (driver {driver}, for CUDA {cuda} at most), "
+            f"and torch {torch.__version__} (made for CUDA {torch.version.cuda}) sees none of "
+            "them. Install a torch for that CUDA (pip install 'torch>=2.9,<2.11' is made for CUDA "
+            "12.8), or a newer driver (580 for CUDA 13). To use the CPU all the same, say so: "
+            "CUDA_VISIBLE_DEVICES= ")
     return False
 
 
