@@ -191,6 +191,7 @@ def a_inside(folder):
     old, captured = os.getcwd(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(captured):
         patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # on a machine with GPUs too
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         os.chdir(folder)
