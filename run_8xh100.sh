@@ -83,8 +83,9 @@ make_environment() {  # .venv: with the torch of python3 if that one serves, els
     local edit='' disk=7 site='' driver
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "python3 is \
 $(python3 --version 2>&1 || echo missing); Python 3.11 or newer is needed"
-    if python3 -c 'import numpy, torch; raise SystemExit(torch.__version__ < "2.9.0a0")' \
+    if python3 -c 'import torch; raise SystemExit(torch.__version__ < "2.9.0a0")' \
             2> /dev/null; then
+        python3 -c 'import numpy' || die "python3 has torch but not numpy: pip install numpy"
         list_settings python3 > /dev/null
         echo "the torch of python3 is used; everything else goes into .venv"
         edit='/^torch/d' disk=1 site=--system-site-packages
@@ -99,7 +100,7 @@ into .venv ($(sed -n "$edit; /^torch/p" requirements.txt))"
     [[ $(stat -c %d "$root") != $(stat -c %d "$DATA_DIR") ]] || disk=$((disk + data))
     room "$root" "$disk" "make room, or set PYTHON to an interpreter with everything installed"
     # shellcheck disable=SC2086
-    python3 -m venv $site .venv || die "no venv module; on Debian: apt-get install python3-venv"
+    python3 -m venv --clear $site .venv || die "no venv module; on Debian: apt-get install python3-venv"
     .venv/bin/pip install -q -r <(sed "$edit" requirements.txt)
     touch "$stamp"
 }
@@ -109,6 +110,7 @@ if [[ -z ${PYTHON:-} ]]; then
     stamp=.venv/.installed-$(sha256sum requirements.txt | cut -c1-16)
     [[ -e $stamp ]] || make_environment
 fi
+[[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON")  # the runs start in another folder
 "$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib, pytest, sys
 print("python", sys.version.split()[0], "with torch", torch.__version__, "in", *torch.__path__)' ||
     die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
@@ -135,8 +137,9 @@ if [[ $TRACK == track_10min_16mb ]]; then
     reasons=$("$PYTHON" -c 'import os, tempfile, train_gpt as t
 c = t.Config.from_env(os.environ, t.find_gpu(os.environ))
 os.chdir(tempfile.mkdtemp())  # for its log
-try: print("; ".join(t.Runtime(c).handicaps()))
+try: print("reasons:", "; ".join(t.Runtime(c).handicaps()))
 except t.RunError as error: raise SystemExit(f"error: {error}")')
+    reasons=$(sed -n 's/^reasons: *//p' <<< "$reasons")
     [[ -z $reasons ]] || die "a record would be ruined: $reasons. Mend that, or run all the same \
 with TRACK=track_non_record_16mb"
 fi
@@ -244,7 +247,8 @@ if [[ $NODE_RANK == 0 ]] &&
     if [[ $TRACK == track_10min_16mb ]]; then
         mv "$runs/logs/smoke.txt" "$runs/logs/smoke.txt.no_go"  # the next try measures again
         die "no seed is run for a record on this machine; take another one (nvidia-smi topo -m \
-shows how GPUs are joined), or run all the same with TRACK=track_non_record_16mb"
+shows how GPUs are joined), or run all the same with TRACK=track_non_record_16mb. On the other machines \
+of several, remove $runs/smoke.done before the next try"
     fi
     echo "note: this is no run for the record track: it goes on"
 fi

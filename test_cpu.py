@@ -8359,6 +8359,20 @@ def test_k_a_signal_without_room_is_an_error(tmp_path, k_data, monkeypatch, caps
     assert "warning: no checkpoint" in console and not (tmp_path / "checkpoints/k").exists()
 
 
+def test_k_a_signal_that_the_compiler_wraps_is_a_signal():
+    """Exit code 75: dynamo hands on what a handler raises in it as an error of its own."""
+    runtime = a_runtime()
+    with pytest.raises(t.Stopped, match="stopped by signal 15: wrapped") as caught:
+        with runtime.guarded():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            except t.Stopped as error:
+                raise RuntimeError("wrapped") from error
+    assert caught.value.code == 75
+    with pytest.raises(RuntimeError, match="no signal"), a_runtime().guarded():
+        raise RuntimeError("no signal")
+
+
 def test_k_out_of_memory_on_a_cpu_names_the_settings(monkeypatch, capsys):
     """As on a GPU: exit code 1 and what to lower."""
     monkeypatch.setattr(t, "run", lambda config: torch.empty(1 << 60))
@@ -8418,7 +8432,7 @@ def test_k_a_dying_rank_is_named(tmp_path, k_data):
 
 @pytest.mark.slow
 def test_k_a_rank_that_waits_in_the_driver_ends_with_a_dead_one(tmp_path):
-    """As under NCCL: rank 0 hears no SIGTERM; the launcher ends it within 45 s and names rank 1."""
+    """As under NCCL: rank 0 hears no SIGTERM; the launcher ends it after 30 s and names rank 1."""
     (tmp_path / "blocked.py").write_text(K_BLOCKED)
     began = time.monotonic()
     done = subprocess.run(

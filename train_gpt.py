@@ -512,6 +512,10 @@ class Runtime:
         before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
+        except RuntimeError as error:  # the compiler wraps what a signal raises in it
+            require(isinstance(error, RunError) or not self.signal, f"stopped by signal "
+                    f"{self.signal}: {first_line(error)}", Stopped)
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -638,7 +642,8 @@ def find_gpu(environ: MutableMapping[str, str], devices: str = "/dev") -> bool:
     A rank of torchrun sees its own only, as cuda:0: the compiler's cache knows a graph by its
     device too, so that ranks can share it only under one name. To be called before CUDA is used.
     """
-    visible, ranks = environ.get("CUDA_VISIBLE_DEVICES"), int(environ.get("LOCAL_WORLD_SIZE", 1))
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    ranks = int(environ.get("LOCAL_WORLD_SIZE", environ.get("WORLD_SIZE", 1)))
     if visible in ("", "-1"):
         return False  # the CPU, asked for by name
     if "LOCAL_RANK" in environ:
@@ -654,14 +659,16 @@ def find_gpu(environ: MutableMapping[str, str], devices: str = "/dev") -> bool:
                                timeout=60).stdout
     count, driver, cuda = ([*re.findall(rf"{name}[^:\n]*: *(\S+)", found), "unknown"][0]
                            for name in ("Attached GPUs", "Driver Version", "CUDA"))
-    gpus = int(count) if found else len([*Path(devices).glob("nvidia[0-9]*")])
+    files = len([*Path(devices).glob("nvidia[0-9]*")])
+    gpus = int(count) if count.isdecimal() else files
     require(not 0 < gpus < ranks, f"{ranks} ranks, but this machine has {gpus} GPUs; start "
             f"torchrun with --nproc_per_node={gpus}")
+    asked = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
     require(not gpus, f"this machine has {gpus} GPUs (driver {driver}, for CUDA {cuda} at most), "
             f"and torch {torch.__version__} (made for CUDA {torch.version.cuda}) sees none of "
-            "them. Install a torch for that CUDA (pip install 'torch>=2.9,<2.11' is made for CUDA "
-            "12.8), or a newer driver (580 for CUDA 13). To use the CPU all the same, say so: "
-            "CUDA_VISIBLE_DEVICES= ")
+            f"them{asked}. Install a torch for that CUDA (pip install 'torch>=2.9,<2.11' is made "
+            "for CUDA 12.8), or a newer driver (580 for CUDA 13). To use the CPU all the same, say "
+            "so: CUDA_VISIBLE_DEVICES= ")
     return False
 
 

@@ -38,8 +38,8 @@ PHASES = [t.Phase(), t.Phase(recur=True), t.Phase(recur=True, qat=True)]
 @pytest.fixture(scope="module")
 def gpu(tmp_path_factory):
     """A runtime on the GPU; its log is in a scratch folder."""
-    os.chdir(tmp_path_factory.mktemp("gpu"))
-    with contextlib.closing(t.Runtime(t.Config(**SMALL))) as runtime:
+    folder, config = tmp_path_factory.mktemp("gpu"), t.Config(**SMALL)
+    with contextlib.chdir(folder), contextlib.closing(t.Runtime(config)) as runtime:
         assert runtime.cuda and runtime.compiles, runtime.compiler
         yield runtime
 

@@ -66,8 +66,8 @@ def test_tables_of_a_result_are_those_of_its_summary(run, folder, tmp_path):
 @pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Every part on a CPU: all phases, every score, the artifact reloaded, the tables made."""
-    subprocess.run([sys.executable, SCRIPT, "--rehearse", "--out", tmp_path, "--source",
-                    tmp_path / "none", "--only", "steps", "qat", "profile", "train"], check=True)
+    subprocess.run([sys.executable, SCRIPT, "--rehearse", "--out", tmp_path, "--only",
+                    "steps", "qat", "profile", "train"], check=True)
     parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
     assert {name: part["exit_code"] for name, part in parts.items()} == dict.fromkeys(parts, 0)
     phases = {name: [(e["recur"], e["qat"]) for e in part["primed"]]

@@ -64,7 +64,8 @@ def nvidia_smi(folder: Path, count: int, name: str = H100, driver: str = "570.86
 def clean(folder: Path, **environ: Any) -> dict[str, str]:
     """The environment without settings and ranks from outside; commands of a folder come first."""
     names = {f.name.upper() for f in fields(t.Config)} | {
-        "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "CUDA_VISIBLE_DEVICES"}
+        *"RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES NPROC NNODES TRACK SEEDS"
+        " SHARDS VOCAB VOCAB_SHA256 RECORD_NAME RECORDS AGAINST PREFLIGHT PYTHON FA3_INDEX".split()}
     return {k: v for k, v in os.environ.items() if k not in names} | dict(
         PATH=f"{folder}:{os.environ['PATH']}") | environ
 
@@ -149,8 +150,19 @@ def test_gpus_that_torch_does_not_see_stop(unseen, named):
     assert not [part for part in parts if part not in str(caught.value)]
 
 
+def test_a_list_that_names_no_gpu_is_named(unseen):
+    """It may be the list that is wrong, not torch."""
+    nvidia_smi(unseen, 2)
+    with pytest.raises(t.RunError, match="none of them with CUDA_VISIBLE_DEVICES=9"):
+        t.find_gpu({"CUDA_VISIBLE_DEVICES": "9"}, str(unseen))
+
+
 def test_a_machine_without_gpus_is_a_cpu(unseen):
-    """Nothing found is no error."""
+    """Nothing found is no error, nor is an nvidia-smi that answers something else."""
+    (unseen / "nvidia-smi").write_text("#!/bin/sh\necho 'Driver Version : 1'\n")
+    (unseen / "nvidia-smi").chmod(0o755)
+    assert t.find_gpu({}, str(unseen)) is False
+    nvidia_smi(unseen, 0)
     assert t.find_gpu({}, str(unseen)) is False
     assert t.find_gpu({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}, str(unseen)) is False
 

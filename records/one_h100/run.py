@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -57,7 +58,7 @@ PARTS = {  # settings of train_gpt.py beside those of `settings`
     "train": dict(SIZE_LIMIT=64_000_000, RECUR_START_STEP=0, WARMDOWN_ITERS=800,
                   TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
 }
-SIDE_SECONDS = 330  # at most, of the parts that run side by side
+SIDE_SECONDS = 270  # at most, of the parts that run side by side
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",
     XSA_LAST_N=2, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, EVAL_SEQ_LEN=128,
@@ -132,11 +133,15 @@ class Protocol:
 
     def save(self) -> None:
         """Write summary.json and the logs, without this machine's folder names."""
-        text = json.dumps(self.summary, indent=1).replace(str(self.work), "WORK")
-        t.write_atomic(self.out / "summary.json", text.replace(str(ROOT), ".").encode())
+        def named(text: str) -> bytes:
+            return text.replace(str(self.work), "WORK").replace(str(ROOT), ".").encode()
+
+        t.write_atomic(self.out / "summary.json", named(json.dumps(self.summary, indent=1)))
         with tarfile.open(self.out / "logs.tar.gz", "w:gz") as archive:
             for path in sorted([*self.work.glob("*.log"), *self.work.glob("logs/*.jsonl")]):
-                archive.add(path, path.name)
+                entry, data = tarfile.TarInfo(path.name), named(path.read_text("utf-8", "replace"))
+                entry.size = len(data)
+                archive.addfile(entry, io.BytesIO(data))
 
     def train_gpt(self, name: str) -> subprocess.Popen:
         """Start train_gpt.py as a part of PARTS."""
@@ -150,11 +155,12 @@ class Protocol:
 
     def data(self) -> None:
         """Shards for the other parts: of the documents in --source, else of the demo's text."""
-        source, script = self.options.source.resolve(), str(ROOT / "retokenize_scylla.py")
+        source, script = self.options.source, str(ROOT / "retokenize_scylla.py")
         code = (f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
                 "import retokenize_scylla as r; r.build_demo(pathlib.Path('demo'))")
         commands = [[sys.executable, "-c", code]]
-        if source.is_dir():
+        if source:
+            source = source.resolve()
             commands = [[sys.executable, script, "--docs", str(source / docs), "--vocab",
                          str(source / "scylla.yaml"), "--split", split, "--output-dir",
                          str(self.shards), "--workers", str(os.cpu_count())]
@@ -163,7 +169,7 @@ class Protocol:
         for number, command in enumerate(commands):
             name = f"data{number}"
             self.finish({name: self.start(name, command, {})})
-        if not source.is_dir():
+        if not source:
             self.shards = self.work / "demo" / "scylla"
 
 
@@ -338,14 +344,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ["tests", "steps", "qat", "profile", "train"]
-    out = Path(os.environ.get("OUT") or Path(__file__).resolve().parent / "out")
     add = parser.add_argument
     add("--only", nargs="+", choices=every, default=every, metavar="PART", help="these parts")
     add("--rehearse", action="store_true", help="run on the CPU with a tiny model")
-    add("--out", type=Path, default=out, help="folder of the results ($OUT, else ./out)")
+    add("--out", type=Path, default=Path(__file__).parent / "out",
+        help="folder of the results (out, beside this file)")
     add("--limit", type=float, default=480.0, help="seconds for all parts together (480)")
-    add("--source", type=Path, default=ROOT / ".carry", help="proxy_train.jsonl.xz, "
-        "fineweb_docs.jsonl and scylla.yaml; without this folder the demo's text is used (.carry)")
+    add("--source", type=Path, help="folder of proxy_train.jsonl.xz, fineweb_docs.jsonl and "
+        "scylla.yaml; without it the demo's text is used")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of train_gpt.py")
     add("--inductor", nargs="+", default=[], metavar="NAME=VALUE", help="profile: of the compiler")
     return run(parser.parse_args(arguments))
