@@ -103,7 +103,7 @@ class Pod:
                 "cp python pip .venv/bin;;")
         says = "raise ImportError" if version is None else (
             f"import torch; torch.__version__ = type(torch.__version__)('{version}')")
-        asks = f'-c\\ import\\ numpy,\\ torch*) exec {sys.executable} -c "{says}\n$2";;'
+        asks = f'-c\\ import\\ torch\\;*) exec {sys.executable} -c "{says}\n$2";;'
         command(self.bin / "python3", f'case "$*" in {make} {asks} *) exec {sys.executable} "$@";; '
                 "esac\n")
         del self.environ["PYTHON"]
@@ -260,6 +260,7 @@ def test_the_torch_of_the_machine_is_used(tmp_path, version, driver, wanted):
     assert "AGAINST=none" in done.stderr, done
     venv, pip, *packages = pod.asked().splitlines()
     assert ("--system-site-packages" in venv) == (not wanted) and pip == "pip"
+    assert "--clear" in venv  # what an earlier .venv held would win over the machine's torch
     assert [p for p in packages if p.startswith("torch")] == ([wanted] if wanted else [])
     assert "numba>=0.61" in packages
     assert ("the torch of python3 is used" in done.stdout) == (not wanted)
