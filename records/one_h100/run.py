@@ -58,7 +58,7 @@ PARTS = {  # settings of train_gpt.py beside those of `settings`
     "train": dict(SIZE_LIMIT=64_000_000, RECUR_START_STEP=0, WARMDOWN_ITERS=800,
                   TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
 }
-SIDE_SECONDS = 270  # at most, of the parts that run side by side
+SIDE_SECONDS = 290  # at most, of the parts that run side by side
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",
     XSA_LAST_N=2, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, EVAL_SEQ_LEN=128,
