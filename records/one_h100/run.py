@@ -1,20 +1,19 @@
 """The one-H100 protocol: one eighth of the record batch on one GPU, in one call of 8 minutes.
 
     python records/one_h100/run.py                    every part below, in order of worth
-    python records/one_h100/run.py --only profile train   these parts alone
+    python records/one_h100/run.py --only profile         this part alone
     python records/one_h100/run.py --rehearse             the same code on a CPU, tiny, no numbers
     python records/one_h100/run.py report FOLDER          summary.json -> README.md and a table row
 
     data        shards of the proxy corpus and of the FineWeb documents in --source, else the demo's
     tests       pytest -m gpu: compiled against eager, bf16 against fp32, attention, GPTQ, TTT
     steps       60 steps of the full model without and with recurrence, artifact, reload
-    qat         60 steps with recurrence and late QAT, artifact, reload, every score
+    train       120 s against the clock with recurrence and late QAT, artifact, reload, every score
     profile     ms a step, and where they go, without and with recurrence
-    train       up to 120 s against the clock, then export, reload and scores
 
-`tests`, `steps` and `qat` run side by side, since they mostly compile; `profile` and `train` find
-their graphs in the cache. As each part ends, --out has its entry in summary.json and its logs in
-logs.tar.gz.
+The first three start side by side, since they mostly compile: `train` compiles the most, so its
+clock starts about when the others end. `profile` finds its graphs in the cache. As each part ends,
+--out has its entry in summary.json and its logs in logs.tar.gz.
 """
 
 from __future__ import annotations
@@ -52,13 +51,10 @@ PARTS = {  # settings of train_gpt.py beside those of `settings`
     "steps": NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=30, WARMDOWN_ITERS=40,
                              LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1, WARMUP_STEPS=20,
                              EVAL_MODES="roundtrip", VAL_TOKENS_LIMIT=65537),
-    "qat": NO_LIMIT | dict(ITERATIONS=60, RECUR_START_STEP=0, LATE_QAT_THRESHOLD=1,
-                           WARMDOWN_ITERS=80, TRAIN_LOG_EVERY=1, WARMUP_STEPS=10,
-                           VAL_TOKENS_LIMIT=131073),
-    "train": dict(SIZE_LIMIT=64_000_000, RECUR_START_STEP=0, WARMDOWN_ITERS=800,
-                  TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
+    "train": dict(SIZE_LIMIT=64_000_000, MAX_WALLCLOCK_SECONDS=120, RECUR_START_STEP=0,
+                  WARMDOWN_ITERS=800, TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
 }
-SIDE_SECONDS = 290  # at most, of the parts that run side by side
+PROFILE_SECONDS = 50  # of the limit, kept for the profile
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",
     XSA_LAST_N=2, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, EVAL_SEQ_LEN=128,
@@ -148,8 +144,6 @@ class Protocol:
         own = PARTS[name] | dict(RUN_ID=name, ARTIFACT_PATH=f"{name}.ptz")
         if name == "train":
             tokens = sum(len(t.open_shard(path)) for path in self.shards.glob("*_train_*.bin"))
-            left = self.deadline - time.monotonic()  # start, export and scores take their share
-            own["MAX_WALLCLOCK_SECONDS"] = round(min(120, max(20, left - 100)))
             own["ITERATIONS"] = MOST_EPOCHS * tokens // int(self.settings()["TRAIN_BATCH_TOKENS"])
         return self.start(name, [sys.executable, str(ROOT / "train_gpt.py")], self.settings(**own))
 
@@ -317,8 +311,8 @@ def run_parts(protocol: Protocol, options: argparse.Namespace) -> int:
         side["tests"] = protocol.start("tests", [
             sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rs",
             "-rP", "--durations=10", str(ROOT / "tests" / "test_gpu.py")], {})
-    side |= {name: protocol.train_gpt(name) for name in ("steps", "qat") if name in options.only}
-    protocol.finish(side, SIDE_SECONDS)
+    side |= {name: protocol.train_gpt(name) for name in PARTS if name in options.only}
+    protocol.finish(side, protocol.deadline - time.monotonic() - PROFILE_SECONDS)
     if "profile" in options.only:
         command = [sys.executable, __file__, "profile", str(protocol.out), *options.inductor]
         protocol.finish({"profile": protocol.start("profile", command, protocol.settings(
@@ -326,8 +320,6 @@ def run_parts(protocol: Protocol, options: argparse.Namespace) -> int:
         found = protocol.out / "profile.json"
         if found.exists():
             protocol.summary["parts"]["profile"]["profile"] = json.loads(found.read_text("utf-8"))
-    if "train" in options.only:
-        protocol.finish({"train": protocol.train_gpt("train")})
     protocol.save()
     report(protocol.out)
     return int(any(part["exit_code"] for part in protocol.summary["parts"].values()))
@@ -343,7 +335,7 @@ def main(arguments: list[str]) -> int:
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["tests", "steps", "qat", "profile", "train"]
+    every = ["tests", "steps", "train", "profile"]
     add = parser.add_argument
     add("--only", nargs="+", choices=every, default=every, metavar="PART", help="these parts")
     add("--rehearse", action="store_true", help="run on the CPU with a tiny model")
