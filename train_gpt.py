@@ -968,8 +968,10 @@ class Linear(Matrix, nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.values().to(x.dtype))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`scale` (outputs, or 1) multiplies the outputs: in the weight, which is the smaller."""
+        weight = self.values() if scale is None else scale.unsqueeze(1) * self.values()
+        return F.linear(x, weight.to(x.dtype))
 
 
 class Table(Matrix, nn.Embedding):
@@ -984,6 +986,14 @@ class Table(Matrix, nn.Embedding):
 def vector(*shape: int, value: float = 1.0) -> nn.Parameter:
     """A learned vector or scalar, filled with `value`."""
     return nn.Parameter(torch.full(shape, value))
+
+
+def per_token(scalars: Tensor, x: Tensor) -> Tensor:
+    """Scalars (n,) for each token of x (B, T, ...) -> (B, T, n, 1).
+
+    Their gradients are summed token by token first, in a pass that reads those values anyway.
+    """
+    return scalars.view(-1, 1).expand(*x.shape[:2], -1, -1).to(x.dtype)
 
 
 class BigramHash(nn.Module):
@@ -1002,8 +1012,7 @@ class BigramHash(nn.Module):
         return torch.where(starts, rows - 1, hashed.remainder(rows - 1))
 
     def forward(self, ids: Tensor, starts: Tensor) -> Tensor:
-        out = self.proj(self.table(self.rows(ids, starts)))
-        return self.scale.to(out.dtype) * out
+        return self.proj(self.table(self.rows(ids, starts)), self.scale)
 
 
 class SmearGate(nn.Module):
@@ -1044,18 +1053,18 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = Linear(D, D), Linear(D, kv), Linear(D, kv), Linear(D, D)
         self.q_gain = vector(c.num_heads, value=c.qk_gain_init)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor, rope: tuple[Tensor, Tensor],
+                value: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         parts = [part.values() for part in (self.q, self.k, self.v)]  # one matmul reads x once
-        y = F.linear(x, torch.cat(parts).to(x.dtype))
-        q, k, v = y.split([len(part) for part in parts], dim=-1)
-        v = v if value is None else v + value
-        q, k, v = (t.view(B, T, -1, self.head_dim) for t in (q, k, v))  # (B, T, heads, K)
-        q = rotate(norm(q), rope) * self.q_gain.to(q.dtype).view(-1, 1)
+        y = F.linear(x, torch.cat(parts).to(x.dtype)).view(B, T, -1, self.head_dim)
+        q, k, v = y.split([len(part) // self.head_dim for part in parts], dim=2)
+        v = v if value is None else v + value.view_as(v)
+        q = rotate(norm(q) * per_token(self.q_gain, q), rope)
         k = rotate(norm(k), rope)
         y = self.attend(q, k, v)
         y = exclude_own_value(y, v) if self.exclusive else y
-        return self.out(y.reshape(B, T, -1))
+        return self.out(y.reshape(B, T, -1), scale)
 
 
 def rope_table(length: int, c: Config) -> Tensor:
@@ -1075,10 +1084,10 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     """XSA: remove from each head's output its component along the token's own value."""
-    B, T, H, K = y.shape
-    direction = F.normalize(v, dim=-1).unsqueeze(3)  # (B, T, G, 1, K)
-    y = y.view(B, T, v.size(2), -1, K)
-    return (y - (y * direction).sum(-1, keepdim=True) * direction).view(B, T, H, K)
+    grouped = y.unflatten(2, (v.size(2), -1))  # (B, T, G, H / G, K)
+    v = v.unsqueeze(3).expand_as(grouped)
+    share = (grouped * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-24)
+    return (grouped - share * v).view_as(y)
 
 
 class MLP(nn.Module):
@@ -1089,8 +1098,8 @@ class MLP(nn.Module):
         self.slope = c.activation_neg_slope
         self.up, self.down = Linear(c.model_dim, c.hidden_dim), Linear(c.hidden_dim, c.model_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
 
 
 class Block(nn.Module):
@@ -1105,20 +1114,20 @@ class Block(nn.Module):
         if layer >= c.parallel_start_layer:
             self.resid_mix_mlp, self.route = vector(2, c.model_dim), vector(4)
 
-    def scaled(self, scale: Tensor, sublayer: nn.Module, x: Tensor, *context: Any) -> Tensor:
-        """`scale` times the sublayer's output for the normalised x."""
-        return scale.to(x.dtype) * sublayer(norm(x) * self.norm_scale, *context)
+    def norm(self, x: Tensor) -> Tensor:
+        """A sublayer's input."""
+        return norm(x) * self.norm_scale
 
     def forward(self, lanes: tuple[Tensor, ...], x0: Tensor, mlp: MLP, *context: Any) -> tuple:
         """One or two lanes (B, T, D) -> as many; `context` is attention's rope and value."""
         if len(lanes) == 1:
             x = mix(lanes[0], x0, self.resid_mix)
-            x = x + self.scaled(self.attn_scale, self.attn, x, *context)
-            return (x + self.scaled(self.mlp_scale, mlp, x),)
+            x = x + self.attn(self.norm(x), self.attn_scale, *context)
+            return (x + mlp(self.norm(x), self.mlp_scale),)
         lane_a, lane_m = lanes
-        a = self.scaled(self.attn_scale, self.attn, mix(lane_a, x0, self.resid_mix), *context)
-        m = self.scaled(self.mlp_scale, mlp, mix(lane_m, x0, self.resid_mix_mlp))
-        r = self.route.to(a.dtype)
+        a = self.attn(self.norm(mix(lane_a, x0, self.resid_mix)), self.attn_scale, *context)
+        m = mlp(self.norm(mix(lane_m, x0, self.resid_mix_mlp)), self.mlp_scale)
+        r = per_token(self.route, a).unbind(2)
         return lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m
 
 
@@ -1187,6 +1196,8 @@ class GPT(nn.Module):
         rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
+        columns = torch.arange(self.vocab_size + -self.vocab_size % 8)
+        self.register_buffer("is_padding", columns >= self.vocab_size, persistent=False)
         for table in filter(lambda module: isinstance(module, Table), self.modules()):
             table.dtype = runtime.dtype
         if initialize:
@@ -1246,19 +1257,27 @@ class GPT(nn.Module):
             if run.store:
                 stored.append(lanes[0])
         if len(lanes) == 2:
-            lanes = (torch.lerp(lanes[1], lanes[0], self.lane_merge.to(x0.dtype)),)
+            lanes = (torch.lerp(lanes[1], lanes[0], per_token(self.lane_merge, x0).squeeze(2)),)
         return norm(lanes[0])
 
-    def logits(self, ids: Tensor, h: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, V), fp32, softcapped; `h`: the hidden state, if it is known."""
+    def padded_logits(self, ids: Tensor, h: Tensor | None = None) -> Tensor:
+        """Logits with columns of -inf up to a multiple of 8: GEMMs need rows of whole 16 bytes."""
         h = self.hidden(ids) if h is None else h
-        z = F.linear(h, (self.head or self.embed).values().to(h.dtype))
+        weight = F.pad((self.head or self.embed).values(), (0, 0, 0, -self.vocab_size % 8))
         cap = self.config.logit_softcap
-        return cap * torch.tanh(z.float() / cap)
+        logits = cap * torch.tanh(F.linear(h, weight.to(h.dtype)).float() / cap)
+        return logits.masked_fill(self.is_padding, -math.inf)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, V), fp32, softcapped."""
+        return self.padded_logits(ids)[..., : self.vocab_size]
 
     def forward(self, ids: Tensor, targets: Tensor, h: Tensor | None = None) -> Tensor:
-        """Nats of each target given the ids up to its position; all (B, T), result fp32."""
-        logits = self.logits(ids, h).flatten(0, 1)
+        """Nats of each target given the ids up to its position; all (B, T), result fp32.
+
+        `h` (B, T, D): the hidden state, if it is known.
+        """
+        logits = self.padded_logits(ids, h).flatten(0, 1)
         return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 
@@ -1551,9 +1570,13 @@ def round_to_grid(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 def row_quantiles(magnitudes: Tensor) -> Tensor:
     """QUANTILES of each row (R, C), interpolated linearly -> (R, quantiles); no full sort."""
     places = [(1 - q) * (magnitudes.size(1) - 1) for q in QUANTILES]
-    top = magnitudes.topk(math.ceil(max(places)) + 1, dim=1).values
-    return torch.stack([torch.lerp(top[:, int(place)], top[:, math.ceil(place)], place % 1)
-                        for place in places], dim=1)
+    columns, top = torch.arange(magnitudes.size(1), device=magnitudes.device), []
+    for _ in range(math.ceil(max(places)) + 1):  # the largest, and the row goes on without it
+        largest, column = magnitudes.max(1, keepdim=True)
+        top.append(largest)
+        magnitudes = magnitudes.masked_fill(columns == column, -1)
+    return torch.cat([torch.lerp(top[int(place)], top[math.ceil(place)], place % 1)
+                      for place in places], dim=1)
 
 
 def as_stored(scales: Tensor) -> Tensor:
@@ -2840,7 +2863,7 @@ def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tu
     6 operations per weight of a matmul and token, 6 T D per causal attention; both move their
     operands once a pass, elementwise chains what enters and leaves them; master weights are fp32.
     """
-    c, plan, V = model.config, model.plans[recur], model.vocab_size
+    c, plan, V = model.config, model.plans[recur], len(model.is_padding)
     D, kv, n, lanes = c.model_dim, c.kv_dim, len(plan), sum(run.lanes for run in plan)
     exclusive = sum(run.layer >= c.num_layers - c.xsa_last_n for run in plan)
     added = 1 + sum((run.skip is not None) * (1 + run.lanes) for run in plan)  # input, skips

@@ -125,7 +125,7 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
     exclusive = sum(model.blocks[run.layer].attn.exclusive for run in plan)
     skips = sum((run.skip is not None) * (1 + run.lanes) for run in plan)
     vector = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
-    pair, row, scale = vector(2, d), vector(d), vector(d)
+    pair, row = vector(2, d), vector(d)
     rope = vector(TOKENS, 1, c.rope_dims // 2), vector(TOKENS, 1, c.rope_dims // 2)
 
     def sublayer(x: Tensor) -> Tensor:
@@ -139,17 +139,17 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
         return x, sublayer(x)
 
     def added(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = x + scale * y
+        x = x + y
         return x, sublayer(x)
 
     def lane_update(lane_a: Tensor, lane_m: Tensor, a: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        r = vector(4)
-        a, m = scale * a, scale * m
+        r = train_gpt.per_token(vector(4), a).unbind(2)
         return lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m
 
     def queries_and_keys(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        q = train_gpt.rotate(train_gpt.norm(heads(q)), rope) * vector(c.num_heads, 1)
-        return q, train_gpt.rotate(train_gpt.norm(heads(k)), rope)
+        q, k = train_gpt.norm(heads(q)), train_gpt.norm(heads(k))
+        q = q * train_gpt.per_token(vector(c.num_heads), q)
+        return train_gpt.rotate(q, rope), train_gpt.rotate(k, rope)
 
     def smeared(embedding: Tensor, bigram: Tensor) -> Tensor:
         x = train_gpt.norm(embedding + bigram)
@@ -158,7 +158,7 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
     return [
         Chain("mix, norm, scale (serial)", serial, mixed, (d, d)),
         Chain("add attention, norm, scale (serial)", serial, added, (d, d)),
-        Chain("add MLP (serial)", serial, lambda x, y: x + scale * y, (d, d)),
+        Chain("add MLP (serial)", serial, torch.add, (d, d)),
         Chain("mix, norm, scale (one of two lanes)", 2 * lanes,
               lambda x, x0: sublayer(train_gpt.mix(x, x0, pair)), (d, d)),
         Chain("lane update", lanes, lane_update, (d,) * 4),
@@ -167,7 +167,7 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
               lambda x: F.leaky_relu(x, c.activation_neg_slope).square(), (c.hidden_dim,)),
         Chain("XSA", exclusive,
               lambda y, v: train_gpt.exclude_own_value(heads(y), heads(v)), (d, kv)),
-        Chain("skips", skips, lambda x, y: x + scale * y, (d, d)),
+        Chain("skips", skips, lambda x, y: x + row * y, (d, d)),
         Chain("input: bigram, norm, SmearGate", 1, smeared, (d, d)),
     ]
 
