@@ -106,7 +106,7 @@ def a_runtime(rank=0, world=1):
     runtime.rank, runtime.world, runtime.cuda, runtime.compiles = rank, world, False, False
     runtime.local_rank, runtime.local_world = rank, world
     runtime.device, runtime.dtype = torch.device("cpu"), torch.float32
-    runtime.attention, runtime.attention_name = t.sdpa, "sdpa"
+    runtime.attention, runtime.attention_name, runtime.fused_mlp = t.sdpa, "sdpa", False
     runtime.signal, runtime.defer_signals = 0, False
     runtime.log = types.SimpleNamespace(line=lambda *_, **__: None, event=lambda *_, **__: None,
                                         run_id="none")
@@ -595,13 +595,40 @@ def a_see_compile(c, made):
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
-        patch.setattr(t, "select_attention", lambda *_: (t.sdpa, "sdpa"))
+        patch.setattr(t, "select_attention", lambda *_: ("sdpa", "no CUDA"))
+        patch.setattr(t, "select_mlp", lambda *_: (False, "no CUDA"))
+        patch.setattr(t, "micro_batch_seqs", lambda *_: 1)
         patch.setattr(torch, "ones", lambda *_, **__: None)
         patch.setattr(torch, "compile", lambda function, **_: lambda x: x)
         runtime = t.Runtime(c)
         runtime.close()
         module = torch.nn.Identity()
         return runtime.compile(module) is module
+
+
+def a_see_choices(c, made):
+    """The attention and the MLP that are chosen on CUDA where all work, each faster than before."""
+    with pytest.MonkeyPatch.context() as patch:
+        return a_choices(patch, c, [5.0, 4.0, 3.0], [2.0, 1.0])
+
+
+def a_choices(patch, c, attention, mlp):
+    """What a runtime on CUDA chooses and says, if candidates take so long or raise an error."""
+    def timed(results):
+        left = iter(results)
+
+        def device_ms(work):
+            if isinstance(ms := next(left), Exception):
+                raise ms
+            return ms
+
+        patch.setattr(t, "device_ms", device_ms)
+        return runtime, c, 1
+
+    runtime = a_runtime()
+    runtime.cuda = True
+    patch.setattr(t, "use_attention", lambda name: name)
+    return *t.select_attention(*timed(attention)), *t.select_mlp(*timed(mlp))
 
 
 def a_see_preset(c, made):
@@ -706,6 +733,8 @@ A_FLIPS = {  # field: (observable, value, what must be set too)
     "checkpoint_keep": (a_see_run, 1, {"checkpoint_every": 1e-6}),
     "checkpoint_path": (a_see_run, "another", {}),
     "resume": (a_see_run, True, {}),
+    "attention": (a_see_choices, "cudnn", {}),
+    "mlp_kernel": (a_see_choices, "torch", {}),
     "torch_compile_disable": (a_see_compile, True, {}),
 }
 A_RUN_BASE = dict(run_id="base", iterations=12)  # the first ten steps are always logged
@@ -2681,7 +2710,7 @@ def test_b_newton_schulz(shape):
         assert values.max() < 1.3 and values[:big].min() > 0.6
         inside = u.T @ x.double() @ v.T
         assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
-        torch.testing.assert_close(t.newton_schulz(g, 5), x, atol=1e-5, rtol=0)
+        torch.testing.assert_close(t.newton_schulz(g[None], 5)[0], x, atol=1e-5, rtol=0)
     scaled = t.newton_schulz(1e4 * stack, 5)
     torch.testing.assert_close(scaled, out, atol=1e-4, rtol=0)
     assert torch.isfinite(t.newton_schulz(torch.zeros(1, 8, 8), 5)).all()
@@ -3783,7 +3812,7 @@ def test_b_costs_are_those_of_the_model(recur):
     model.set_phase(t.Phase(recur))
     for block in model.blocks:
         block.attn.attend = lambda q, k, v: torch.empty_like(q)
-    model.register_buffer("rope", torch.empty(2, 2048, 1, 8, device="meta", dtype=torch.bfloat16))
+    model.register_buffer("rope", torch.empty(3, 2048, 1, 64, device="meta", dtype=torch.bfloat16))
     model.is_boundary = torch.empty(1254, dtype=torch.bool, device="meta")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t.F, "linear", spy)
@@ -3849,8 +3878,23 @@ def test_b_sdpa_equals_softmax(groups):
 
 def test_b_select_attention_on_cpu():
     """Without CUDA the choice is sdpa, and the log's name says why."""
-    attend, name = t.select_attention(torch.device("cpu"), t.Config())
-    assert attend is t.sdpa and name == "sdpa (no CUDA)"
+    assert t.select_attention(a_runtime(), t.Config(), 8) == ("sdpa", "no CUDA")
+    assert t.use_attention("sdpa") is t.sdpa
+
+
+def test_b_the_fastest_kernels_are_chosen(monkeypatch):
+    """Of those that work the one with the least time; the log's text has every time and reason."""
+    missing, c = ImportError("no FA3\nmore"), t.Config()
+    chosen = functools.partial(a_choices, monkeypatch, c)
+    assert chosen([missing, 2.3, 3.6], [1.8, 1.5]) == (
+        "cudnn", "flash_attention_3: no FA3; cudnn 2.30 ms; flash 3.60 ms",
+        True, "torch 1.80 ms; triton 1.50 ms")
+    assert chosen([2.0, 2.5, 1.9], [1.8, 1.9])[::2] == ("flash", False)
+    assert chosen([missing] * 3 + [9.0], [1.8, RuntimeError("sm_80")]) == (
+        "mem_efficient", "flash_attention_3: no FA3; cudnn: no FA3; flash: no FA3; "
+        "mem_efficient 9.00 ms", False, "torch 1.80 ms; triton: sm_80")
+    with pytest.raises(t.RunError, match="no attention works on this GPU: .*; math: no FA3"):
+        chosen([missing] * 5, [])
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])

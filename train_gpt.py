@@ -91,6 +91,7 @@ def setting(default: Any, text: str, low: float | None = None, high: float | Non
 EVAL_MODES = ("roundtrip", "sliding", "ttt", "ngram", "slot")
 STORED_AS_CODES = ("attn", "mlp", "repeat", "embed")
 CODECS = ("rans", "lzma", "zlib", "zstd")
+ATTENTIONS = ("flash_attention_3", "cudnn", "flash", "mem_efficient", "math")
 CODE_BYTES = os.path.getsize(__file__)  # of the file that runs
 
 
@@ -116,7 +117,7 @@ class Config:
     tie_embeddings: bool = setting(True, "the embedding is the output head too")
     rope_base: float = setting(10000.0, "base of the rotary frequencies", 1)
     rope_dims: int = setting(16, "rotated dimensions of each head (even)", 2)
-    logit_softcap: float = setting(30.0, "logits are cap * tanh(z / cap)", 1e-3)
+    logit_softcap: float = setting(30.0, "logits are cap * tanh(z / cap)", 1e-3, 40)
     qk_gain_init: float = setting(1.5, "initial gain of the normalised queries", 0)
     ln_scale: bool = setting(True, "scale normalised inputs of layer i by 1 / sqrt(i + 1)")
     xsa_last_n: int = setting(4, "layers from the end with exclusive self-attention", 0)
@@ -199,6 +200,11 @@ class Config:
     checkpoint_keep: int = setting(2, "checkpoints that are kept, the newest", 1)
     checkpoint_path: str = setting("checkpoints", "parent of the folder <RUN_ID> of checkpoints")
     resume: bool = setting(False, "go on from RUN_ID's newest checkpoint (torchrun's restarts do)")
+    attention: str = setting("auto", "attention on CUDA; auto: the fastest at this shape, timed at "
+                             "the start", choices=("auto", *ATTENTIONS))
+    mlp_kernel: str = setting("auto", "the training MLP on CUDA: PyTorch's operations or a Triton "
+                              "kernel; auto: the faster, timed at the start",
+                              choices=("auto", "torch", "triton"))
     torch_compile_disable: bool = setting(False, "run eagerly on CUDA too (a CPU always does)")
 
     @property
@@ -477,8 +483,12 @@ class Runtime:
             dist.init_process_group(
                 "nccl" if self.cuda else "gloo", store=store, rank=self.rank,
                 world_size=self.world, device_id=self.device if self.cuda else None)
-        eager = replace(c, torch_compile_disable=not self.compiles)
-        self.attention, self.attention_name = select_attention(self.device, eager)
+        rank_seqs = max(1, c.train_batch_tokens // c.train_seq_len // self.world)
+        shape = self, c, micro_batch_seqs(rank_seqs, c, self)  # in which training runs
+        backend, times = self.on_first_rank(lambda: select_attention(*shape))
+        self.attention, self.attention_name = use_attention(backend), f"{backend} ({times})"
+        self.fused_mlp, times = self.on_first_rank(lambda: select_mlp(*shape))
+        self.mlp_name = f"{'triton' if self.fused_mlp else 'torch'} ({times})"
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
 
@@ -704,29 +714,67 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
 
 
-def select_attention(device: torch.device, c: Config) -> tuple[Callable, str]:
-    """The fastest attention that works at this head shape, and its name with the reason."""
-    if device.type != "cuda":
-        return sdpa, "sdpa (no CUDA)"
-    switches = {name: getattr(torch.backends.cuda, f"enable_{name}_sdp")
-                for name in ("cudnn", "flash", "mem_efficient", "math")}
-    reasons = []
-    for name in ("flash_attention_3", *switches):
-        attend = probe = flash_attention_3 if name == "flash_attention_3" else sdpa
-        if attend is flash_attention_3 and not c.torch_compile_disable:
-            probe = torch.compile(attend, fullgraph=True)  # some builds cannot be traced
-        for other, enable in switches.items():
-            enable(other == name)
+def use_attention(backend: str) -> Callable:
+    """The attention function of a backend, PyTorch's only one from now on; sdpa: any of them."""
+    for name in ATTENTIONS[1:]:
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(backend in (name, "sdpa"))
+    return flash_attention_3 if backend == "flash_attention_3" else sdpa
+
+
+def device_ms(work: Callable[[], Any], repeats: int = 10) -> float:
+    """Milliseconds of the device for `work`; the fastest of three rounds, after one to compile."""
+    rounds = []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        begin.record()
+        for _ in range(repeats):
+            work()
+        end.record()
+        torch.cuda.synchronize()
+        rounds.append(begin.elapsed_time(end) / repeats)
+    return min(rounds[1:])
+
+
+def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
+    """The fastest attention, forward and backward, for `seqs` sequences; all times and failures."""
+    if not runtime.cuda or c.attention != "auto":
+        return ("sdpa", "no CUDA") if not runtime.cuda else (c.attention, "as ATTENTION says")
+    q, k, v = (torch.ones(seqs, c.train_seq_len, heads, c.head_dim, device=runtime.device,
+                          dtype=runtime.dtype, requires_grad=True)
+               for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+    notes, times = [], dict[str, float]()
+    for name in ATTENTIONS:
+        if times and name not in ATTENTIONS[:3]:
+            break  # the last two are many times slower, and large
+        attend = use_attention(name)
+        if attend is flash_attention_3 and runtime.compiles:
+            attend = torch.compile(attend, fullgraph=True)  # some builds cannot be traced
         try:
-            q, k, v = (torch.ones(1, c.train_seq_len, heads, c.head_dim, device=device,
-                                  dtype=torch.bfloat16, requires_grad=True)
-                       for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
-            probe(q, k, v).sum().backward()
-            torch.cuda.synchronize()
-            return attend, name + " (" + ("; ".join(reasons) or "installed") + ")"
-        except Exception as error:  # of any kind: the next one is tried, and the log says why
-            reasons.append(f"{name}: {first_line(error)}")
-    raise RunError(f"no attention backend works on {torch.cuda.get_device_name(device)}: {reasons}")
+            times[name] = device_ms(lambda attend=attend: attend(q, k, v).backward(q.detach()))
+            notes.append(f"{name} {times[name]:.2f} ms")
+        except Exception as error:  # of any kind: the others are tried, and the log says why
+            notes.append(f"{name}: {first_line(error)}")
+    require(times, f"no attention works on this GPU: {'; '.join(notes)}")
+    return min(times, key=times.get), "; ".join(notes)
+
+
+def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[bool, str]:
+    """Whether Triton's MLP is the faster, forward and backward, for `seqs` sequences; times."""
+    if not runtime.cuda or c.mlp_kernel != "auto":
+        return runtime.cuda and c.mlp_kernel == "triton", (
+            "as MLP_KERNEL says" if runtime.cuda else "no CUDA")
+    x = torch.randn(seqs, c.train_seq_len, c.model_dim, device=runtime.device,
+                    dtype=runtime.dtype, requires_grad=True)
+    scale, mlp = vector(1).to(runtime.device), MLP(c).to(runtime.device)
+    notes, times = [], dict[bool, float]()
+    for mlp.fused in (False, True):
+        step, name = runtime.compile(mlp), "triton" if mlp.fused else "torch"
+        try:
+            times[mlp.fused] = device_ms(lambda step=step: step(x, scale).backward(x.detach()))
+            notes.append(f"{name} {times[mlp.fused]:.2f} ms")
+        except Exception as error:  # of any kind: no Triton, another GPU, a width it cannot do
+            notes.append(f"{name}: {first_line(error)}")
+    return times.get(True, math.inf) < times[False], "; ".join(notes)
 
 
 # --- 3 data -----------------------------------------------------------
@@ -968,10 +1016,13 @@ class Linear(Matrix, nn.Linear):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """`scale` (outputs, or 1) multiplies the outputs: in the weight, which is the smaller."""
+    def matrix(self, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+        """The weight, its rows times `scale` (outputs, or 1): cheaper than to scale outputs."""
         weight = self.values() if scale is None else scale.unsqueeze(1) * self.values()
-        return F.linear(x, weight.to(x.dtype))
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype, scale))
 
 
 class Table(Matrix, nn.Embedding):
@@ -1047,39 +1098,46 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config, layer: int, attend: Callable) -> None:
         super().__init__()
-        self.attend, self.head_dim = attend, c.head_dim
+        self.attend, self.head_dim, self.rope_dims = attend, c.head_dim, c.rope_dims
         self.exclusive = layer >= c.num_layers - c.xsa_last_n
         D, kv = c.model_dim, c.kv_dim
         self.q, self.k, self.v, self.out = Linear(D, D), Linear(D, kv), Linear(D, kv), Linear(D, D)
         self.q_gain = vector(c.num_heads, value=c.qk_gain_init)
 
-    def forward(self, x: Tensor, scale: Tensor, rope: tuple[Tensor, Tensor],
+    def forward(self, x: Tensor, scale: Tensor, rope: tuple[Tensor, ...],
                 value: Tensor | None) -> Tensor:
         B, T, _ = x.shape
         parts = [part.values() for part in (self.q, self.k, self.v)]  # one matmul reads x once
         y = F.linear(x, torch.cat(parts).to(x.dtype)).view(B, T, -1, self.head_dim)
         q, k, v = y.split([len(part) // self.head_dim for part in parts], dim=2)
         v = v if value is None else v + value.view_as(v)
-        q = rotate(norm(q) * per_token(self.q_gain, q), rope)
-        k = rotate(norm(k), rope)
+        q = rotate(norm(q) * per_token(self.q_gain, q), rope, self.rope_dims // 2)
+        k = rotate(norm(k), rope, self.rope_dims // 2)
         y = self.attend(q, k, v)
         y = exclude_own_value(y, v) if self.exclusive else y
         return self.out(y.reshape(B, T, -1), scale)
 
 
 def rope_table(length: int, c: Config) -> Tensor:
-    """cos and sin of the rotary angles, fp32 (2, length, 1, ROPE_DIMS / 2)."""
+    """Factors of `rotate`, fp32 (3, length, 1, K): of a value and of its partner after or before.
+
+    Beyond ROPE_DIMS they are 1, 0, 0.
+    """
     frequencies = c.rope_base ** (-torch.arange(0, c.rope_dims, 2) / c.rope_dims)
     angles = torch.outer(torch.arange(length).float(), frequencies).unsqueeze(1)
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin, rest = angles.cos(), angles.sin(), (0, c.head_dim - c.rope_dims)
+    halves = torch.stack((torch.cat((cos, cos), -1), F.pad(-sin, (0, c.rope_dims // 2)),
+                          F.pad(sin, (c.rope_dims // 2, 0))))
+    return torch.cat((F.pad(halves[:1], rest, value=1.0), F.pad(halves[1:], rest)))
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate-half RoPE on the first dimensions of each head; x (B, T, heads, K)."""
-    cos, sin = rope
-    half = cos.size(-1)
-    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+def rotate(x: Tensor, rope: tuple[Tensor, ...], half: int) -> Tensor:
+    """Rotate-half RoPE on the first 2 * half dimensions of each head; x (B, T, heads, K).
+
+    Whole heads are rolled: inductor's kernels are a third faster than with slices joined again.
+    """
+    own, after, before = rope
+    return x * own + x.roll(-half, dims=-1) * after + x.roll(half, dims=-1) * before
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1090,8 +1148,106 @@ def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
     return (grouped - share * v).view_as(y)
 
 
+MLP_TILE = 128, 128, 64  # rows, columns and depth of a program's part of a product
+
+
+@functools.cache
+def mlp_kernel() -> Callable:
+    """Triton's kernel for sm_90, both ways: up, u = a @ b.T and out = leaky_relu(u)^2; back,
+    out = a @ b times the derivative of that at u.
+
+    Arguments in capitals are given as tl.constexpr: packing takes annotations away.
+    """
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def kernel(a, b, u, out, rows, UP, SLOPE, K, N, ROWS, COLS, DEPTH):  # noqa: PLR0913
+        across = tl.cdiv(N, COLS)
+        tiles = tl.cdiv(rows, ROWS) * across
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=UP):
+            row, col = tile // across * ROWS, tile % across * COLS
+            total = tl.zeros((ROWS, COLS), tl.float32)
+            for k in tl.range(0, K, DEPTH):
+                right = b.load([col, k]).T if UP else b.load([k, col])
+                total = tl.dot(a.load([row, k]), right, total)
+            halves = tl.split(total.reshape(ROWS, 2, COLS // 2).permute(0, 2, 1))
+            for half in tl.static_range(2):
+                at, x = col + half * (COLS // 2), halves[half].to(tl.bfloat16)
+                if UP:
+                    u.store([row, at], x)
+                    x = x.to(tl.float32)
+                    x = tl.where(x > 0, x, SLOPE * x)
+                    out.store([row, at], (x * x).to(tl.bfloat16))
+                else:
+                    y = u.load([row, at]).to(tl.float32)
+                    y = tl.where(y > 0, 2 * y, 2 * SLOPE * SLOPE * y)
+                    out.store([row, at], (x.to(tl.float32) * y).to(tl.bfloat16))
+
+    return kernel
+
+
+def launch_mlp(up: bool, a: Tensor, b: Tensor, u: Tensor, out: Tensor, slope: float) -> None:
+    """Fill `out`, and `u` if up, by `mlp_kernel`; bf16, contiguous, widths multiples of 8."""
+    from triton.language import constexpr
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows, cols, depth = MLP_TILE
+    part, right = [rows, cols // 2], [cols, depth] if up else [depth, cols]
+    operands = [TensorDescriptor.from_tensor(x, block) for x, block in (
+        (a, [rows, depth]), (b, right), (u, part), (out, part))]
+    programs = 1  # in Triton's interpreter
+    if a.is_cuda:  # two on each multiprocessor: one computes while the other stores
+        programs = 2 * torch.cuda.get_device_properties(a.device).multi_processor_count
+    constants = map(constexpr, (up, slope, a.size(1), u.size(1), *MLP_TILE))
+    mlp_kernel()[(programs,)](*operands, a.size(0), *constants, num_warps=4, num_stages=3)
+
+
+@torch.library.custom_op("proteus::mlp_up", mutates_args=(),
+                         schema="(Tensor x, Tensor w, float slope) -> (Tensor, Tensor)")
+def mlp_up(x: Tensor, w: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """u = x @ w.T and leaky_relu(u)^2; x (N, D), w (hidden, D)."""
+    u, act = x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))
+    launch_mlp(True, x.contiguous(), w.contiguous(), u, act, slope)
+    return u, act
+
+
+@torch.library.custom_op("proteus::mlp_back", mutates_args=(),
+                         schema="(Tensor dy, Tensor w, Tensor u, float slope) -> Tensor")
+def mlp_back(dy: Tensor, w: Tensor, u: Tensor, slope: float) -> Tensor:
+    """The gradient for u: dy @ w times the derivative of leaky_relu(u)^2; w (D, hidden)."""
+    du = torch.empty_like(u)
+    launch_mlp(False, dy.contiguous(), w.contiguous(), u, du, slope)
+    return du
+
+
+mlp_up.register_fake(lambda x, w, slope: (x.new_empty(len(x), len(w)),) * 2)
+mlp_back.register_fake(lambda dy, w, u, slope: torch.empty_like(u))
+
+
+class FusedMLP(torch.autograd.Function):
+    """leaky_relu(x @ up.T)^2 @ down.T by `mlp_kernel`, all bf16; x (..., D)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        rows = x.flatten(0, -2)
+        u, act = mlp_up(rows, up, slope)
+        ctx.save_for_backward(rows, u, act, up, down)
+        ctx.slope = slope
+        return (act @ down.T).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        rows, u, act, up, down = ctx.saved_tensors
+        dy = grads[0].reshape(rows.shape)
+        du = mlp_back(dy, down, u, ctx.slope)
+        return (du @ up).view_as(grads[0]), du.T @ rows, dy.T @ act, None
+
+
 class MLP(nn.Module):
     """up -> LeakyReLU(slope)^2 -> down."""
+
+    fused = False  # whether training goes by FusedMLP; set by GPT
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -1099,6 +1255,9 @@ class MLP(nn.Module):
         self.up, self.down = Linear(c.model_dim, c.hidden_dim), Linear(c.hidden_dim, c.model_dim)
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        if self.fused and torch.is_grad_enabled():
+            return FusedMLP.apply(x, self.up.matrix(x.dtype), self.down.matrix(x.dtype, scale),
+                                  self.slope)
         return self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
 
 
@@ -1198,8 +1357,11 @@ class GPT(nn.Module):
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
         columns = torch.arange(self.vocab_size + -self.vocab_size % 8)
         self.register_buffer("is_padding", columns >= self.vocab_size, persistent=False)
-        for table in filter(lambda module: isinstance(module, Table), self.modules()):
-            table.dtype = runtime.dtype
+        for module in self.modules():
+            if isinstance(module, Table):
+                module.dtype = runtime.dtype
+            elif isinstance(module, MLP):
+                module.fused = runtime.fused_mlp and runtime.dtype == torch.bfloat16
         if initialize:
             self.init_weights()
             self.to(runtime.device)
@@ -1277,8 +1439,9 @@ class GPT(nn.Module):
 
         `h` (B, T, D): the hidden state, if it is known.
         """
-        logits = self.padded_logits(ids, h).flatten(0, 1)
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+        logits, cap = self.padded_logits(ids, h).flatten(0, 1), self.config.logit_softcap
+        total = (logits - cap).exp().sum(-1).log() + cap  # softcapped, they need no maximum
+        return (total + F.nll_loss(logits, targets.flatten(), reduction="none")).view_as(targets)
 
 
 class ParamSpec(NamedTuple):
@@ -1368,12 +1531,13 @@ def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
 
 
 def newton_schulz(g: Tensor, steps: int) -> Tensor:
-    """Nearly orthogonal matrices with the singular vectors of g (..., rows, cols); Muon."""
+    """Nearly orthogonal matrices with the singular vectors of g (n, rows, cols); Muon."""
     x = g.mT if g.size(-2) > g.size(-1) else g
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
     for _ in range(steps):
         gram = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
@@ -2937,9 +3101,9 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     device = torch.cuda.get_device_name() if runtime.cuda else f"cpu x{torch.get_num_threads()}"
     handicaps = runtime.handicaps()
     log.event("machine", "run_id:{run_id} preset:{preset} device:{device} dtype:{dtype}\n"
-              "attention:{attention} compile:{compiles:d} ({compiler})\nseed:{seed}",
+              "attention:{attention} mlp:{mlp}\ncompile:{compiles:d} ({compiler})\nseed:{seed}",
               run_id=log.run_id, preset=c.preset, device=device, dtype=str(runtime.dtype),
-              attention=runtime.attention_name, compiles=runtime.compiles,
+              attention=runtime.attention_name, mlp=runtime.mlp_name, compiles=runtime.compiles,
               compiler=runtime.compiler, seed=c.seed, world_size=runtime.world, handicaps=handicaps)
     if handicaps and c.preset != "demo":
         log.line("warning: slower than a record run: " + "; ".join(handicaps))

@@ -126,7 +126,7 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
     skips = sum((run.skip is not None) * (1 + run.lanes) for run in plan)
     vector = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
     pair, row = vector(2, d), vector(d)
-    rope = vector(TOKENS, 1, c.rope_dims // 2), vector(TOKENS, 1, c.rope_dims // 2)
+    rope, half = 3 * (vector(TOKENS, 1, c.head_dim),), c.rope_dims // 2
 
     def sublayer(x: Tensor) -> Tensor:
         return train_gpt.norm(x) * 0.5
@@ -149,7 +149,7 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
     def queries_and_keys(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         q, k = train_gpt.norm(heads(q)), train_gpt.norm(heads(k))
         q = q * train_gpt.per_token(vector(c.num_heads), q)
-        return train_gpt.rotate(q, rope), train_gpt.rotate(k, rope)
+        return train_gpt.rotate(q, rope, half), train_gpt.rotate(k, rope, half)
 
     def smeared(embedding: Tensor, bigram: Tensor) -> Tensor:
         x = train_gpt.norm(embedding + bigram)
@@ -174,7 +174,8 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
 
 def record_model(c: train_gpt.Config, vocab_size: int) -> train_gpt.GPT:
     """The model of a configuration, without memory."""
-    runtime = argparse.Namespace(dtype=torch.bfloat16, attention=None, device="meta")
+    runtime = argparse.Namespace(dtype=torch.bfloat16, attention=None, fused_mlp=False,
+                                 device="meta")
     with torch.device("meta"):
         return train_gpt.GPT(c, np.zeros(vocab_size, bool), runtime, initialize=False)
 

@@ -52,6 +52,7 @@ class Bench:
         self.runtime.rank, self.runtime.world, self.runtime.cuda = 0, 1, False
         self.runtime.device, self.runtime.dtype = torch.device("cpu"), torch.float32
         self.runtime.attention, self.runtime.compiles = t.sdpa, False
+        self.runtime.fused_mlp = False
         self.runtime.log = types.SimpleNamespace(line=print, event=lambda *_, **__: None)
         table = t.load_byte_table(self.config)
         val = t.load_validation(self.config, table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,30 @@ def test_compiled_is_as_near_to_fp32_as_eager(gpu, phase):
     for name, g in exact_grads.items():  # the last term is for scalars whose parts cancel
         most = 3 * (eager_grads[name] - g).norm() + 0.02 * g.norm() + 1e-4 * whole[2].norm()
         assert (fast_grads[name] - g).norm() < most, name
+
+
+@pytest.mark.parametrize("rows", [98304, 8077, 1])
+def test_mlp_kernel_is_the_mlp(gpu, rows):
+    """Values and gradients at the record's widths, also where the last tile is not full."""
+    def plain(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:
+        return torch.nn.functional.leaky_relu(x @ up.T, slope).square() @ down.T
+
+    shapes, results = [(rows, 512), (1536, 512), (512, 1536), (rows, 512)], []
+    *leaves, dy = (torch.randn(s, device="cuda") / s[1] ** 0.5 for s in shapes)
+    for mlp in (t.FusedMLP.apply, plain):
+        inputs = [leaf.bfloat16().requires_grad_() for leaf in leaves]
+        y = mlp(*inputs, 0.5)
+        y.backward(dy.bfloat16())
+        results.append([y, *(x.grad for x in inputs)])
+    for got, wanted in zip(*results, strict=True):
+        assert error(got, wanted) < 6e-3
+
+
+def test_the_fastest_is_chosen_by_time(gpu):
+    """The log has a time for each; what is chosen took the least."""
+    for name in (gpu.attention_name, gpu.mlp_name):
+        chosen, times = name.split()[0], dict(re.findall(r"(\w+) ([\d.]+) ms", name))
+        assert len(times) >= 2 and float(times[chosen]) == min(map(float, times.values())), name
 
 
 @pytest.mark.parametrize("name", ["flash_attention_3", "cudnn", "flash", "mem_efficient"])

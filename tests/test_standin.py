@@ -37,6 +37,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 
 # MiB that a step of 16,384 tokens took at most at commit 00b1991; `compiled` has 4 layers, not 11.
 PEAKS = dict(whole=5921, rank0of8=5845, compiled=2059)
+KERNELS = dict(  # there times are no times: only the first run may choose by them
+    whole={}, rank0of8=dict(ATTENTION="cudnn", MLP_KERNEL="torch"),
+    compiled=dict(ATTENTION="cudnn", MLP_KERNEL="triton"))
 every_run = pytest.mark.parametrize("name", PEAKS)
 
 
@@ -53,6 +56,7 @@ def run(tmp_path_factory) -> Callable[..., dict[str, Any]]:
         run_id = f"{name}_{local_rank}"
         settings = dict(RUN_ID=run_id, LATE_QAT_THRESHOLD="0.3", LOCAL_RANK=local_rank,
                         LOCAL_WORLD_SIZE=8, NULLCUDA_DEVICES=8, UNTIL_CLOCK="1" * local_rank)
+        settings |= KERNELS[name]
         command = [STANDIN / "run", name, *(f"{k}={v}" for k, v in settings.items()),
                    PYTHON, ROOT / "tests" / "standin_run.py"]  # `run` gives all of it to env(1)
         done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE,
@@ -133,3 +137,26 @@ def test_another_rank_of_the_node_compiles_nothing(run):
     times = [values(report, "primed", "compile_s") for report in (first, second)]
     print("seconds of each phase, first and second process:", times)
     assert sum(times[1]) < sum(times[0]) / 3
+
+
+def mlp_run(mode: str) -> str:
+    """What tests/mlp_run.py prints, by the stand-in's PyTorch, which has Triton."""
+    done = subprocess.run([PYTHON, ROOT / "tests" / "mlp_run.py", mode], text=True, timeout=600,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
+                          env=os.environ | dict(TRITON_INTERPRET=str(int(mode == "interpret"))))
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def test_mlp_kernel_is_the_mlp():
+    """Interpreted: values and gradients over tiles, shapes, slopes and layouts."""
+    assert "72 cases" in mlp_run("interpret")
+
+
+def test_mlp_kernel_fits_an_h100():
+    """Assembled for sm_90: nothing is spilled, two programs fit on a multiprocessor."""
+    made = [json.loads(line) for line in mlp_run("assemble").splitlines() if line[:1] == "{"]
+    assert [m["up"] for m in made] == [True, False]
+    for m in made:
+        assert m["spilled"] == 0 and m["wgmma"] and m["tma"]
+        assert 2 * (m["shared"] + 1024) <= 228 << 10 and 2 * 128 * m["registers"] <= 1 << 16
