@@ -3703,7 +3703,7 @@ def test_b_backward_keeps_the_logits_once_in_bf16():
         partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table()))
     ids = b_ids((3, 17), bos=())
     forward(ids[:, :-1], ids[:, 1:]).mean().backward()
-    logits = [x.dtype for x in saved if x.numel() == 3 * 16 * len(model.is_padding)]
+    logits = [x.dtype for x in saved if x.numel() == 3 * 16 * len(model.padding)]
     assert logits == [torch.bfloat16]
 
 

@@ -1203,51 +1203,47 @@ def launch_mlp(up: bool, a: Tensor, b: Tensor, u: Tensor, out: Tensor, slope: fl
     mlp_kernel()[(programs,)](*operands, a.size(0), *constants, num_warps=4, num_stages=3)
 
 
-@torch.library.custom_op("proteus::mlp_up", mutates_args=(),
-                         schema="(Tensor x, Tensor w, float slope) -> (Tensor, Tensor)")
-def mlp_up(x: Tensor, w: Tensor, slope: float) -> tuple[Tensor, Tensor]:
-    """u = x @ w.T and leaky_relu(u)^2; x (N, D), w (hidden, D)."""
-    u, act = x.new_empty(len(x), len(w)), x.new_empty(len(x), len(w))
-    launch_mlp(True, x.contiguous(), w.contiguous(), u, act, slope)
-    return u, act
+@torch.library.custom_op("proteus::mlp", mutates_args=(),
+                         schema="(Tensor x, Tensor up, Tensor down, float slope) -> Tensor[]")
+def fused_mlp(x: Tensor, up: Tensor, down: Tensor, slope: float) -> list[Tensor]:
+    """y = act @ down.T, u = x @ up.T and act = leaky_relu(u)^2, bf16; x (N, D), up (hidden, D)."""
+    u, act = x.new_empty(len(x), len(up)), x.new_empty(len(x), len(up))
+    launch_mlp(True, x.contiguous(), up.contiguous(), u, act, slope)
+    return [act @ down.T, u, act]
 
 
 @torch.library.custom_op("proteus::mlp_back", mutates_args=(),
-                         schema="(Tensor dy, Tensor w, Tensor u, float slope) -> Tensor")
-def mlp_back(dy: Tensor, w: Tensor, u: Tensor, slope: float) -> Tensor:
-    """The gradient for u: dy @ w times the derivative of leaky_relu(u)^2; w (D, hidden)."""
+                         schema="(Tensor dy, Tensor down, Tensor u, float slope) -> Tensor")
+def fused_mlp_back(dy: Tensor, down: Tensor, u: Tensor, slope: float) -> Tensor:
+    """The gradient for u: dy @ down times the derivative of leaky_relu(u)^2."""
     du = torch.empty_like(u)
-    launch_mlp(False, dy.contiguous(), w.contiguous(), u, du, slope)
+    launch_mlp(False, dy.contiguous(), down.contiguous(), u, du, slope)
     return du
 
 
-mlp_up.register_fake(lambda x, w, slope: (x.new_empty(len(x), len(w)),) * 2)
-mlp_back.register_fake(lambda dy, w, u, slope: torch.empty_like(u))
+def save_for_mlp_back(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    """Keep what `differentiate_mlp` needs."""
+    x, up, down, ctx.slope = inputs
+    ctx.save_for_backward(x, up, down, *output[1:])
 
 
-class FusedMLP(torch.autograd.Function):
-    """leaky_relu(x @ up.T)^2 @ down.T by `mlp_kernel`, all bf16; x (..., D)."""
+def differentiate_mlp(ctx: Any, grads: list[Tensor]) -> tuple:
+    """Gradients for x, up and down; those for u and act are not there."""
+    x, up, down, u, act = ctx.saved_tensors
+    du = fused_mlp_back(grads[0], down, u, ctx.slope)
+    return du @ up, du.T @ x, grads[0].T @ act, None
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
-        rows = x.flatten(0, -2)
-        u, act = mlp_up(rows, up, slope)
-        ctx.save_for_backward(rows, u, act, up, down)
-        ctx.slope = slope
-        return (act @ down.T).view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        rows, u, act, up, down = ctx.saved_tensors
-        dy = grads[0].reshape(rows.shape)
-        du = mlp_back(dy, down, u, ctx.slope)
-        return (du @ up).view_as(grads[0]), du.T @ rows, dy.T @ act, None
+fused_mlp.register_fake(lambda x, up, down, slope: [
+    torch.empty_like(x), *(x.new_empty(len(x), len(up)) for _ in "ua")])
+fused_mlp_back.register_fake(lambda dy, down, u, slope: torch.empty_like(u))
+fused_mlp.register_autograd(differentiate_mlp, setup_context=save_for_mlp_back)
 
 
 class MLP(nn.Module):
     """up -> LeakyReLU(slope)^2 -> down."""
 
-    fused = False  # whether training goes by FusedMLP; set by GPT
+    fused = False  # whether training goes by `fused_mlp`; set by GPT
 
     def __init__(self, c: Config) -> None:
         super().__init__()
@@ -1256,8 +1252,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor) -> Tensor:
         if self.fused and torch.is_grad_enabled():
-            return FusedMLP.apply(x, self.up.matrix(x.dtype), self.down.matrix(x.dtype, scale),
-                                  self.slope)
+            weights = self.up.matrix(x.dtype), self.down.matrix(x.dtype, scale)
+            return fused_mlp(x.flatten(0, -2), *weights, self.slope)[0].view_as(x)
         return self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
 
 
@@ -1355,8 +1351,8 @@ class GPT(nn.Module):
         rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
         self.register_buffer("rope", rope, persistent=False)
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
-        columns = torch.arange(self.vocab_size + -self.vocab_size % 8)
-        self.register_buffer("is_padding", columns >= self.vocab_size, persistent=False)
+        padding = F.pad(torch.zeros(self.vocab_size), (0, -self.vocab_size % 8), value=-math.inf)
+        self.register_buffer("padding", padding, persistent=False)  # of the logits
         for module in self.modules():
             if isinstance(module, Table):
                 module.dtype = runtime.dtype
@@ -1427,8 +1423,7 @@ class GPT(nn.Module):
         h = self.hidden(ids) if h is None else h
         weight = F.pad((self.head or self.embed).values(), (0, 0, 0, -self.vocab_size % 8))
         cap = self.config.logit_softcap
-        logits = cap * torch.tanh(F.linear(h, weight.to(h.dtype)).float() / cap)
-        return logits.masked_fill(self.is_padding, -math.inf)
+        return cap * torch.tanh(F.linear(h, weight.to(h.dtype)).float() / cap) + self.padding
 
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, V), fp32, softcapped."""
@@ -3027,7 +3022,7 @@ def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tu
     6 operations per weight of a matmul and token, 6 T D per causal attention; both move their
     operands once a pass, elementwise chains what enters and leaves them; master weights are fp32.
     """
-    c, plan, V = model.config, model.plans[recur], len(model.is_padding)
+    c, plan, V = model.config, model.plans[recur], len(model.padding)
     D, kv, n, lanes = c.model_dim, c.kv_dim, len(plan), sum(run.lanes for run in plan)
     exclusive = sum(run.layer >= c.num_layers - c.xsa_last_n for run in plan)
     added = 1 + sum((run.skip is not None) * (1 + run.lanes) for run in plan)  # input, skips
