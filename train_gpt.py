@@ -3019,8 +3019,9 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
 def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tuple[float, float]]:
     """(operations, bytes) by part of one rank's step over `tokens` tokens, bf16, fused whole.
 
-    6 operations per weight of a matmul and token, 6 T D per causal attention; both move their
-    operands once a pass, elementwise chains what enters and leaves them; master weights are fp32.
+    6 operations per weight of a matmul and token, 7 T D per causal attention, whose backward
+    computes the scores again; both move their operands once a pass, elementwise chains what enters
+    and leaves them; master weights are fp32.
     """
     c, plan, V = model.config, model.plans[recur], len(model.padding)
     D, kv, n, lanes = c.model_dim, c.kv_dim, len(plan), sum(run.lanes for run in plan)
@@ -3038,7 +3039,7 @@ def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tu
     per_token = dict(
         matrices=(sum(6.0 * a * b for a, b in shapes), sum(6.0 * (a + b) for a, b in shapes)),
         head=(6.0 * D * V, 6.0 * (D + V)),
-        attention=(6.0 * n * c.train_seq_len * D, 12.0 * n * (D + kv)),
+        attention=(7.0 * n * c.train_seq_len * D, 12.0 * n * (D + kv)),
         elementwise=(0.0, 2.0 * chains), loss=(0.0, 6.0 * V),
         embedding=(0.0, 14.0 * (D + sum(m.table.embedding_dim for m in extra))))
     costs = {part: (tokens * work, tokens * moved) for part, (work, moved) in per_token.items()}

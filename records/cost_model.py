@@ -3,6 +3,7 @@
     python records/cost_model.py                       the record model on one of eight GPUs
     python records/cost_model.py --tokens 49152 --vocab-size 998
     NUM_LAYERS=9 python records/cost_model.py          settings as in train_gpt.py
+    python records/cost_model.py --budget off on       what the compiler writes, and an estimate
 
 The model counts, it does not measure: parts, operations and bytes are those of DRY_RUN=1
 (`train_gpt.step_costs`). Bytes are what must pass through device memory when each part is as well
@@ -12,14 +13,25 @@ weights. Floor of a part: the larger of operations / peak and bytes / bandwidth.
 neither limit, so a step takes longer; how much longer is what a profile tells
 (records/one_h100/run.py speed). Eager PyTorch's bytes are counted operation by operation on
 tensors without memory, with RMSNorm as the sequence of operations that it is.
+
+`--budget` compiles phases (off, on, qat_off, qat_on) for a stand-in of an H100 that computes
+nothing (the maintainers' ../shared/nullcuda) and counts the bytes that inductor's kernels would
+move. The estimate of a step adds up matrix products at 650 TFLOP/s, attention at the rates that
+FlashAttention-3's authors publish for head dimension 64, causal, T = 2048, the bytes at 87 % of the
+bandwidth (2.93 TB/s on an H100, what a copy reaches), 1 us for each launch and 2.5 ms for the
+optimizer. It ranks changes, and is no measurement.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +58,9 @@ PUBLISHED = (  # ms per step on 8xH100: recurrence off, on (SPEC section 10)
     ("ours, measured on one H100 ([one_h100](one_h100/README.md))", 89.8, 104.1),
     ("our goal", 70.0, 81.0),
 )
+STANDIN = Path(__file__).resolve().parents[2] / "shared" / "nullcuda" / "run"
+PRODUCTS, FORWARD, BACKWARD = 650e12, 350e12, 310e12  # operations a second that are reached
+REACHED, LAUNCH_MS, OPTIMIZER_MS = 2.93 / 3.35, 1e-3, 2.5
 BF16 = 2
 TOKENS = 256  # of the tensors by which chains are counted; the result is per token
 
@@ -218,13 +233,90 @@ def report(model: train_gpt.GPT, tokens: int, world: int) -> list[str]:
     return lines
 
 
+class Budget(NamedTuple):
+    """What a compiled phase does in a step: forward and backward, without the optimizer."""
+
+    kernels: int  # of inductor
+    parts: dict[str, float]  # GB that they move
+    fused_mlp: tuple[float, float]  # operations of the MLP's own kernel, and GB beside its product
+    products: list[tuple[int, int, int]]  # other matrix products, rows, columns and depth
+    attention: tuple[float, float]  # operations, forward and backward
+    launches: int
+
+    def gigabytes(self) -> float:
+        """Of all elementwise traffic."""
+        return sum(self.parts.values()) + self.fused_mlp[1]
+
+    def milliseconds(self, gpu: str) -> float:
+        """The estimate."""
+        bandwidth = REACHED * GPUS[gpu][1]
+        seconds = sum(max(2.0 * a * b * k / PRODUCTS, 2.0 * (a * b + a * k + b * k) / bandwidth)
+                      for a, b, k in self.products) + self.fused_mlp[0] / PRODUCTS
+        seconds += self.attention[0] / FORWARD + self.attention[1] / BACKWARD
+        seconds += 1e9 * self.gigabytes() / bandwidth
+        return 1e3 * seconds + LAUNCH_MS * self.launches + OPTIMIZER_MS
+
+
+def budget(phase: str, mlp_kernel: str, work: Path) -> Budget:
+    """Compile a phase at full width for the stand-in; `work`: a folder for what it writes."""
+    c, tokens = train_gpt.Config(), 98304
+    done = subprocess.run(
+        [STANDIN, "budget", phase, "ATTENTION=cudnn", f"MLP_KERNEL={mlp_kernel}"], text=True,
+        cwd=Path(__file__).resolve().parents[1], check=True, stdout=subprocess.PIPE,
+        env=os.environ | dict(NULLCUDA_WORK=str(work)))
+    calls = ast.literal_eval(re.search(r"^calls (.*)$", done.stdout, re.M)[1])
+    rows = re.findall(r"^ *\d+ +[\d.]+ +[\d.]+ +([\d.]+)  (.*)$", done.stdout, re.M)
+    launched = (work / phase / "launches.log").read_text().splitlines()
+    products = [tuple(map(int, found.groups())) for line in launched
+                if (found := re.match(r"GEMM \w+ \w+ m=(\d+) n=(\d+) k=(\d+)", line))]
+    plan = train_gpt.layer_plan(c, "on" in phase)
+    wide = len(plan) * tokens * c.hidden_dim if mlp_kernel == "triton" else 0
+    per_pass = len(plan) * tokens * c.train_seq_len * c.model_dim
+    return Budget(
+        sum(count for (_, kind), count in calls.items() if kind == "triton"),
+        {part: float(size) for size, part in rows}, (4.0 * wide * c.model_dim, 4e-9 * wide),
+        products, (2.0 * per_pass, 5.0 * per_pass),
+        sum(line.startswith(("KERNEL", "GEMM", "MEMSET")) for line in launched))
+
+
+def budget_report(phases: list[str], work: Path) -> list[str]:
+    """Bytes by part and the estimates, by phase, without and with the MLP's kernel; Markdown."""
+    c = train_gpt.Config()
+    model = record_model(c, 1254)
+    columns = {(phase, kernel): budget(phase, kernel, work)
+               for phase in phases for kernel in ("torch", "triton")}
+    names = dict.fromkeys(part for made in columns.values() for part in made.parts)
+    lines = ["| GB a step | " + " | ".join(f"{phase}, MLP by {kernel}" for phase, kernel in columns)
+             + " |", "|--" * (1 + len(columns)) + "|"]
+    table: dict[str, list[str]] = {
+        part: [f"{made.parts.get(part, 0):.1f}" for made in columns.values()] for part in names}
+    table["the MLP's kernel, beside its products"] = [
+        f"{made.fused_mlp[1]:.1f}" for made in columns.values()]
+    table["**all**"] = [f"**{made.gigabytes():.1f}**" for made in columns.values()]
+    table["kernels of inductor"] = [str(made.kernels) for made in columns.values()]
+    for gpu in GPUS:
+        table[f"estimate, {gpu}, ms a step"] = [
+            f"{made.milliseconds(gpu):.1f}" for made in columns.values()]
+        table[f"floor, {gpu}, ms a step"] = [
+            f"{sum(Cost(*pair).milliseconds(gpu) for pair in costs.values()):.1f}"
+            for phase, _ in columns
+            for costs in [train_gpt.step_costs(model, 98304, "on" in phase, 8)]]
+    return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
+
+
 def main() -> int:
     """Print the tables for the settings of the environment."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--world", type=int, default=8, help="ranks that share Muon (8)")
     parser.add_argument("--tokens", type=int, help="tokens a step and rank (batch / world)")
     parser.add_argument("--vocab-size", type=int, default=1254, help="ids of the model (1254)")
+    parser.add_argument("--budget", nargs="+", metavar="PHASE", help="compile phases and estimate",
+                        choices=["off", "on", "qat_off", "qat_on"])
     options = parser.parse_args()
+    if options.budget:
+        with tempfile.TemporaryDirectory() as work:
+            print("\n".join(budget_report(options.budget, Path(work))))
+        return 0
     c = train_gpt.Config.from_env({"PRESET": "record"} | os.environ)
     tokens = options.tokens or c.train_batch_tokens // options.world
     model = record_model(c, options.vocab_size)
