@@ -1,9 +1,10 @@
 """The MLP's Triton kernel without a GPU: `interpret` it, or `assemble` it for an H100.
 
     TRITON_INTERPRET=1 python tests/mlp_run.py interpret     equal to PyTorch, forward and backward
-    python tests/mlp_run.py assemble                         a line of JSON for each direction
+    python tests/mlp_run.py assemble [FOLDER]                a line of JSON for each direction
 
-It needs a PyTorch with Triton, such as the stand-in's (tests/test_standin.py).
+FOLDER: of another train_gpt.py, such as a packed one. It needs a PyTorch with Triton, such as the
+stand-in's (tests/test_standin.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+SOURCE = sys.argv[2] if len(sys.argv) > 2 else str(Path(__file__).resolve().parents[1])
+sys.path.insert(0, SOURCE)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
