@@ -782,6 +782,7 @@ def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[bool, str]:
             notes.append(f"{name} {times[mlp.fused]:.2f} ms")
         except Exception as error:  # of any kind: no Triton, another GPU, a width it cannot do
             notes.append(f"{name}: {first_line(error)}")
+    require(times, f"the MLP fails on this GPU: {'; '.join(notes)}")
     return fastest(times), "; ".join(notes)
 
 

@@ -280,7 +280,10 @@ def budget(phase: str, mlp_kernel: str, work: Path) -> Budget:
 
 
 def budget_report(phases: list[str], work: Path) -> list[str]:
-    """Bytes by part and the estimates, by phase, without and with the MLP's kernel; Markdown."""
+    """Bytes and estimates, by phase, without and with the MLP's kernel; Markdown.
+
+    By part without it: with it, kernels of the residual stream are called the MLP's.
+    """
     c = train_gpt.Config()
     model = record_model(c, 1254)
     columns = {(phase, kernel): budget(phase, kernel, work)
@@ -289,18 +292,18 @@ def budget_report(phases: list[str], work: Path) -> list[str]:
     lines = ["| GB a step | " + " | ".join(f"{phase}, MLP by {kernel}" for phase, kernel in columns)
              + " |", "|--" * (1 + len(columns)) + "|"]
     table: dict[str, list[str]] = {
-        part: [f"{made.parts.get(part, 0):.1f}" for made in columns.values()] for part in names}
-    table["the MLP's kernel, beside its products"] = [
-        f"{made.fused_mlp[1]:.1f}" for made in columns.values()]
+        part: ["" if kernel == "triton" else f"{made.parts.get(part, 0):.1f}"
+               for (_, kernel), made in columns.items()] for part in names}
     table["**all**"] = [f"**{made.gigabytes():.1f}**" for made in columns.values()]
+    table["of these, the MLP's kernel beside its products"] = [
+        f"{made.fused_mlp[1]:.1f}" for made in columns.values()]
     table["kernels of inductor"] = [str(made.kernels) for made in columns.values()]
     for gpu in GPUS:
+        floors = [sum(Cost(*pair).milliseconds(gpu) for pair in train_gpt.step_costs(
+            model, 98304, recur, 8).values()) for recur in (False, True)]
         table[f"estimate, {gpu}, ms a step"] = [
             f"{made.milliseconds(gpu):.1f}" for made in columns.values()]
-        table[f"floor, {gpu}, ms a step"] = [
-            f"{sum(Cost(*pair).milliseconds(gpu) for pair in costs.values()):.1f}"
-            for phase, _ in columns
-            for costs in [train_gpt.step_costs(model, 98304, "on" in phase, 8)]]
+        table[f"floor, {gpu}, ms a step"] = [f"{floors['on' in phase]:.1f}" for phase, _ in columns]
     return lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in table.items()]
 
 

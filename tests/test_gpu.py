@@ -7,6 +7,7 @@ starts at zero is filled, so that every gradient is there to be compared.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import subprocess
@@ -249,7 +250,10 @@ def test_whole_run_and_its_artifact_in_another_process(gpu, shards, tmp_path):
         return {mode: np.load(tmp_path / run_id / f"{mode}.npz")["nats"]
                 for mode in ("roundtrip", "sliding", "ttt")}
 
-    first, again = run("first"), run("again", LOAD_ARTIFACT="a.ptz", TTT_LR="0")
+    first, log = run("first"), (tmp_path / "logs" / "first.jsonl").read_text().splitlines()
+    machine = next(e for e in map(json.loads, log) if e["event"] == "machine")
+    text |= dict(ATTENTION=machine["attention"].split()[0], MLP_KERNEL=machine["mlp"].split()[0])
+    again = run("again", LOAD_ARTIFACT="a.ptz", TTT_LR="0")
     for mode in ("roundtrip", "sliding"):
         np.testing.assert_allclose(first[mode], again[mode], rtol=0, atol=2e-2)
         assert abs(first[mode].mean() - again[mode].mean()) < 1e-4
