@@ -488,7 +488,7 @@ class Runtime:
         backend, times = self.on_first_rank(lambda: select_attention(*shape))
         self.attention, self.attention_name = use_attention(backend), f"{backend} ({times})"
         self.fused_mlp, times = self.on_first_rank(lambda: select_mlp(*shape))
-        self.mlp_name = f"{'triton' if self.fused_mlp else 'torch'} ({times})"
+        self.mlp_name = ("triton" if self.fused_mlp else "torch") + f" ({times})"
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
 
@@ -761,7 +761,7 @@ def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
             notes.append(f"{name} {times[name]:.2f} ms")
         except Exception as error:  # of any kind: the others are tried, and the log says why
             notes.append(f"{name}: {first_line(error)}")
-    require(times, f"no attention works on this GPU: {'; '.join(notes)}")
+    require(times, "no attention works on this GPU: " + "; ".join(notes))
     return fastest(times), "; ".join(notes)
 
 
@@ -782,7 +782,7 @@ def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[bool, str]:
             notes.append(f"{name} {times[mlp.fused]:.2f} ms")
         except Exception as error:  # of any kind: no Triton, another GPU, a width it cannot do
             notes.append(f"{name}: {first_line(error)}")
-    require(times, f"the MLP fails on this GPU: {'; '.join(notes)}")
+    require(times, "the MLP fails on this GPU: " + "; ".join(notes))
     return fastest(times), "; ".join(notes)
 
 
