@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,18 @@ def test_another_rank_of_the_node_compiles_nothing(run):
     assert sum(times[1]) < sum(times[0]) / 3
 
 
+@pytest.fixture(scope="module")
+def budgets(tmp_path_factory) -> dict[str, cost_model.Budget]:
+    """What each phase of BUDGETS does in a step; two compile at a time, each on one thread."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(BUDGETS, pool.map(lambda phase: cost_model.budget(
+            phase, "triton", tmp_path_factory.mktemp(phase)), BUDGETS), strict=True))
+
+
 @pytest.mark.parametrize("phase", BUDGETS)
-def test_bytes_of_a_step(phase, tmp_path):
+def test_bytes_of_a_step(budgets, phase):
     """Kernels and GB by `records/cost_model.py --budget`: at most 2 % over where they stood."""
-    made, (kernels, gigabytes) = cost_model.budget(phase, "triton", tmp_path), BUDGETS[phase]
+    made, (kernels, gigabytes) = budgets[phase], BUDGETS[phase]
     print(f"{phase}: {made.kernels} kernels, {made.gigabytes():.2f} GB, {made.parts}")
     assert 0 < made.kernels < 1.02 * kernels
     assert 0 < made.gigabytes() < 1.02 * gigabytes
