@@ -721,18 +721,18 @@ def use_attention(backend: str) -> Callable:
     return flash_attention_3 if backend == "flash_attention_3" else sdpa
 
 
-def device_ms(work: Callable[[], Any], repeats: int = 10) -> float:
+def device_ms(work: Callable[[], Any]) -> float:
     """Milliseconds of the device for `work`; the fastest of three rounds, after one to compile."""
     rounds = []
     for _ in range(4):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
         torch.cuda._sleep(10**8)  # cycles, in which the host runs ahead: it is the slower one here
         begin.record()
-        for _ in range(repeats):
+        for _ in range(10):
             work()
         end.record()
         torch.cuda.synchronize()
-        rounds.append(begin.elapsed_time(end) / repeats)
+        rounds.append(begin.elapsed_time(end) / 10)
     return min(rounds[1:])
 
 
@@ -743,8 +743,10 @@ def fastest(times: dict[Any, float]) -> Any:
 
 def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
     """The fastest attention, forward and backward, for `seqs` sequences; all times and failures."""
-    if not runtime.cuda or c.attention != "auto":
-        return ("sdpa", "no CUDA") if not runtime.cuda else (c.attention, "as ATTENTION says")
+    if not runtime.cuda:
+        return "sdpa", "no CUDA"
+    if c.attention != "auto":
+        return c.attention, "as ATTENTION says"
     q, k, v = (torch.ones(seqs, c.train_seq_len, heads, c.head_dim, device=runtime.device,
                           dtype=runtime.dtype, requires_grad=True)
                for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
@@ -767,9 +769,10 @@ def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
 
 def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[bool, str]:
     """Whether Triton's MLP is the faster, forward and backward, for `seqs` sequences; times."""
-    if not runtime.cuda or c.mlp_kernel != "auto":
-        return runtime.cuda and c.mlp_kernel == "triton", (
-            "as MLP_KERNEL says" if runtime.cuda else "no CUDA")
+    if not runtime.cuda:
+        return False, "no CUDA"
+    if c.mlp_kernel != "auto":
+        return c.mlp_kernel == "triton", "as MLP_KERNEL says"
     x = torch.randn(seqs, c.train_seq_len, c.model_dim, device=runtime.device,
                     dtype=runtime.dtype, requires_grad=True)
     scale, mlp = vector(1).to(runtime.device), MLP(c).to(runtime.device)

@@ -317,6 +317,8 @@ def main() -> int:
                         choices=["off", "on", "qat_off", "qat_on"])
     options = parser.parse_args()
     if options.budget:
+        if not STANDIN.exists():
+            parser.error(f"--budget compiles for a stand-in GPU, and there is none in {STANDIN}")
         with tempfile.TemporaryDirectory() as work:
             print("\n".join(budget_report(options.budget, Path(work))))
         return 0

@@ -88,12 +88,11 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape) / shape[-1] ** 0.5
 
 
-def inputs(layout: str, rows: tuple[int, int], width: int) -> Tensor:
-    """x (B, T, D), bf16, contiguous or not."""
-    if layout == "transposed":
-        return torch.randn(*reversed(rows), width).bfloat16().transpose(0, 1)
-    return torch.randn(*rows, 2 * width).bfloat16()[..., :: 2 if layout == "sliced" else 1][
-        ..., :width]
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The values of x (B, T, 2 D), or every second of them, as x (B, T, D); contiguous or not."""
+    half = x.size(-1) // 2
+    return dict(contiguous=x[..., :half].contiguous(), sliced=x[..., :half],
+                strided=x[..., ::2])[layout]
 
 
 def interpret() -> None:
@@ -104,20 +103,20 @@ def interpret() -> None:
     tiles, cases = ((16, 32, 16), (32, 32, 32), (16, 64, 16)), 0
     shapes = (((8, 8), 32, 96), ((5, 10), 48, 80), ((1, 1), 16, 16), ((37, 1), 16, 48))
     for t.MLP_TILE, (rows, width, hidden), slope, layout in itertools.product(
-            tiles, shapes, (0.5, 0.0), ("contiguous", "transposed", "sliced")):
-        x, dy = inputs(layout, rows, width), torch.randn(*rows, width).bfloat16()
+            tiles, shapes, (0.5, 0.0), ("contiguous", "sliced", "strided")):
+        x, dy = (torch.randn(*rows, 2 * width).bfloat16() for _ in "xy")
         masters, results = (random(hidden, width), random(width, hidden)), []
         for mlp in (kernel_mlp, plain_mlp):
             leaves = [value.clone().requires_grad_() for value in (x, *masters)]
-            y = mlp(leaves[0], *(w.bfloat16() for w in leaves[1:]), slope)
-            y.backward(dy)
+            y = mlp(laid_out(leaves[0], layout), *(w.bfloat16() for w in leaves[1:]), slope)
+            y.backward(laid_out(dy, layout))
             results.append([y.detach(), *(leaf.grad for leaf in leaves)])
         for got, wanted in zip(*results, strict=True):
             assert got.dtype == wanted.dtype and got.shape == wanted.shape
             gap = (got.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-9)
             assert gap < 6e-3, (t.MLP_TILE, rows, width, hidden, slope, layout, gap)
         weights = [w.bfloat16() for w in masters]
-        _, u, act = t.fused_mlp(x.flatten(0, -2), *weights, slope)
+        _, u, act = t.fused_mlp(laid_out(x, layout).flatten(0, -2), *weights, slope)
         assert torch.equal(act, F.leaky_relu(u.float(), slope).square().bfloat16())
         cases += 1
     print(cases, "cases")

@@ -1,6 +1,6 @@
 """The whole CUDA path of train_gpt.py on ../shared/nullcuda, a stand-in GPU that computes nothing.
 
-    python -m pytest -m slow tests/test_standin.py     some 6 minutes, most of them compiling
+    python -m pytest -m slow tests/test_standin.py     some 15 minutes, most of them compiling
 """
 
 from __future__ import annotations
