@@ -107,7 +107,7 @@ class Config:
     tokenizer_path: str = setting("", "vocabulary or SentencePiece .model; empty: in DATA_PATH")
     tokenizer_meta_path: str = setting("", "byte table (.meta.npz); empty: beside the vocabulary")
     vocab_size: int = setting(0, "ids of the model; 0: from the tokenizer", 0, 65536)
-    dry_run: bool = setting(False, "print configuration, sizes, memory and operations, then exit")
+    dry_run: bool = setting(False, "print configuration, sizes and memory, then exit")
     # model
     num_layers: int = setting(11, "layers", 2, 64)
     model_dim: int = setting(512, "width D of the residual stream", 8)
@@ -3028,41 +3028,8 @@ def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
 # --- 12 main ----------------------------------------------------------
 
 
-def step_costs(model: GPT, tokens: int, recur: bool, ranks: int) -> dict[str, tuple[float, float]]:
-    """(operations, bytes) by part of one rank's step over `tokens` tokens, bf16, fused whole.
-
-    6 operations per weight of a matmul and token, 7 T D per causal attention, whose backward
-    computes the scores again; both move their operands once a pass, elementwise chains what enters
-    and leaves them; master weights are fp32.
-    """
-    c, plan, V = model.config, model.plans[recur], len(model.padding)
-    D, kv, n, lanes = c.model_dim, c.kv_dim, len(plan), sum(run.lanes for run in plan)
-    exclusive = sum(run.layer >= c.num_layers - c.xsa_last_n for run in plan)
-    added = 1 + sum((run.skip is not None) * (1 + run.lanes) for run in plan)  # input, skips
-    extra = [module for module in (model.bigram, model.value) if module is not None]
-    shapes = n * [(D, D + 2 * kv), (D, D), (D, c.hidden_dim), (c.hidden_dim, D)]
-    shapes += [(m.proj.in_features, m.proj.out_features) for m in extra]
-    chains = n * (28 * D + 5 * (D + kv + c.hidden_dim)) + 4 * D * lanes + 8 * D * added
-    chains += exclusive * (5 * D + 3 * kv)
-    muon = [p for name, p in model.named_parameters() if param_spec(name, c).optimizer == "muon"]
-    owned, steps = sum(p.numel() for p in muon), c.muon_backend_steps
-    count = sum(p.numel() for p in model.parameters())
-    products = sum(min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape)) for p in muon)
-    per_token = dict(
-        matrices=(sum(6.0 * a * b for a, b in shapes), sum(6.0 * (a + b) for a, b in shapes)),
-        head=(6.0 * D * V, 6.0 * (D + V)),
-        attention=(7.0 * n * c.train_seq_len * D, 12.0 * n * (D + kv)),
-        elementwise=(0.0, 2.0 * chains), loss=(0.0, 6.0 * V),
-        embedding=(0.0, 14.0 * (D + sum(m.table.embedding_dim for m in extra))))
-    costs = {part: (tokens * work, tokens * moved) for part, (work, moved) in per_token.items()}
-    return costs | dict(
-        optimizer=(2.0 * steps * products / ranks,
-                   owned / ranks * (20.0 + 12 * steps) + 28.0 * (count - owned)),
-        average=(0.0, 12.0 * count * bool(c.ema_decay)), casts=(0.0, 6.0 * count))
-
-
 def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
-    """Print configuration, parameters, predicted bytes, memory and operations per step."""
+    """Print configuration, parameters, predicted bytes and memory."""
     line, count = runtime.log.line, sum(p.numel() for p in model.parameters())
     line(settings_listing(c))
     coarseness = least_coarseness(lambda at: sum(predicted_bytes(model, c, at).values()), c)
@@ -3077,14 +3044,6 @@ def dry_run(model: GPT, runtime: Runtime, c: Config) -> None:
     activations = micro * (kept * runtime.dtype.itemsize + 8 * model.vocab_size)
     state = 4 * count * (5 + c.swa_enabled)  # weights, gradients (packed too), moments, averages
     line(f"model_params:{count} predicted_mib state:{state >> 20} activations:{activations >> 20}")
-    for recur in (False, True):
-        costs = step_costs(model, tokens, recur, runtime.world)
-        for part, (work, moved) in costs.items():
-            line(f"step_cost recurrence:{int(recur)} {part} tflop:{work / 1e12:.3f} "
-                 f"gigabytes:{moved / 1e9:.3f}")
-        work, moved = map(sum, zip(*costs.values(), strict=True))
-        line(f"tflop_per_step_and_rank recurrence:{int(recur)} tflop:{work / 1e12:.3f} "
-             f"gigabytes:{moved / 1e9:.3f}")
 
 
 @contextlib.contextmanager

@@ -31,11 +31,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records"), str(ROOT)]
 
-import figures  # noqa: E402
 import torch  # noqa: E402
-from welch import sample  # noqa: E402
 
+import figures  # noqa: E402
 import train_gpt  # noqa: E402
+from welch import sample  # noqa: E402
 
 SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mode != "slot"),
           f"{train_gpt.FINAL_LINES['slot']}_bpb")

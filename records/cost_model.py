@@ -5,12 +5,11 @@
     NUM_LAYERS=9 python records/cost_model.py          settings as in train_gpt.py
     python records/cost_model.py --budget off on       what the compiler writes, and an estimate
 
-The model counts, it does not measure: parts, operations and bytes are those of DRY_RUN=1
-(`train_gpt.step_costs`). Bytes are what must pass through device memory when each part is as well
-fused as torch.compile can make it - a matmul reads its inputs and writes its output, an elementwise
-chain reads what enters it and writes what leaves it, once each, bf16 activations, fp32 master
-weights. Floor of a part: the larger of operations / peak and bytes / bandwidth. Kernels reach
-neither limit, so a step takes longer; how much longer is what a profile tells
+The model counts, it does not measure. Bytes are what must pass through device memory when each part
+is as well fused as torch.compile can make it - a matmul reads its inputs and writes its output, an
+elementwise chain reads what enters it and writes what leaves it, once each, bf16 activations, fp32
+master weights. Floor of a part: the larger of operations / peak and bytes / bandwidth. Kernels
+reach neither limit, so a step takes longer; how much longer is what a profile tells
 (records/one_h100/run.py speed). Eager PyTorch's bytes are counted operation by operation on
 tensors without memory, with RMSNorm as the sequence of operations that it is.
 
@@ -195,13 +194,43 @@ def record_model(c: train_gpt.Config, vocab_size: int) -> train_gpt.GPT:
         return train_gpt.GPT(c, np.zeros(vocab_size, bool), runtime, initialize=False)
 
 
+def step_costs(model: train_gpt.GPT, tokens: int, recur: bool, ranks: int) -> dict[str, Cost]:
+    """By part, of one rank's step over `tokens` tokens: bf16, every elementwise chain fused whole.
+
+    6 operations per weight of a matmul and token, 7 T D per causal attention, whose backward
+    computes the scores again; both move their operands once a pass; master weights are fp32.
+    """
+    c, n, V = model.config, len(model.plans[recur]), len(model.padding)
+    D, kv = c.model_dim, c.kv_dim
+    extra = [module for module in (model.bigram, model.value) if module is not None]
+    shapes = n * [(D, D + 2 * kv), (D, D), (D, c.hidden_dim), (c.hidden_dim, D)]
+    shapes += [(m.proj.in_features, m.proj.out_features) for m in extra]
+    muon = [p for name, p in model.named_parameters()
+            if train_gpt.param_spec(name, c).optimizer == "muon"]
+    owned, steps = sum(p.numel() for p in muon), c.muon_backend_steps
+    count = sum(p.numel() for p in model.parameters())
+    products = sum(min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape)) for p in muon)
+    per_token = dict(
+        matrices=(sum(6.0 * a * b for a, b in shapes), sum(6.0 * (a + b) for a, b in shapes)),
+        head=(6.0 * D * V, 6.0 * (D + V)),
+        attention=(7.0 * n * c.train_seq_len * D, 12.0 * n * (D + kv)),
+        elementwise=(0.0, sum(chain.fused_bytes() for chain in chains(model, recur))),
+        loss=(0.0, 6.0 * V),
+        embedding=(0.0, 14.0 * (D + sum(m.table.embedding_dim for m in extra))))
+    costs = {part: Cost(tokens * work, tokens * moved)
+             for part, (work, moved) in per_token.items()}
+    return costs | dict(
+        optimizer=Cost(2.0 * steps * products / ranks,
+                       owned / ranks * (20.0 + 12 * steps) + 28.0 * (count - owned)),
+        average=Cost(0.0, 12.0 * count * bool(c.ema_decay)), casts=Cost(0.0, 6.0 * count))
+
+
 def report(model: train_gpt.GPT, tokens: int, world: int) -> list[str]:
     """The tables, as Markdown."""
     lines = [f"{tokens} tokens a step and rank, V = {model.vocab_size}, {world} ranks.", ""]
     floors = {}
     for recur in (False, True):
-        costs = {part: Cost(*pair) for part, pair in
-                 train_gpt.step_costs(model, tokens, recur, world).items()}
+        costs = step_costs(model, tokens, recur, world)
         lines += [f"### Recurrence {'on' if recur else 'off'}", "",
                   "| part | TFLOP | GB | " + " | ".join(f"floor {gpu}, ms" for gpu in GPUS) + " |",
                   "|--" * (3 + len(GPUS)) + "|"]
@@ -299,7 +328,7 @@ def budget_report(phases: list[str], work: Path) -> list[str]:
         f"{made.fused_mlp[1]:.1f}" for made in columns.values()]
     table["kernels of inductor"] = [str(made.kernels) for made in columns.values()]
     for gpu in GPUS:
-        floors = [sum(Cost(*pair).milliseconds(gpu) for pair in train_gpt.step_costs(
+        floors = [sum(cost.milliseconds(gpu) for cost in step_costs(
             model, 98304, recur, 8).values()) for recur in (False, True)]
         table[f"estimate, {gpu}, ms a step"] = [
             f"{made.milliseconds(gpu):.1f}" for made in columns.values()]

@@ -17,8 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import generated
 import numpy as np
+
+import generated
 import pack
 from generated import CAP_BYTES, CAP_EVAL_SECONDS, CAP_MS, RECORD_SEEDS, TYPED
 from runs import PER_RUN, Run, Score, find_logs, read_run

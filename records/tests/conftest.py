@@ -1,0 +1,48 @@
+"""Three tiny runs, as the record tools read them."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import harness as h
+
+
+def tiny_run(script: Path, seed: int, data: Path) -> tuple[ModuleType, Path]:
+    """A train_gpt.py, packed or not, as a module, and the log of a tiny run of it beside it.
+
+    The run has the name that run_8xh100.sh gives it.
+    """
+    spec = importlib.util.spec_from_file_location(f"script_{script.parent.name}", script)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    name = f"seed{seed}"
+    assert h.run_main(script.parent, module, data_path=str(data), seed=seed, run_id=name,
+                      artifact_path=f"{name}.ptz", ttt_chunk_tokens=64)[0] == 0
+    return module, script.parent / "logs" / f"{name}.txt"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> tuple[Path, Path, list[Path]]:
+    """Three tiny runs of a copy of the script: (its path, data, logs)."""
+    folder = tmp_path_factory.mktemp("runs")
+    code, vocabulary = folder / "train_gpt.py", folder / "tiny.yaml"
+    shutil.copy(h.SCRIPT, code)
+    vocabulary.write_bytes(h.vocabulary())
+    for seed, (split, count) in enumerate((("train", 60), ("val", 12))):
+        documents = h.write_documents(folder / f"{split}.jsonl", h.texts(count, seed))
+        h.retokenized(documents, vocabulary, split, folder / "data")
+    return code, folder / "data", [tiny_run(code, s, folder / "data")[1] for s in (42, 1337, 2024)]
+
+
+@pytest.fixture(scope="session")
+def packed(runs, tmp_path_factory) -> tuple[Path, ModuleType, Path]:
+    """The packed script and a tiny run of it: (its path, module, log)."""
+    script = tmp_path_factory.mktemp("packed") / "train_gpt.py"
+    script.write_bytes(h.tool("pack").pack(h.SCRIPT.read_text()))
+    return script, *tiny_run(script, 42, runs[1])

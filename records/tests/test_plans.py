@@ -1,0 +1,179 @@
+"""records/ablate.py and its plans, and the cost model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cost_model
+import harness as h
+import retokenize_scylla as R
+import train_gpt as t
+
+
+@pytest.mark.parametrize("recur", [False, True])
+def test_costs_are_those_of_the_model(recur):
+    """Matmuls and their operands as run, chains as traced, Newton-Schulz by hand."""
+    c, cost = t.Config(), cost_model
+    model = cost.record_model(c, 1254)
+    costs = cost.step_costs(model, 98304, recur, 8)
+    assert sum(costs[part][0] for part in ("matrices", "head", "attention")) == pytest.approx(
+        27.91e12 if recur else 23.69e12, rel=2e-3)
+    seen = []
+
+    def spy(x, weight):
+        seen.append(weight.shape)
+        return torch.empty(*x.shape[:-1], len(weight), device="meta", dtype=x.dtype)
+
+    model.set_phase(t.Phase(recur))
+    for block in model.blocks:
+        block.attn.attend = lambda q, k, v: torch.empty_like(q)
+    model.register_buffer("rope", torch.empty(3, 2048, 1, 64, device="meta", dtype=torch.bfloat16))
+    model.is_boundary = torch.empty(1254, dtype=torch.bool, device="meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.F, "linear", spy)
+        model.logits(torch.zeros(1, 4, dtype=torch.long, device="meta"))
+    for part, shapes in (("matrices", seen[:-1]), ("head", seen[-1:])):
+        assert costs[part] == (98304 * sum(6 * a * b for a, b in shapes),
+                               98304 * sum(6 * (a + b) for a, b in shapes))
+    specs = [(p, t.param_spec(name, c).optimizer) for name, p in model.named_parameters()]
+    assert costs["optimizer"][0] * 8 == pytest.approx(sum(
+        10 * min(p.shape) ** 2 * (2 * max(p.shape) + min(p.shape))
+        for p, role in specs if role == "muon"))
+    assert costs["average"][1] == 12 * sum(p.numel() for p, _ in specs)
+
+
+def test_cost_of_a_chain_counts_reads_and_writes():
+    """By hand: x * y + x of width 6, bf16; fused 3 x inputs + 2 x outputs, eager by operation."""
+    cost = cost_model
+    chain = cost.Chain("by hand", 5, lambda x, y: x * y + x, (6, 6))
+    assert chain.fused_bytes() == 5 * 2 * (3 * 12 + 2 * 6)
+    # forward: 3 + 3; backward: two products of 3; one addition of gradients of 3
+    assert chain.eager_bytes() == 5 * 2 * 6 * (3 + 3 + 3 + 3 + 3)
+    assert all(c.eager_bytes() > c.fused_bytes() > 0 or "add" in c.name or "skip" in c.name
+               for c in cost.chains(cost.record_model(t.Config(), 1254), True))
+
+
+def test_cost_model_report_stands():
+    """The report's sums are the sums of its rows, and records/ quotes the script's own output."""
+    cost, c = cost_model, t.Config()
+    lines = cost.report(cost.record_model(c, 1254), 98304, 8)
+    rows = [line.split(" | ") for line in lines if re.match(r"\| [a-zE\*]", line)]
+    floors = [float(row[3]) for row in rows if len(row) == 5 and re.match(r"[\d.]+$", row[3])]
+    sums = [float(row[3].strip("*")) for row in rows if row[0] == "| **sum**"]
+    assert len(sums) == 2 and sum(floors) == pytest.approx(sum(sums), abs=0.2)
+    assert "\n".join(lines) in (h.ROOT / "records" / "README.md").read_text(encoding="utf-8")
+
+
+def test_ablation_table_and_plans():
+    """Means, spread and change against the first variant; every plan names only settings."""
+    ablate = h.tool("ablate")
+    runs = {"base": [dict(post_ema_bpb=1.0, roundtrip_bpb=r, bytes_total=10, steps=4, train_ms=40,
+                          ttt_bpb=1.9, seconds_eval=3.0)
+                     for r in (2.0, 2.2)],
+            "less": [dict(post_ema_bpb=1.5, roundtrip_bpb=2.5, bytes_total=8, steps=5,
+                          train_ms=100)]}
+    rows = ablate.table(runs).splitlines()
+    assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | 1.9000 | 0.2000 | - | - | 10 | 4 | 10 | 3 |"
+    assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | base | 8 | 5 | 20 | - |"
+    runs["more"] = [dict(run, roundtrip_bpb=r) for run, r in zip(
+        runs["base"], (2.4, 2.8), strict=True)]
+    change = ablate.table(runs).splitlines()[4].split("|")[7]  # +0.4 and +0.6: 0.5 +- t * 0.1
+    assert change.strip() == f"+0.5000 +- {12.7062 * 0.1:.4f}"
+    rows = ablate.table(runs, {"more": "less"}).splitlines()
+    assert "| -0.1000 | less |" in rows[4] and "| +0.5000 | base |" in rows[3]
+    assert ablate.table(json.loads(ablate.results_text(runs))) == ablate.table(runs)
+    plans = sorted((h.ROOT / "records" / "plans").glob("*.json"))
+    assert plans
+    for path in plans:
+        plan = json.loads(path.read_text())
+        assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
+        against = plan.get("against", {})
+        assert {*against, *against.values()} <= set(plan["variants"])
+        for changes in plan["variants"].values():
+            texts = {k: str(v).format(root=h.ROOT) for k, v in (plan["base"] | changes).items()}
+            t.Config.from_env(texts, cuda=True)
+
+
+def test_ablation_results_are_the_tables(capsys, monkeypatch):
+    """Every table of kept results stands in records/README.md as `--table` prints it."""
+    ablate, text = h.tool("ablate"), (h.ROOT / "records" / "README.md").read_text()
+    results = sorted((h.ROOT / "records" / "plans" / "results").glob("*.json"))
+    assert results
+    for path in results:
+        plan = h.ROOT / "records" / "plans" / path.name
+        monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--table"])
+        assert ablate.main() == 0
+        printed = capsys.readouterr().out
+        assert printed in text, path.name
+        assert {*json.loads(path.read_text())} == {*json.loads(plan.read_text())["variants"]}
+
+
+@pytest.mark.slow
+def test_ablation_runs_and_resumes(tmp_path):
+    """Two variants of a tiny run; a second call repeats none of them and gives the same table."""
+    out, data = tmp_path / "out", tmp_path / "data"
+    documents = tmp_path / "documents.jsonl"
+    h.write_documents(documents, h.texts(300))
+    vocabulary = tmp_path / "v.yaml"
+    vocabulary.write_bytes(R.vocabulary_yaml([bytes([k]) for k in range(256)] + h.TOKENS))
+    for split in ("train", "val"):
+        assert R.main(["--docs", str(documents), "--vocab", str(vocabulary), "--split", split,
+                       "--output-dir", str(data), "--workers", "1"]) == 0
+    base = dict(PRESET="demo", DATA_PATH=str(data), ITERATIONS=3, VAL_TOKENS_LIMIT=2000,
+                MODEL_DIM=16, TRAIN_BATCH_TOKENS=256, EVAL_MODES="roundtrip", ROPE_DIMS=4)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(dict(base=base, seeds=[1, 2], seeds_of={"flat": 1}, variants={
+        "all": {}, "flat": {"PARALLEL_START_LAYER": 11}})))
+    command = [sys.executable, h.ROOT / "records" / "ablate.py", plan, "--out", out, "--jobs", "2"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    times = {p: p.stat().st_mtime_ns for p in out.glob("*/console.txt")}
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(times) == 3 and times == {p: p.stat().st_mtime_ns for p in times}
+    assert first.splitlines()[-4:] == again.splitlines()[-4:]
+    assert (out / "table.md").read_text().splitlines() == again.splitlines()[-4:]
+    kept = next(out.glob("flat_*")) / "settings.json"
+    kept.write_text(kept.read_text().replace("11", "10"))
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "other settings" in refused.stderr
+    (out / "train_gpt.py").write_text("another version")
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1 and "another train_gpt.py" in refused.stderr
+
+
+def test_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
+    """One GPU for each run where there are any; --list runs nothing and tells what is done."""
+    ablate = h.tool("ablate")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [slot.gpu for slot in ablate.slots(2)] == [0, 1]
+    with pytest.raises(SystemExit, match="2 GPUs"):
+        ablate.slots(3)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps(dict(base={}, seeds=[1, 2], variants={"a": {}, "b": {"SEED": 3}})))
+    done = tmp_path / "out" / "a_seed2" / "logs" / "run.jsonl"
+    done.parent.mkdir(parents=True)
+    done.write_text('{"event": "summary"}\n')
+    monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--out", str(tmp_path / "out"),
+                                      "--list"])
+    monkeypatch.setattr(ablate, "run_one", None)
+    assert ablate.main() == 0
+    states = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["a_seed1: to run", "a_seed2: done", "b_seed1: to run", "b_seed2: to run"]
+    with pytest.raises(SystemExit, match="--jobs 0"):
+        ablate.slots(0)
+    monkeypatch.setattr(sys, "argv", ["ablate", str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit, match="none.json: nothing to read"):
+        ablate.main()
+    code = tmp_path / "out" / "train_gpt.py"
+    code.write_text("another")
+    with pytest.raises(SystemExit, match="another train_gpt.py"):
+        ablate.keep_code(code.parent)
+    shutil.rmtree(done.parent)  # nothing has begun: the copy may be replaced
+    ablate.keep_code(code.parent)
+    assert code.read_bytes() == (h.ROOT / "train_gpt.py").read_bytes()

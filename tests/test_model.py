@@ -1,0 +1,284 @@
+"""The model: its shape, its references, its attention and its kernels."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import harness as h
+import references as ref
+import train_gpt as t
+
+
+def count_parameters(c: t.Config, vocab: int) -> int:
+    """Parameters of a model, built without memory."""
+    with torch.device("meta"):
+        model = t.GPT(c, np.zeros(vocab, bool), h.runtime(device="meta"))
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("vocab, expected", [(1254, 30_290_797), (998, 30_126_957)])
+def test_parameter_count(vocab, expected, monkeypatch):
+    """SPEC section 3: the exact counts, and 1,028 more for each further lane layer."""
+    monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w)
+    assert count_parameters(t.Config(), vocab) == expected
+    assert count_parameters(t.Config(parallel_start_layer=6), vocab) == expected + 1028
+    assert count_parameters(t.Config(parallel_start_layer=5), vocab) == expected + 2 * 1028
+    assert count_parameters(t.Config(recur_untie_mlp=False), vocab) == expected - 4 * 512 * 1536
+
+
+def test_every_tensor_in_one_row():
+    """Each parameter matches exactly one row of PARAM_TABLE; a stranger is refused."""
+    import re
+
+    model = h.random_model(h.config(h.DEEP, tie_embeddings=False))
+    for name, _ in model.named_parameters():
+        rows = [r[0] for r in t.PARAM_TABLE if re.fullmatch(r[0], name)]
+        assert len(rows) == 1, (name, rows)
+    with pytest.raises(AssertionError, match="stranger"):
+        t.param_spec("stranger.weight", model.config)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4, 7, 12])
+def test_layer_plan_depths(layers):
+    """Any depth: each stored output is added once; no lanes at NUM_LAYERS; recurrence in lanes."""
+    c = h.config(h.DEEP, num_layers=layers, parallel_start_layer=layers, recur_layers=(),
+                 ve_layers=(0,), xsa_last_n=1)
+    plan = t.layer_plan(c, True)
+    assert [r.layer for r in plan] == list(range(layers))
+    assert not any(r.lanes for r in plan)
+    half = layers // 2
+    assert [r.layer for r in plan if r.store] == list(range(half))
+    assert [r.layer for r in plan if r.skip is not None] == list(range(half, 2 * half))
+    c = replace(c, parallel_start_layer=half, recur_layers=(layers - 1,))
+    assert t.contradictions(c) == []
+    plan = t.layer_plan(c, True)
+    assert [r.layer for r in plan] == [*range(layers), layers - 1]
+    assert [r.lanes for r in plan] == [False] * half + [True] * (layers - half + 1)
+    h.random_model(c).logits(h.ids())  # runs: recurrence inside the lanes
+
+
+def test_bigram_rows_int32():
+    """The hash wraps as int32 does, for ids whose products pass 2^31."""
+    c = h.config(h.DEEP, bigram_vocab_size=2048)
+    bigram = t.BigramHash(c)
+    ids = torch.tensor([[1, 1253, 65535, 60000, 0, 59137, 65535, 65534]])
+    starts = torch.zeros_like(ids, dtype=torch.bool)
+    starts[0, [0, 4]] = True
+    boundary = np.arange(65536) == 0
+    expected = ref.bigram_rows(ids.numpy(), boundary, 2048)
+    assert bigram.rows(ids, starts).tolist() == expected.tolist()
+    assert expected[0, 0] == expected[0, 4] == 2047 and expected[0, 1] < 2047
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(parallel_start_layer=3, recur_layers=(3, 4))])
+def test_silent_repeats_change_nothing(settings):
+    """Zero out and down projections and mixes (1, 0): the repeats are the identity, exactly."""
+    model = h.random_model(h.config(h.DEEP, **settings))
+    with torch.no_grad():
+        for layer in model.config.recur_layers:
+            block = model.blocks[layer]
+            for mix in [n for n in ("resid_mix", "resid_mix_mlp") if hasattr(block, n)]:
+                getattr(block, mix)[0], getattr(block, mix)[1] = 1, 0
+            block.attn.out.weight.zero_()
+            block.mlp.down.weight.zero_()
+        for base, repeat in model.repeats():
+            repeat.copy_(base)
+        on = model.logits(h.ids())
+        model.set_phase(t.Phase(recur=False))
+        assert torch.equal(model.logits(h.ids()), on)
+        model.repeat_mlps[1].down.weight.normal_()
+        assert torch.equal(model.logits(h.ids()), on)  # off: the repeats' MLPs are not used
+        model.set_phase(t.Phase(recur=True))
+        assert not torch.equal(model.logits(h.ids()), on)
+
+
+@pytest.mark.parametrize("change", [
+    dict(parallel_start_layer=6), dict(parallel_start_layer=5), dict(recur_layers=()),
+    dict(recur_layers=(2,)), dict(recur_untie_mlp=False), dict(xsa_last_n=0), dict(xsa_last_n=2),
+    dict(bigram_vocab_size=0), dict(smear_enabled=False), dict(ve_enabled=False),
+    dict(ve_layers=(1, 5)), dict(ln_scale=False), dict(logit_softcap=6.0),
+    dict(activation_neg_slope=0.4), dict(tie_embeddings=False), dict(rope_base=5000.0),
+    dict(rope_dims=6),
+], ids=str)  # fmt: skip
+def test_every_switch_changes_the_output(change):
+    """Each feature switch is felt at every position that it can reach."""
+    c = h.config(h.DEEP)
+    model, other = h.random_model(c), h.random_model(replace(c, **change), seed=9)
+    state = model.state_dict()
+    other.load_state_dict({n: state.get(n, x) for n, x in other.state_dict().items()})
+    ids = h.ids(bos=())
+    with torch.no_grad():
+        gap = (model.logits(ids) - other.logits(ids)).abs().amax(-1)
+    assert (gap[:, 2:] > 1e-5).all(), gap
+
+
+def test_backward_keeps_the_logits_once_in_bf16():
+    """What the compiled forward saves for backward holds no fp32 array of logits."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    saved = []
+
+    def keep_saved(graph, inputs):
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        saved.extend(node.meta["val"] for node in outputs if hasattr(node, "meta"))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    runtime = h.runtime()
+    runtime.dtype = torch.bfloat16
+    model = t.GPT(h.config(h.DEEP, **h.SHALLOW), h.table().is_boundary, runtime)
+    forward = torch.compile(model, fullgraph=True, dynamic=False, backend=aot_autograd(
+        fw_compiler=keep_saved, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table()))
+    ids = h.ids((3, 17), bos=())
+    forward(ids[:, :-1], ids[:, 1:]).mean().backward()
+    logits = [x.dtype for x in saved if x.numel() == 3 * 16 * len(model.padding)]
+    assert logits == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("name", ["embed", "bigram.table", "value.table"])
+def test_tables_sum_their_gradients_in_fp32(name):
+    """A row that every token reads: in bf16 the sum of its gradients would stop growing."""
+    runtime = h.runtime()
+    runtime.dtype = torch.bfloat16
+    table = t.GPT(h.config(h.DEEP), h.table().is_boundary, runtime).get_submodule(name)
+    out = table(torch.full((4, 1000), 3))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert table.weight.grad.dtype == torch.float32
+    assert (table.weight.grad[3] == 4000).all() and table.weight.grad.sum() == 4000 * out.size(-1)
+
+
+def test_select_attention_on_cpu():
+    """Without CUDA the choice is sdpa, and the log's name says why."""
+    assert t.select_attention(h.runtime(), t.Config(), 8) == ("sdpa", "no CUDA")
+    assert t.use_attention("sdpa") is t.sdpa
+
+
+def test_the_fastest_kernels_are_chosen(monkeypatch):
+    """Of those that work the one with the least time; the log's text has every time and reason."""
+    missing, c = ImportError("no FA3\nmore"), t.Config()
+    chosen = functools.partial(h.choices, monkeypatch, c)
+    assert chosen([missing, 2.3, 3.6], [1.8, 1.5]) == (
+        "cudnn", "flash_attention_3: no FA3; cudnn 2.30 ms; flash 3.60 ms",
+        True, "torch 1.80 ms; triton 1.50 ms")
+    assert chosen([2.0, 2.5, 1.5], [1.8, 1.9])[::2] == ("flash", False)
+    assert chosen([2.0, 1.92, 1.95], [1.8, 1.72])[::2] == ("flash_attention_3", False)  # noise
+    assert chosen([missing] * 3 + [9.0], [1.8, RuntimeError("sm_80")]) == (
+        "mem_efficient", "flash_attention_3: no FA3; cudnn: no FA3; flash: no FA3; "
+        "mem_efficient 9.00 ms", False, "torch 1.80 ms; triton: sm_80")
+    with pytest.raises(t.RunError, match="no attention works on this GPU: .*; math: no FA3"):
+        chosen([missing] * 5, [])
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_flash_attention_3_dispatch(monkeypatch, as_tuple):
+    """Dispatch only, the kernel is not executed: a stub module is called, causally."""
+    calls = []
+
+    def flash_attn_func(q, k, v, causal=False):
+        calls.append(causal)
+        out = ref.softmax_attention(q, k, v)
+        return (out, None) if as_tuple else out
+
+    stub = types.ModuleType("flash_attn_interface")
+    stub.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
+    q, k, v = h.matrices((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
+    torch.testing.assert_close(t.flash_attention_3(q, k, v), t.sdpa(q, k, v), atol=1e-5, rtol=0)
+    assert calls == [True]
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    with pytest.raises(ImportError):
+        t.flash_attention_3(q, k, v)
+
+
+def plain_rotate(x, base, dims):
+    """Rotate-half RoPE by slices."""
+    angles = torch.outer(torch.arange(x.size(1)), base ** (-torch.arange(0, dims, 2) / dims))
+    cos, sin = angles.cos()[:, None].to(x), angles.sin()[:, None].to(x)
+    a, b, rest = x.split((dims // 2, dims // 2, x.size(-1) - dims), dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos, rest), dim=-1)
+
+
+def plain_exclusion(y, v):
+    """XSA by directions of length 1."""
+    direction = F.normalize(v, dim=-1).repeat_interleave(y.size(2) // v.size(2), dim=2)
+    return y - (y * direction).sum(-1, keepdim=True) * direction
+
+
+def folds():
+    """Name -> (as the model computes it, as one would write it down, shapes of their inputs)."""
+    c, linear = h.config(h.DEEP, rope_dims=6, model_dim=40), t.Linear(8, 12).double()
+    rope = t.rope_table(5, c).double().unbind()
+    model = t.GPT(h.config(h.DEEP, **h.SHALLOW), h.table().is_boundary, h.runtime()).double()
+    torch.nn.init.normal_(model.embed.weight)
+    targets, cap = h.ids((2, 5), bos=()), model.config.logit_softcap
+
+    def plain_loss(h):
+        logits = cap * torch.tanh(h @ model.embed.weight.T / cap)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+
+    return dict(
+        scale=(linear, lambda x, scale: scale * linear(x), ((2, 5, 8), (12,))),
+        scalars=(lambda x, r: x * t.per_token(r, x), lambda x, r: x * r[:, None],
+                 ((2, 5, 3, 8), (3,))),
+        rotate=(lambda x: t.rotate(x, rope, 3), lambda x: plain_rotate(x, 1e4, 6),
+                ((2, 5, 3, 10),)),
+        exclusion=(t.exclude_own_value, plain_exclusion, ((2, 5, 4, 8), (2, 5, 2, 8))),
+        loss=(lambda h: model(targets, targets, h).flatten(), plain_loss,
+              ((2, 5, model.config.model_dim),)))
+
+
+@pytest.mark.parametrize("name", ["scale", "scalars", "rotate", "exclusion", "loss"])
+def test_folds_equal_what_they_stand_for(name):
+    """What is written so that a GPU moves fewer bytes: same values, same gradients."""
+    folded, plain, shapes = folds()[name]
+    assert name != "loss" or h.VOCAB % 8  # its last columns are padding
+    results = []
+    for function in (folded, plain):
+        inputs = [x.double().requires_grad_() for x in h.matrices(*shapes)]
+        out = function(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, out.detach().cos())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # tables and norms are fp32
+
+
+def test_only_training_goes_by_the_mlp_kernel(monkeypatch):
+    """Without gradients, as in scores and GPTQ's hooks, PyTorch's operations; in bf16 only."""
+    monkeypatch.setattr(t, "fused_mlp", lambda x, up, down, slope: [x @ up.T @ down.T])
+    runtime = h.runtime()
+    runtime.fused_mlp, runtime.dtype = True, torch.bfloat16
+    model = t.GPT(h.config(h.DEEP), h.table().is_boundary, runtime)
+    mlp, (x,) = model.blocks[0].mlp, h.matrices((2, 5, 32))
+    torch.nn.init.normal_(mlp.down.weight)
+    seen, scale = [], torch.ones(32)
+    mlp.down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    linear = mlp(x, scale)
+    assert not seen and all(m.fused for m in model.modules() if isinstance(m, t.MLP))
+    with torch.no_grad():
+        squared = mlp(x, scale)
+    assert len(seen) == 1 and not torch.allclose(linear, squared)
+    runtime.dtype = torch.float32
+    assert not t.GPT(h.config(h.DEEP), h.table().is_boundary, runtime).blocks[0].mlp.fused
+
+
+def test_exclusive_attention_is_orthogonal():
+    """XSA leaves nothing of a head's output along its own value, and nothing else is touched."""
+    y, v = h.matrices((2, 5, 4, 8), (2, 5, 2, 8))
+    out = t.exclude_own_value(y, v)
+    own = F.normalize(v, dim=-1).repeat_interleave(2, dim=2)
+    assert (out * own).sum(-1).abs().max() < 1e-5
+    removed = y - out
+    along = (removed * own).sum(-1, keepdim=True) * own
+    torch.testing.assert_close(removed, along, atol=1e-5, rtol=0)

@@ -1,0 +1,91 @@
+"""The repository: its documents, the shape of its code, what it imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import harness as h
+import train_gpt as t
+
+
+def test_readme_holds_the_settings_table():
+    """The README's table is the code's, line for line."""
+    lines = (h.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    table = t.settings_table().splitlines()
+    assert table[0] in lines
+    start = lines.index(table[0])
+    assert lines[start : start + len(table)] == table
+    assert not lines[start + len(table)].startswith("|")
+
+
+def test_imports_are_torch_numpy_and_the_standard_library():
+    """At module level; optional packages only inside the function that needs them."""
+    tree = ast.parse((h.ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    assert names - set(sys.stdlib_module_names) == {"torch", "numpy"}
+    imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    inner = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name) for n in imports
+             if n not in tree.body}
+    assert {name.split(".")[0] for name in inner} <= {
+        "fcntl", "sentencepiece", "zstandard", "flash_attn_interface", "retokenize_scylla",
+        "resource", "torch", "triton"}
+
+
+def test_the_file_keeps_its_shape():
+    """100 columns, ASCII; no function over 50 lines."""
+    data = (h.ROOT / "train_gpt.py").read_bytes()
+    assert max(map(len, data.decode("ascii").splitlines())) <= 100
+    long = {}
+    for node in ast.walk(ast.parse(data)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            size = node.end_lineno - node.lineno + 1
+            if size > 50:
+                long[node.name] = size
+    assert not long
+
+
+def test_import_is_light() -> None:
+    code = ("import sys, retokenize_scylla; print([name for name in ('numba', 'sentencepiece', "
+            "'tokenmonster', 'zstandard', 'torch') if name in sys.modules])")
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=h.ROOT, text=True) == "[]\n"
+
+
+@pytest.mark.slow
+def test_packed_code_is_small():
+    """At most 32,000 bytes, stub and decoder with them."""
+    pack = h.tool("pack")
+    assert len(pack.pack((h.ROOT / "train_gpt.py").read_text())) <= pack.LARGEST == 32_000
+
+
+def test_every_python_writes_the_packed_program_alike():
+    """No f-string has a string in its braces, which Python 3.12 alone quotes otherwise."""
+    for path in ("train_gpt.py", "records/mixing.py"):
+        for node in ast.walk(ast.parse((h.ROOT / path).read_text())):
+            held = [c.value for part in getattr(node, "values", ()) for c in ast.walk(part)
+                    if isinstance(part, ast.FormattedValue) and isinstance(c, ast.Constant)
+                    and c not in ast.walk(part.format_spec or ast.Pass())]
+            assert not any(isinstance(value, str) for value in held), ast.unparse(node)
+
+
+def test_credits_are_one_table():
+    """records/credits.json holds the README's table, and CREDITS.md's where that is there."""
+    rows = [f"| {row['technique']} | {row['where']} | {row['who']} |"
+            for row in h.tool("generated").credits()]
+    for path in (h.ROOT / "README.md", h.SHARED / "CREDITS.md"):
+        text = path.read_text() if path.exists() else "\n".join(rows)
+        found = text[text.index("| PROTEUS v1.6: the combination") :].split("\n\n")[0]
+        assert [line for line in found.splitlines() if line.startswith("|")] == rows, path
+    names = {f.name.upper() for f in fields(t.Config)}
+    for row in h.tool("generated").credits():
+        for name in row.get("when", {}):
+            assert name in names, name

@@ -1,0 +1,608 @@
+"""The re-tokenizer: shards, restarts, workers, bad input, documents, the demo."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import types
+import urllib.error
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import harness as h
+import references as ref
+import retokenize_scylla as R
+
+
+def retokenizer(arguments: list[str], prelude: str = "") -> subprocess.Popen:
+    """The tool in a process of its own, after some statements that disturb it."""
+    code = (f"import os, signal, sys, time, resource\nimport retokenize_scylla as R\n{prelude}\n"
+            "sys.exit(R.main(sys.argv[1:]))")
+    return h.start(["-c", code, *arguments], h.ROOT)
+
+
+def check_output(case: h.Case, shards: int = 4) -> None:
+    """Every output shard decodes to the documents that begin in its input shard, and so counts."""
+    vocabulary = R.load_vocabulary(case.vocab)
+    slow = ref.Segmenter([bytes([k]) for k in range(256)] + h.TOKENS)
+    manifest, total = h.read_manifest(case.output), dict.fromkeys(R.COUNTS, 0)
+    assert sorted(manifest["shards"]) == [case.shard(k).name for k in range(shards)]
+    base = np.load(case.output / "scylla.meta.npz")["base_bytes"]
+    for k in range(shards):
+        path, source = case.output / case.shard(k).name, case.source(k)
+        ids = h.read_shard(path)
+        assert ids == [i for text in source for i in [vocabulary.bos_id, *slow.encode(text)]]
+        entry, size = manifest["shards"][path.name], sum(map(len, source))
+        assert entry["sha256"] == R.file_sha256(path) and entry["status"] == "exact"
+        counts = {"tokens": len(ids), "documents": len(source), "source_bytes": size,
+                  "decoded_bytes": size, "bad_documents": 0}
+        assert {key: entry[key] for key in R.COUNTS} == counts
+        assert size == base[ids].sum(dtype=np.int64)
+        total = {key: total[key] + counts[key] for key in R.COUNTS}
+    assert manifest["totals"]["all"] == manifest["totals"]["train"] == total
+
+
+def test_shards_with_documents_across_borders(case, retokenize, monkeypatch):
+    monkeypatch.setattr(R, "BLOCK_IDS", 97)
+    code, text = retokenize(case.arguments())
+    assert code == 0 and "4 made" in text and "exact" in text
+    assert all(h.read_shard(case.shard(k))[0] != 1 for k in (1, 2, 3)), "must cross"
+    check_output(case)
+    manifest = h.read_manifest(case.output)
+    assert manifest["tokenizer"] == {
+        "kind": "tokenmonster", "path": "toy.yaml", "sha256": R.file_sha256(case.vocab),
+        "vocab_size": 278, "byte_exact": True, "bos_id": 277}
+    assert manifest["source"] == {"kind": "sp-shards",
+                                  "model_sha256": R.file_sha256(case.model)}
+    meta = np.load(case.output / "scylla.meta.npz")
+    assert meta["is_boundary_token"].nonzero()[0].tolist() == [277]
+    assert not meta["has_leading_space"].any() and meta["base_bytes"].dtype == np.int16
+    assert (int(meta["format_version"]), str(meta["tokenizer_kind"]), int(meta["vocab_size"])) == (
+        1, "tokenmonster", 278)
+    assert (case.output / "toy.yaml").read_bytes() == case.vocab.read_bytes()
+
+
+def test_document_longer_than_a_shard(tmp_path, retokenize):
+    case = h.Case(tmp_path / "long", documents=1, shards=3)
+    assert retokenize(case.arguments())[0] == 0
+    check_output(case, shards=3)
+    assert h.read_shard(case.output / case.shard(1).name) == []
+
+
+def test_invalid_utf8_documents_take_the_slow_way(case, retokenize):
+    case.documents = [[1, 4 + 0xE2, 4 + 0x80, 290], [1, 291, 4 + 0xFF, 292], [1], [1, 290]]
+    for path in (case.folder / "in").iterdir():
+        path.unlink()
+    h.write_shard(case.shard(0), [k for ids in case.documents for k in ids])
+    case.first_of_shard = [0, 4]
+    assert retokenize(case.arguments())[0] == 0
+    check_output(case, shards=1)
+    assert b"\xef\xbf\xbd" in case.source(0)[0]
+
+
+@h.needs_shared
+def test_real_documents_are_exact_to_the_byte(tmp_path, retokenize):
+    data = h.SHARED / "data"
+    model = ["--sp-model", data / "fineweb_1024_bpe.model"]
+    code, _ = retokenize(["--docs", data / "fineweb_docs.jsonl", "--split", "val", *model,
+                          "--output-dir", tmp_path / "sp", "--workers", "1"])
+    assert code == 0
+    ids = h.read_shard(tmp_path / "sp" / "fineweb_val_000000.bin")
+    for k, cut in enumerate([0, 100_001, 250_003]):
+        end = [100_001, 250_003, len(ids)][k]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        h.write_shard(tmp_path / "in" / f"fineweb_val_{k:06d}.bin", ids[cut:end])
+    code, _ = retokenize(["--sp-shards", tmp_path / "in" / "*.bin", *model, "--vocab",
+                          data / "scylla.yaml", "--output-dir", tmp_path / "out", "--workers", "1"])
+    totals = h.read_manifest(tmp_path / "out")["totals"]["val"]
+    base = np.load(tmp_path / "out" / "scylla.meta.npz")["base_bytes"]
+    counted = sum(int(base[h.read_shard(path)].sum(dtype=np.int64))
+                  for path in (tmp_path / "out").glob("*.bin"))
+    processor = R.SentencePieceModel(model[1]).processor
+    texts = [json.loads(line)["text"]
+             for line in (data / "fineweb_docs.jsonl").read_text().splitlines()]
+    source = sum(len(processor.decode(ids).encode()) for ids in processor.encode(texts))
+    assert code == 0 and totals["documents"] == 120 and totals["bad_documents"] == 0
+    assert totals["source_bytes"] == totals["decoded_bytes"] == counted == source
+    sp_totals = h.read_manifest(tmp_path / "sp")["totals"]["val"]
+    assert sp_totals["source_bytes"] == sp_totals["decoded_bytes"] == source
+
+
+def test_wrong_segmentation_is_never_published(case, retokenize, monkeypatch):
+    original = R.Segmenter.segment
+
+    def damaged(self, text, starts):
+        ids = original(self, text, starts)
+        ids[np.flatnonzero(ids < 256)[-1]] ^= 1  # another token of the same length
+        return ids
+
+    monkeypatch.setattr(R.Segmenter, "segment", damaged)
+    code, text = retokenize(case.arguments())
+    assert code == 1 and "does not decode to its source" in text
+    assert not list(case.output.glob("*.bin"))
+
+
+def test_restart_skips_what_is_finished_and_redoes_the_rest(case, retokenize):
+    assert retokenize(case.arguments())[0] == 0
+    before = h.contents(case.output)
+    stamps = {path.name: path.stat().st_ino for path in case.output.glob("*.bin")}
+    code, text = retokenize(case.arguments())
+    assert code == 0 and "0 made, 4 skipped" in text
+    assert stamps == {path.name: path.stat().st_ino for path in case.output.glob("*.bin")}
+    shards = [case.output / case.shard(k).name for k in range(4)]
+    data = bytearray(shards[0].read_bytes())
+    data[2000] ^= 1
+    shards[0].write_bytes(data)
+    shards[1].unlink()
+    (case.output / ".ledger" / f"{shards[2].name}.json").write_text("torn {")
+    code, text = retokenize(case.arguments())
+    assert code == 0 and "3 made, 1 skipped" in text
+    assert h.contents(case.output) == before
+
+
+def test_restart_redoes_changed_sources_and_vocabularies(case, retokenize):
+    retokenize(case.arguments())
+    last = h.read_shard(case.shard(3))
+    h.write_shard(case.shard(3), last[:-1])
+    assert "1 made, 3 skipped" in retokenize(case.arguments())[1]
+    h.write_shard(case.shard(3), [299, *last[1:]])
+    assert "1 made, 3 skipped" not in retokenize(case.arguments())[1], "2 has its tail there"
+    case.vocab.write_bytes(h.vocabulary(h.TOKENS[:5]))
+    assert "4 made, 0 skipped" in retokenize(case.arguments())[1]
+
+
+KILL = """
+def kill_at(owner, name, number, after=False):
+    original, calls = getattr(owner, name), []
+    def patched(*arguments, **options):
+        calls.append(1)
+        if len(calls) == number and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **options)
+        if len(calls) == number and after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, patched)
+"""
+
+
+@pytest.mark.parametrize("point", [
+    'R.ShardWriter, "append", 2', 'R.ShardWriter, "seal", 1', 'os, "fsync", 1', 'os, "replace", 1',
+    'os, "replace", 1, True', 'os, "replace", 2', 'os, "replace", 3, True', 'os, "replace", 6',
+    'R, "put_tokenizer", 1'])
+def test_killed_at_any_point_ends_byte_identical(case, retokenize, point):
+    retokenize(case.arguments())
+    undisturbed = h.contents(case.output)
+    case.output = case.folder / "killed"
+    process = retokenizer(case.arguments(), KILL + f"kill_at({point})")
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert h.contents(case.output) != undisturbed
+    if (case.output / "manifest.json").exists():
+        for name, entry in h.read_manifest(case.output)["shards"].items():
+            assert R.file_sha256(case.output / name) == entry["sha256"]
+    assert retokenize(case.arguments())[0] == 0
+    assert h.contents(case.output) == undisturbed
+
+
+def test_manifest_is_right_when_a_redo_is_killed(case, retokenize):
+    retokenize(case.arguments())
+    h.write_shard(case.shard(3), h.read_shard(case.shard(3))[:-1] + [290])
+    point = 'kill_at(os, "replace", 2, True)'  # the first is the manifest's without the shard
+    process = retokenizer(case.arguments(), KILL + point)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    shards = h.read_manifest(case.output)["shards"]
+    assert len(shards) == 3 and all(
+        R.file_sha256(case.output / name) == entry["sha256"]
+        for name, entry in shards.items())
+    assert "1 made, 3 skipped" in retokenize(case.arguments())[1]
+    assert len(h.read_manifest(case.output)["shards"]) == 4
+
+
+SLOW_APPEND = """
+original = R.ShardWriter.append
+def slow(self, block):
+    original(self, block)
+    print("appended", file=sys.stderr, flush=True)
+    time.sleep(60)
+R.ShardWriter.append = slow
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stop_leaves_no_partial_output(case, retokenize, workers, signum):
+    process = retokenizer(case.arguments("--workers", workers), SLOW_APPEND)
+    assert "appended" in process.stderr.readline()
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
+    _, error = process.communicate(timeout=30)
+    assert not list(case.output.glob("*.bin"))
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum and "stopped" in error
+        assert "Traceback" not in error
+        assert [p.name for p in (case.output / ".ledger").iterdir()] == ["lock"]
+    assert retokenize(case.arguments())[0] == 0
+    assert not list((case.output / ".ledger").glob("*.part"))
+    check_output(case)
+
+
+def test_stop_between_making_and_guarding(case, retokenize, monkeypatch):
+    """A partial file that nothing guards yet is cleared by the stop itself."""
+    part = R.OutputFolder.part
+
+    def stopped(self, name):
+        file, path = part(self, name)
+        if name.endswith(".bin"):
+            file.close()
+            raise R.Stopped(int(signal.SIGTERM))
+        return file, path
+
+    monkeypatch.setattr(R.OutputFolder, "part", stopped)
+    assert retokenize(case.arguments("--workers", "1"))[0] == 128 + signal.SIGTERM
+    assert not list((case.output / ".ledger").glob("*.part"))
+
+
+def test_workers_and_ranks_make_the_same_folder(case, retokenize, monkeypatch):
+    retokenize(case.arguments())
+    alone = h.contents(case.output)
+    case.output = case.folder / "workers"
+    assert retokenize(case.arguments("--workers", "3"))[0] == 0
+    assert h.contents(case.output) == alone
+    case.output = case.folder / "ranks"
+    for rank in ("1", "0"):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        code, text = retokenize(case.arguments())
+        assert code == 0 and "2 made, 0 skipped" in text
+    assert h.contents(case.output) == alone
+    monkeypatch.setenv("RANK", "2")
+    code, text = retokenize(case.arguments())
+    assert code == 1 and "RANK=2" in text
+
+
+def test_manifest_grows_over_invocations(case, retokenize):
+    source = case.folder / "val.jsonl"
+    h.write_documents(source, h.texts(5))
+    documents = ["--docs", source, "--split", "val", "--vocab", case.vocab, "--workers", "1",
+                 "--output-dir", case.output]
+    assert retokenize(documents)[0] == 0 and retokenize(case.arguments())[0] == 0
+    manifest = h.read_manifest(case.output)
+    assert len(manifest["shards"]) == 5 and manifest["source"]["kind"] == "mixed"
+    totals = manifest["totals"]
+    assert totals["val"]["documents"] == 5 and totals["train"]["documents"] == 40
+    assert all(totals["all"][key] == totals["val"][key] + totals["train"][key] for key in R.COUNTS)
+    case.vocab.write_bytes(h.vocabulary(h.TOKENS[:5]))
+    code, text = retokenize(documents)
+    assert code == 1 and "fineweb_train_000000.bin: was made with another vocabulary" in text
+
+
+def test_manifest_sees_entries_that_come_while_it_is_written(tmp_path, monkeypatch):
+    folder = R.OutputFolder(tmp_path / "out")
+    entry = {**dict.fromkeys(R.COUNTS, 0), "identity": {"kind": "docs", "model_sha256": None}}
+    original = R.OutputFolder.put
+
+    def late(self, target, data):
+        original(self, target, data)
+        if target.name == "manifest.json" and not (self.path / "b.bin").exists():
+            h.write_shard(self.path / "b.bin", [])
+            self.record("b.bin", entry)
+
+    monkeypatch.setattr(R.OutputFolder, "put", late)
+    folder.publish({})
+    assert list(h.read_manifest(folder.path)["shards"]) == ["b.bin"]
+
+
+def test_a_dying_worker_is_reported(case):
+    prelude = "R.ShardWriter.append = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    process = retokenizer(case.arguments("--workers", "2"), prelude)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "worker process died (exit code -9" in error
+    assert not list(case.output.glob("*.bin"))
+
+
+def append_to(path: Path, data: bytes) -> None:
+    path.write_bytes(path.read_bytes() + data)
+
+
+DAMAGE = {
+    "truncated": (lambda case: os.truncate(case.shard(1), 1500),
+                  "fineweb_train_000001.bin: truncated"),
+    "no header": (lambda case: os.truncate(case.shard(1), 100), "100 bytes are less than the 1024"),
+    "magic": (lambda case: h.write_shard(case.shard(1), [1, 5], magic=7), "magic 7"),
+    "count": (lambda case: h.write_shard(case.shard(1), [1, 5], count=1),
+              "too long: the header counts 1 tokens, the file holds 2"),
+    "odd length": (lambda case: append_to(case.shard(0), b"x"), "too long"),
+    "range": (lambda case: h.write_shard(case.shard(3), [1, 5, 300]),
+              "fineweb_train_000003.bin: id 300 is out of range: the model has 300 ids"),
+    "no BOS": (lambda case: case.shard(0).unlink(), "fineweb_train_000001.bin: the first id is"),
+    "gap": (lambda case: case.shard(2).unlink(),
+            "fineweb_train_000003.bin: the shard before it is missing"),
+    "empty shard": (lambda case: h.write_shard(case.shard(0), []), "empty source"),
+    "no shard": (lambda case: [case.shard(k).unlink() for k in range(4)],
+                 "empty source: no file matches"),
+    "no model": (lambda case: case.model.unlink(), "sp.model: no such SentencePiece model"),
+    "bad model": (lambda case: case.model.write_bytes(b"x"), "not a SentencePiece model"),
+    "no vocabulary": (lambda case: case.vocab.unlink(), "toy.yaml: no such vocabulary"),
+    "output": (lambda case: case.output.write_text("a file"), "cannot write the output folder"),
+    "duplicate": (lambda case: ((case.folder / "in" / "x.bin").mkdir(), h.write_shard(
+        case.folder / "in" / "x.bin" / case.shard(0).name, [1])), "duplicate shard name"),
+    "in place": (lambda case: (case.shard(0).rename(case.folder / "a_0.bin"), setattr(
+        case, "output", case.folder / "in")), "is the folder of the input"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_bad_shards_are_refused_by_name_(case, retokenize, kind):
+    damage, message = DAMAGE[kind]
+    damage(case)
+    arguments = case.arguments()
+    if kind == "duplicate":
+        arguments[1] = str(case.folder / "in" / "**" / "fineweb*.bin")
+        (case.folder / "in" / "y").mkdir()
+        h.write_shard(case.folder / "in" / "y" / case.shard(0).name, [1])
+    before = {path: path.read_bytes() for path in (case.folder / "in").glob("*.bin")
+              if path.is_file()}
+    code, text = retokenize(arguments)
+    assert code == 1 and message in text and text.startswith("error: "), text
+    assert {path: path.read_bytes() for path in before} == before, "the input is never touched"
+    if kind in ("output", "in place"):
+        return
+    ledger = case.output / ".ledger"
+    assert not list(ledger.glob("*.part"))
+    finished = {path.name for path in case.output.glob("*.bin")}
+    assert finished == {path.name[:-5] for path in ledger.glob("*.json")}
+    assert not finished or kind == "range"
+
+
+def test_full_disk_is_an_error_and_leaves_nothing(tmp_path):
+    case = h.Case(tmp_path / "case", documents=200)
+    prelude = "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))"
+    process = retokenizer(case.arguments(), prelude)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1 and "make room and run again" in error
+    assert "cannot write" in error and "fineweb_train_000000.bin" in error
+    assert [path.name for path in case.output.iterdir()] == [".ledger"]
+    assert [path.name for path in (case.output / ".ledger").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(("lines", "message"), [
+    ("", "empty source: no documents"), ("{\"text\": 3}\n", "bad.jsonl:1: no string \"text\""),
+    ("{\"text\": \"a\"}\n\n{\"body\": \"a\"}\n", "bad.jsonl:3: no \"text\""),
+    ("{\"text\": \"a\n", "bad.jsonl:1: not JSON"), ("[1]\n", "no string \"text\""),
+    ("{\"text\": \"a\\ud800\"}\n", "lone surrogate at character 1")])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_documents_are_refused_by_line(case, retokenize, lines, message, workers):
+    path = case.folder / "bad.jsonl"
+    path.write_text(lines)
+    code, text = retokenize(["--docs", path, "--vocab", case.vocab, "--output-dir",
+                             case.output, "--workers", workers])
+    assert code == 1 and message in text
+    assert not list(case.output.glob("*.bin"))
+
+
+def compressed(data: bytes, suffix: str) -> bytes:
+    """Data as a file of that suffix would hold it, in two concatenated parts."""
+    if suffix == ".zst":
+        pack = pytest.importorskip("zstandard").ZstdCompressor().compress
+    else:
+        pack = {"": bytes, ".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}[
+            suffix]
+    return pack(data[:1000]) + pack(data[1000:])
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_compressed_documents_and_shard_size(case, retokenize, suffix, monkeypatch):
+    monkeypatch.setattr(R, "BLOCK_BYTES", 3000)
+    texts = [*h.texts(60, 3), "", "caf\u00e9\n\x00 raw"]
+    data = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    path = case.folder / f"docs.jsonl{suffix}"
+    path.write_bytes(compressed(data, suffix))
+    arguments = ["--docs", path, "--split", "val", "--vocab", case.vocab, "--shard-tokens",
+                 "1500", "--output-dir", case.output, "--workers", "2"]
+    code, text = retokenize(arguments)
+    shards = sorted(case.output.glob("fineweb_val_*.bin"))
+    assert code == 0 and len(shards) > 2 and shards[0].name == "fineweb_val_000000.bin"
+    slow = ref.Segmenter([bytes([k]) for k in range(256)] + h.TOKENS)
+    expected, stream = [[277, *slow.encode(text.encode())] for text in texts], []
+    for shard in shards:
+        ids = h.read_shard(shard)
+        stream += ids
+        last_bos = len(ids) - 1 - ids[::-1].index(277)
+        assert ids[0] == 277 and last_bos < 1500, "a shard ends with the document that fills it"
+        assert shard == shards[-1] or len(ids) >= 1500
+    assert stream == [k for ids in expected for k in ids]
+    totals = h.read_manifest(case.output)["totals"]["val"]
+    size = sum(len(text.encode()) for text in texts)
+    assert [totals[key] for key in ("documents", "source_bytes", "decoded_bytes")] == [
+        62, size, size]
+    before = h.contents(case.output)
+    assert f"0 made, {len(shards)} skipped" in retokenize(arguments)[1]
+    shards[1].unlink()
+    assert f"{len(shards) - 1} made, 1 skipped" in retokenize(arguments)[1]
+    assert h.contents(case.output) == before
+    arguments[arguments.index("1500")] = "1000000"
+    assert "1 made, 0 skipped" in retokenize(arguments)[1]
+    assert [path.name for path in case.output.glob("*.bin")] == ["fineweb_val_000000.bin"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_truncated_archives_are_refused(case, retokenize, suffix):
+    data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in h.texts(50))
+    path = case.folder / f"docs.jsonl{suffix}"
+    whole = compressed(data, suffix)
+    for damaged in (whole[:-20], b"not an archive" * 9):
+        path.write_bytes(damaged)
+        code, text = retokenize(["--docs", path, "--vocab", case.vocab, "--output-dir",
+                                 case.output, "--workers", "1"])
+        assert code == 1 and f"{path.name}: damaged or truncated" in text
+        assert not list(case.output.glob("*.bin"))
+
+
+def test_documents_to_sentencepiece_shards(case, retokenize):
+    path = case.folder / "docs.jsonl"
+    texts = [*h.texts(30, 4), " two  spaces\nand a line", "\u2581\u00ff"]
+    h.write_documents(path, texts)
+    code, _ = retokenize(["--docs", path, "--sp-model", case.model, "--output-dir",
+                          case.output, "--workers", "1"])
+    parts = [[1, *ids] for ids in case.processor.encode(texts)]
+    assert h.read_shard(case.output / "fineweb_train_000000.bin") == sum(parts, [])
+    manifest = h.read_manifest(case.output)
+    source = sum(len(case.processor.decode(ids).encode()) for ids in parts)
+    assert code == 0 and manifest["tokenizer"]["kind"] == "sentencepiece"
+    assert manifest["source"] == {"kind": "docs", "model_sha256": R.file_sha256(case.model)}
+    assert manifest["totals"]["train"]["source_bytes"] == source
+    assert manifest["totals"]["train"]["decoded_bytes"] == source
+
+
+class Tokenmonster(types.ModuleType):
+    """A stand-in for the tokenmonster package: UTF-8, one id per byte, non-ASCII bytes dropped."""
+
+    def __init__(self, error: Exception | None = None):
+        super().__init__("tokenmonster")
+        self.error, self.loaded = error, None
+
+    def load(self, path: str):
+        if self.error:
+            raise self.error
+        self.loaded = Path(path).read_bytes()
+        return self
+
+    def __len__(self) -> int:
+        return 998
+
+    def tokenize(self, text: bytes):
+        assert isinstance(text, bytes)
+        return np.array([k for k in text if k < 128], dtype=np.uint16) if text else None
+
+    def decode(self, ids):
+        return "".join(map(chr, (k if k < 128 else 63 for k in ids))) if len(ids) else None
+
+
+def lossy_arguments(case: h.Case, *more: str) -> list[str]:
+    case.vocab = case.folder / "candidate.vocab"
+    header = bytes.fromhex("0201010130000000ffffffe60300e60300cd040025000e01")
+    case.vocab.write_bytes(header + bytes(100))
+    return case.arguments(*more)
+
+
+def test_lossy_vocabulary_is_refused_by_its_header(case, retokenize):
+    code, text = retokenize(lossy_arguments(case))
+    assert code == 1 and "candidate.vocab: refused: not byte-exact" in text
+    assert "998 tokens with capcode 2, charset UTF-8, normalization NFD" in text
+    assert "--allow-lossy" in text and not case.output.exists()
+
+
+def test_allow_lossy_needs_the_package_and_its_helper(case, retokenize, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenmonster", None)
+    code, text = retokenize(lossy_arguments(case, "--allow-lossy"))
+    assert code == 1 and "pip install tokenmonster" in text
+    error = urllib.error.URLError(OSError(-2, "Name or service not known"))
+    monkeypatch.setitem(sys.modules, "tokenmonster", Tokenmonster(error))
+    code, text = retokenize(lossy_arguments(case, "--allow-lossy"))
+    assert code == 1 and "cannot load its helper" in text and "needs a network once" in text
+    assert "Name or service not known" in text and not case.output.exists()
+
+
+def test_allow_lossy_states_what_is_wrong(case, retokenize, monkeypatch):
+    module = Tokenmonster()
+    monkeypatch.setitem(sys.modules, "tokenmonster", module)
+    code, text = retokenize(lossy_arguments(case, "--allow-lossy", "--workers", "2"))
+    assert code == 0 and "NOT EXACT" in text and module.loaded == case.vocab.read_bytes()
+    manifest = h.read_manifest(case.output)
+    assert manifest["tokenizer"]["byte_exact"] is False
+    assert (manifest["tokenizer"]["bos_id"], manifest["tokenizer"]["vocab_size"]) == (998, 999)
+    source = [text for k in range(4) for text in case.source(k)]
+    kept = [bytes(k for k in text if k < 128) for text in source]
+    bad = sum(a != b for a, b in zip(source, kept, strict=True))
+    totals = manifest["totals"]["all"]
+    assert (totals["bad_documents"], totals["source_bytes"], totals["decoded_bytes"]) == (
+        bad, sum(map(len, source)), sum(map(len, kept)))
+    assert 0 < bad and totals["source_bytes"] > totals["decoded_bytes"]
+    assert all(entry["status"] == "lossy" for entry in manifest["shards"].values())
+
+
+def test_demo_is_built_once_and_is_honest(tmp_path, monkeypatch):
+    monkeypatch.setitem(R.DEMO, "packages", [])
+    monkeypatch.setitem(R.DEMO, "val_bytes", 30_000)
+    monkeypatch.setitem(R.DEMO, "sample_bytes", 100_000)
+    monkeypatch.setitem(R.DEMO, "vocabulary_ids", 400)
+    sources = R.demo_sources()
+    assert ("pydoc_data/topics.py" in dict(sources)) and not any(
+        {"test", "tests"} & set(name.split("/")) for name, _ in sources)
+    monkeypatch.setattr(R, "demo_sources", lambda: [source for source in sources
+                                                    if source[0][0] in "abcdefg"])
+    lines: list[str] = []
+    paths = R.build_demo(tmp_path / "demo", lines.append)
+    assert lines and all(path.exists() for path in paths.values())
+    before = h.contents(tmp_path / "demo")
+    assert R.build_demo(tmp_path / "demo", lines.clear) == paths
+    texts = {}
+    for split in ("train", "val"):
+        texts[split] = [json.loads(line)["text"] for line in open(paths[f"{split}_text"])]
+        size = sum(len(text.encode()) for text in texts[split])
+        for folder in (paths["data_path"], paths["sp_data_path"]):
+            totals = h.read_manifest(folder)["totals"][split]
+            assert (totals["source_bytes"], totals["decoded_bytes"], totals["bad_documents"]) == (
+                size, size, 0)
+        vocabulary = R.load_vocabulary(paths["tokenizer_path"])
+        ids = h.read_shard(paths["data_path"] / f"fineweb_{split}_000000.bin")
+        decoded = b"".join(b"\0" if k == vocabulary.bos_id else vocabulary.tokens[k] for k in ids)
+        assert decoded.decode() == "".join("\0" + text for text in texts[split])
+    assert not set(texts["train"]) & set(texts["val"]) and len(texts["val"]) > 3
+    model = R.SentencePieceModel(paths["sp_model"])
+    assert [model.processor.id_to_piece(k) for k in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert model.vocab_size == 1024 and model.processor.piece_to_id("\u2581") > 258
+    monkeypatch.setitem(R.DEMO, "version", 2)
+    R.build_demo(tmp_path / "demo", lines.append)
+    after = h.contents(tmp_path / "demo")
+    assert {name for name in before if before[name] != after[name]} == {"stamp"}
+
+
+def test_demo_texts_are_never_in_both_splits(tmp_path):
+    sources = []
+    for k in range(60):
+        path = tmp_path / f"m{k}.py"
+        shared = f"A docstring that several modules have,\nas number {k % 20} shows to readers."
+        path.write_text(f'"""Module {k} with a text of its own,\nwhich is long enough."""\n'
+                        f'def f():\n    """{shared}"""\n')
+        sources.append((path.name, path))
+    splits = R.demo_documents(sources, 1)
+    texts = [text for split in splits.values() for document in split
+             for text in document.decode().split("\n\n")]
+    assert len(texts) == len(set(texts)) == 80
+
+
+def test_bench_reports_the_yardstick(case, retokenize):
+    code, text = retokenize(case.arguments("--bench"))
+    assert code == 0 and "sp.decode:" in text and "x sp.decode" in text
+    assert not list(case.output.glob("*.bin"))
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_for_a_full_shard(case):
+    ids = np.array([k for ids in case.documents for k in ids], dtype=np.uint16)
+    for k in (1, 2, 3):
+        case.shard(k).unlink()
+    h.write_shard(case.shard(0), np.resize(ids, 100_000_000))
+    prelude = ("import atexit, re\natexit.register(lambda: print(re.search("
+               "r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]))")
+    process = retokenizer(case.arguments(), prelude)
+    output, error = process.communicate(timeout=300)
+    peak = int(output.split()[-1]) / 1024
+    print(f"peak {peak:.0f} MiB; {error.splitlines()[-1]}")
+    assert process.returncode == 0 and peak < 1000
