@@ -32,46 +32,6 @@ import references as ref
 import retokenize_scylla as R
 import train_gpt as t
 
-RECORD = dict(  # SPEC section 1
-    data_path="./data/datasets/fineweb10B_scylla", tokenizer_path="", tokenizer_meta_path="",
-    run_id="", seed=1337, vocab_size=0, num_layers=11, model_dim=512, num_heads=8,
-    num_kv_heads=4, mlp_mult=3.0, tie_embeddings=True, rope_base=10000.0, rope_dims=16,
-    logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True, xsa_last_n=4, bigram_vocab_size=2048,
-    bigram_dim=128, ve_enabled=True, ve_dim=128, ve_layers=(9, 10), activation_neg_slope=0.5,
-    parallel_start_layer=7, recur_layers=(4, 5), recur_start_step=3000.0, recur_untie_mlp=True,
-    train_batch_tokens=786432, train_seq_len=2048, eval_seq_len=2048, iterations=20000,
-    warmdown_iters=3500, warmup_steps=20, max_wallclock_seconds=600.0, matrix_lr=0.025,
-    scalar_lr=0.025, tied_embed_lr=0.035, embed_lr=0.6, head_lr=0.008, tied_embed_init_std=0.005,
-    muon_momentum=0.99, muon_momentum_warmup_start=0.92, muon_momentum_warmup_steps=1500,
-    muon_backend_steps=5, muon_wd=0.04, adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8,
-    grad_clip_norm=0.3, ema_decay=0.997, swa_enabled=False, swa_every=50, late_qat_threshold=0.15,
-    n_int6_layers=None, quant="gptq", gptq_calibration_seqs=64, eval_stride=64,
-    torch_compile_disable=False, preset="record",
-    micro_batch_tokens=0, compressor="auto", size_limit=16_000_000, min_lr=0.0,
-    muon_row_norm=False, load_artifact="", artifact_path="final_model.int6.ptz", scores_path="",
-    eval_modes=("roundtrip", "sliding", "ttt", "ngram", "slot"), val_tokens_limit=0, dry_run=False,
-    smear_enabled=True, ttt_enabled=True, ttt_lr=0.005, ttt_epochs=3, ttt_chunk_tokens=32768,
-    ttt_freeze_blocks=2, ttt_momentum=0.9, ttt_batch_seqs=32, ttt_grad_clip=1.0,
-    ngram_enabled=False, ngram_order=5, ngram_weight=0.05, slot_enabled=False, slot_steps=8,
-    slot_lr=0.005,
-    checkpoint_every=0.0, checkpoint_keep=2, checkpoint_path="checkpoints", resume=False,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("environ", [{}, {"PRESET": "record"}, {"PRESET": "published"}])
-def test_defaults_are_the_record_run(environ):
-    """SPEC section 1, value by value, and the same types; published differs in its rounding."""
-    config = t.Config.from_env(environ, cuda=True)
-    if config.preset == "published":
-        assert (config.quant, config.n_int6_layers) == ("rtn", 4)
-        config = replace(config, quant="gptq", n_int6_layers=None)
-    values = asdict(config) | {"preset": "record"}
-    free = {"val_batch_size", "val_loss_every", "train_log_every", "class_bits", "attention",
-            "mlp_kernel"}  # not in SPEC 1
-    assert set(values) - set(RECORD) == free
-    assert {k: (v, type(v)) for k, v in values.items() if k not in free} == {
-        k: (v, type(v)) for k, v in RECORD.items()}
-
 
 def test_all_problems_are_reported_at_once():
     """One RunError for values, ranges, contradictions, near misses and unknown names."""
@@ -501,7 +461,7 @@ def test_runs_are_deterministic(made, script_run):
 
 def test_layer_plan_record():
     """The record plan, run by run: order, stores, skips in reverse, lanes."""
-    c = t.Config()
+    c = h.config(h.RECORD)
     off, on = t.layer_plan(c, False), t.layer_plan(c, True)
     assert [r.layer for r in off] == list(range(11))
     assert [r.layer for r in on] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
@@ -738,12 +698,12 @@ def test_swa_mean_of_snapshots():
 
 def test_lr_scale():
     """Constant, then linear to MIN_LR, by steps or by the clock, whichever ends first."""
-    c = t.Config(iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
+    c = h.config(h.RECORD, iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
     for step, expected in ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (1000, 0)):
         assert t.lr_scale(step, 9e9, 50.0, c) == pytest.approx(expected)
     assert t.lr_scale(950, 0, 0, replace(c, min_lr=0.1)) == pytest.approx(0.55)
     assert t.lr_scale(1000, 0, 0, replace(c, warmdown_iters=0)) == 1
-    c = t.Config(iterations=10**6)
+    c = h.config(h.RECORD, iterations=10**6)
     usable = 600_000 - t.CLOCK_RESERVE_MS
     assert t.lr_scale(10, 1e3, 0.0, c) == 1  # no step time known yet
     assert t.lr_scale(10, usable - 3500 * 100, 100.0, c) == pytest.approx(1)
@@ -755,7 +715,7 @@ def test_lr_scale():
 
 def test_muon_momentum():
     """Linear from start to peak over the warm-up steps, then constant."""
-    c = t.Config()
+    c = h.config(h.RECORD)
     for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9999, 0.99)):
         assert t.muon_momentum(step, c) == pytest.approx(expected)
     assert t.muon_momentum(0, replace(c, muon_momentum_warmup_steps=0)) == 0.99
@@ -763,9 +723,9 @@ def test_muon_momentum():
 
 def test_recurrence_due():
     """A step, a share of steps or of time, from the first step, or never."""
-    c = t.Config()
+    c = h.config(h.RECORD)
     assert [t.recurrence_due(s, 9e9, c) for s in (0, 2999, 3000, 3001)] == [0, 0, 1, 1]
-    c = t.Config(recur_start_step=0.5, iterations=100, max_wallclock_seconds=0)
+    c = h.config(h.RECORD, recur_start_step=0.5, iterations=100, max_wallclock_seconds=0)
     assert [t.recurrence_due(s, 9e9, c) for s in (0, 49, 50)] == [False, False, True]
     c = replace(c, max_wallclock_seconds=10.0)
     assert [t.recurrence_due(1, ms, c) for ms in (0, 4999, 5000)] == [False, False, True]
@@ -944,7 +904,7 @@ def test_qat_forward_is_the_quantized_model(settings):
 @pytest.fixture(scope="module")
 def full():
     """The record model at full width: its initial weights, then two steps on a tiny batch."""
-    c = t.Config(warmup_steps=0, compressor="zlib", quant="rtn", n_int6_layers=4)
+    c = h.config(h.RECORD, compressor="zlib", quant="rtn", n_int6_layers=4)
     torch.manual_seed(c.seed)
     model = t.GPT(c, h.table(1254).is_boundary, h.runtime())
     model.set_phase(t.Phase(recur=True))
@@ -989,30 +949,17 @@ print(sorted(new - set(sys.stdlib_module_names) - {"train_gpt", "torch", "numpy"
 
 
 def test_preflight_02_hyperparameters():
-    """The defaults are the record run, agree with SPEC section 1 and with each other."""
-    c = t.Config.from_env({"PRESET": "record"}, cuda=True)
-    assert c == t.Config() == t.Config.from_env({}, cuda=True)
-    spec = """VOCAB_SIZE=0 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=3
-        TIE_EMBEDDINGS=1 ROPE_BASE=10000 ROPE_DIMS=16 LOGIT_SOFTCAP=30 QK_GAIN_INIT=1.5 LN_SCALE=1
-        XSA_LAST_N=4 BIGRAM_VOCAB_SIZE=2048 BIGRAM_DIM=128 VE_ENABLED=1 VE_DIM=128 VE_LAYERS=9,10
-        ACTIVATION_NEG_SLOPE=0.5 PARALLEL_START_LAYER=7 RECUR_LAYERS=4,5 RECUR_START_STEP=3000
-        RECUR_UNTIE_MLP=1 TRAIN_BATCH_TOKENS=786432 TRAIN_SEQ_LEN=2048 EVAL_SEQ_LEN=2048
-        ITERATIONS=20000 WARMDOWN_ITERS=3500 WARMUP_STEPS=20 MAX_WALLCLOCK_SECONDS=600
-        MATRIX_LR=0.025 SCALAR_LR=0.025 TIED_EMBED_LR=0.035 EMBED_LR=0.6 HEAD_LR=0.008
-        TIED_EMBED_INIT_STD=0.005 MUON_MOMENTUM=0.99 MUON_MOMENTUM_WARMUP_START=0.92
-        MUON_MOMENTUM_WARMUP_STEPS=1500 MUON_BACKEND_STEPS=5 MUON_WD=0.04 ADAM_WD=0.04 BETA1=0.9
-        BETA2=0.95 ADAM_EPS=1e-8 GRAD_CLIP_NORM=0.3 EMA_DECAY=0.997 SWA_EVERY=50 MIN_LR=0
-        LATE_QAT_THRESHOLD=0.15 EVAL_STRIDE=64 SIZE_LIMIT=16000000 MUON_ROW_NORM=0"""
-    written = dict(pair.split("=") for pair in spec.split())
-    assert t.Config.from_env(written | {"PRESET": "record"}, cuda=True) == c
-    published = t.Config.from_env(written | {"PRESET": "published"}, cuda=True)
-    assert published.n_int6_layers == 4
+    """The defaults are the record run's, value by value; presets contradict nothing."""
+    c = t.Config.from_env({}, cuda=True)
+    assert {name: (value, type(value)) for name, value in asdict(c).items()} == {
+        name: (value, type(value)) for name, value in h.RECORD.items()}
+    assert t.Config.from_env({"PRESET": "record"}, cuda=True) == c
+    published = t.Config.from_env({"PRESET": "published"}, cuda=True)
+    assert published == replace(c, preset="published", quant="rtn", n_int6_layers=4)
     assert (c.head_dim, c.kv_dim, c.hidden_dim) == (64, 256, 1536)
-    assert (c.train_batch_tokens // c.train_seq_len) % 8 == 0
-    assert c.train_batch_tokens // 8 == 98_304
-    assert c.val_batch_size % (8 * c.eval_seq_len) == 0
-    for preset in ("record", "published", "demo"):
-        assert t.contradictions(t.Config(**(t.PRESETS[preset] | {"preset": preset}))) == []
+    assert c.train_batch_tokens // c.train_seq_len % 8 == 0 == c.val_batch_size % (8 * 2048)
+    for preset in t.PRESETS:
+        assert t.contradictions(t.Config.from_env({"PRESET": preset}, cuda=True)) == []
 
 
 def test_preflight_03_model_creation(full):
@@ -1034,10 +981,10 @@ def test_preflight_04_forward_and_backward(full, capsys):
 
 
 def test_preflight_05_code_size(capsys):
-    """train_gpt.py is a bounded ASCII file; a record counts the packed file."""
-    data = (h.ROOT / "train_gpt.py").read_bytes()
-    h.report(capsys, f"train_gpt.py {len(data)} bytes, {data.count(10)} lines")
-    assert data.isascii() and len(data) < 0.02 * t.Config().size_limit
+    """The bytes of code that a run counts are those of its file."""
+    size = h.SCRIPT.stat().st_size
+    h.report(capsys, f"train_gpt.py {size} bytes; a record counts the packed file")
+    assert t.CODE_BYTES == size < h.RECORD["size_limit"]
 
 
 def test_preflight_06_artifact_size(full, tmp_path, capsys, monkeypatch):
@@ -1080,7 +1027,7 @@ def test_preflight_07_step_time_projection(capsys):
 
     SPEC section 10 has 23 and 27: without the scores that attention's backward computes again.
     """
-    c, lines = t.Config(), []
+    c, lines = h.config(h.RECORD), []
     for recur, at_peak in ((False, 24), (True, 28)):
         work = 98_304 * operations(c, 1254, recur)
         ms = {use: 1e3 * work / (use * 989e12) for use in (0.28, 0.38, 0.45, 1.0)}
@@ -1113,7 +1060,7 @@ def test_preflight_08_quantization_error(full, capsys):
 
 def test_preflight_09_scaling(capsys):
     """Operations at the record shape, and how they grow with width, depth and length."""
-    c = t.Config()
+    c = h.config(h.RECORD)
     off, on = (98_304 * operations(c, 1254, r) / 1e12 for r in (False, True))
     assert off == pytest.approx(23.7, rel=0.003) and on == pytest.approx(27.9, rel=0.003)
     plain = replace(c, bigram_vocab_size=0, ve_enabled=False, recur_layers=())
@@ -1154,7 +1101,7 @@ def test_preflight_10_weight_distribution(full):
         spec = t.param_spec(name, full.config)
         if spec.optimizer == "muon":  # a step's RMS is lr * sqrt(max(1, rows/cols) / max side)
             rms, sides = float(moved.square().mean().sqrt()), sorted(p.shape)
-            step = 0.025 * math.sqrt(max(1, p.size(0) / p.size(1)) / sides[1])
+            step = full.config.matrix_lr * math.sqrt(max(1, p.size(0) / p.size(1)) / sides[1])
             assert 0.2 * step < rms < 2.5 * step, (name, rms / step)  # the batch has low rank
             assert 2e-4 < p.std() < 0.1, name
 
@@ -1225,7 +1172,7 @@ def test_trainer_calls_these_shards_exact(engine, tmp_path):
         [bytes([k]) for k in range(256)] + h.TOKENS))
     assert R.main(["--docs", str(documents), f"--{engine}", str(source), "--split", "val",
                    "--output-dir", str(out), "--workers", "1"]) == 0
-    config = replace(t.Config(), data_path=str(out))
+    config = h.config(data_path=str(out))
     val = t.load_validation(config, t.load_byte_table(config))
     assert val.audit == "exact" and len(val.ids) == len(val.bytes) + 1
     if engine == "vocab":

@@ -43,6 +43,31 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost, and much where core
 
 # ------------------------------------------------------------------------------- settings
 
+RECORD = dict(  # SPEC section 1, and the settings that it leaves open
+    preset="record", run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
+    tokenizer_path="", tokenizer_meta_path="", vocab_size=0, dry_run=False,
+    num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0, tie_embeddings=True,
+    rope_base=10000.0, rope_dims=16, logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True,
+    xsa_last_n=4, smear_enabled=True, bigram_vocab_size=2048, bigram_dim=128, ve_enabled=True,
+    ve_dim=128, ve_layers=(9, 10), activation_neg_slope=0.5, parallel_start_layer=7,
+    recur_layers=(4, 5), recur_start_step=3000.0, recur_untie_mlp=True,
+    train_batch_tokens=786432, micro_batch_tokens=0, train_seq_len=2048, iterations=20000,
+    warmdown_iters=3500, warmup_steps=20, max_wallclock_seconds=600.0, matrix_lr=0.025,
+    scalar_lr=0.025, tied_embed_lr=0.035, embed_lr=0.6, head_lr=0.008, tied_embed_init_std=0.005,
+    min_lr=0.0, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
+    muon_momentum_warmup_steps=1500, muon_backend_steps=5, muon_wd=0.04, muon_row_norm=False,
+    adam_wd=0.04, beta1=0.9, beta2=0.95, adam_eps=1e-8, grad_clip_norm=0.3, ema_decay=0.997,
+    swa_enabled=False, swa_every=50, late_qat_threshold=0.15, quant="gptq",
+    gptq_calibration_seqs=64, n_int6_layers=None, class_bits="", compressor="auto",
+    size_limit=16_000_000, artifact_path="final_model.int6.ptz", load_artifact="",
+    eval_seq_len=2048, eval_stride=64, eval_modes=("roundtrip", "sliding", "ttt", "ngram", "slot"),
+    ttt_enabled=True, ttt_lr=0.005, ttt_epochs=3, ttt_chunk_tokens=32768, ttt_freeze_blocks=2,
+    ttt_momentum=0.9, ttt_batch_seqs=32, ttt_grad_clip=1.0, ngram_enabled=False, ngram_order=5,
+    ngram_weight=0.05, slot_enabled=False, slot_steps=8, slot_lr=0.005, val_batch_size=524288,
+    val_loss_every=4000, val_tokens_limit=0, scores_path="", train_log_every=500,
+    checkpoint_every=0.0, checkpoint_keep=2, checkpoint_path="checkpoints", resume=False,
+    attention="auto", mlp_kernel="auto", torch_compile_disable=False,
+)  # fmt: skip
 VOCAB, BOS = 300, 299  # of the tiny data; its last id is the boundary
 TINY = dict(
     preset="record", run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",

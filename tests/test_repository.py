@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -21,6 +22,25 @@ def test_readme_holds_the_settings_table():
     start = lines.index(table[0])
     assert lines[start : start + len(table)] == table
     assert not lines[start + len(table)].startswith("|")
+
+
+def test_the_documents_name_tests_that_exist():
+    """Every `-k NAME` in a README selects a test."""
+    files = [h.ROOT / "test_cpu.py", *h.ROOT.glob("tests/test_*.py"),
+             *h.ROOT.glob("records/tests/test_*.py")]
+    names = [name for path in files for name in re.findall(r"(?m)^def test_(\w+)", path.read_text())]
+    for path in (h.ROOT / "README.md", h.ROOT / "records" / "README.md"):
+        for wanted in re.findall(r"pytest [^`|]*-k (\w+)", path.read_text("utf-8")):
+            assert any(wanted in name for name in names), (path.name, wanted)
+
+
+def test_the_preflight_opens_with_what_it_proves():
+    """The table in its first lines names every test of the file once, and no other."""
+    path = h.ROOT / "test_cpu.py"
+    tree = ast.parse(path.read_text())
+    table = re.findall(r"(?m)^ .* (\w+)$", ast.get_docstring(tree, clean=False))
+    tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+    assert table == [name.removeprefix("test_") for name in tests if name.startswith("test_")]
 
 
 def test_imports_are_torch_numpy_and_the_standard_library():
@@ -54,7 +74,8 @@ def test_the_file_keeps_its_shape():
     assert not long
 
 
-def test_import_is_light() -> None:
+def test_import_is_light():
+    """retokenize_scylla.py loads its packages where they are used."""
     code = ("import sys, retokenize_scylla; print([name for name in ('numba', 'sentencepiece', "
             "'tokenmonster', 'zstandard', 'torch') if name in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=h.ROOT, text=True) == "[]\n"
