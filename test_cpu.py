@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import time
-import zlib
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -163,24 +162,6 @@ def test_byte_audit_stops_the_run(off, tmp_path):
             h.audit(data, val_tokens_limit=limit)
 
 
-def test_first_id_is_context_only(tmp_path):
-    """If the stream does not start with a boundary, its first bytes are not in the denominator."""
-    data = h.dataset(tmp_path)
-    path = data / "fineweb_val_000000.bin"
-    ids = np.fromfile(path, "<u2")[512:]
-    ids[0] = 5  # three bytes
-    h.write_shard(path, ids)
-    source = h.source_bytes(ids, h.table())
-    h.edit_manifest(data, lambda m: m["shards"][path.name].update(source_bytes=source))
-    second = np.fromfile(data / "fineweb_val_000001.bin", "<u2")[512:]
-    total = source + h.source_bytes(second, h.table())
-    audited = h.audit(data)
-    assert audited.audit == "exact" and int(audited.bytes.sum()) == total - 3
-    with h.inside(tmp_path) as console:
-        t.run(h.config(data_path=str(data), iterations=1, eval_modes=("roundtrip",)))
-    assert f"byte_audit:exact bytes:{total - 3} (the first id is context only" in console.getvalue()
-
-
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_qat_grid_is_the_stored_grid(bits):
     """What training computes with late QAT is what the artifact restores, bit for bit."""
@@ -218,8 +199,8 @@ def test_the_table_decides_bits():
         t.param_spec("blocks.0.attn.new.weight", untied.config)
 
 
-@pytest.mark.parametrize("codec", ["rans", "lzma", "zlib", "zstd", "auto"])
-@pytest.mark.parametrize("bits", ["", "embed=2,attn=3,mlp=4,repeat=7", "mlp=8,attn=8"])
+@pytest.mark.parametrize("codec, bits", [
+    ("auto", ""), *((codec, "embed=2,attn=3,mlp=4,repeat=7") for codec in t.CODECS)])
 def test_container_round_trip(codec, bits, tmp_path):
     """Every tensor comes back bit for bit: codes, scales, fp16 and fp32 values."""
     if codec not in (*h.codecs(), "auto"):
@@ -295,7 +276,8 @@ def test_artifacts_of_another_vocabulary_are_refused(made, tmp_path):
 @pytest.mark.parametrize("untied", [True, False])
 def test_a_run_that_ends_before_recurrence_stores_no_repeats(untied, made, tmp_path):
     """Neither tensors nor the setting; and it reloads and scores like the model in memory."""
-    config = h.config(data_path=str(made[1]), recur_start_step=100.0, recur_untie_mlp=untied)
+    config = h.config(data_path=str(made[1]), recur_start_step=100.0, recur_untie_mlp=untied,
+                      eval_modes=("roundtrip",), compressor="zlib")
     with h.inside(tmp_path) as console:
         t.run(config)
     header, stored = t.read_artifact(str(tmp_path / config.artifact_path))
@@ -694,44 +676,6 @@ def test_swa_mean_of_snapshots():
     average, _ = averaged(c, 10, 0.2)
     ema = average.ema[0].clone()
     assert average.store() == "ema" and torch.equal(average.params[0], ema)
-
-
-def test_lr_scale():
-    """Constant, then linear to MIN_LR, by steps or by the clock, whichever ends first."""
-    c = h.config(h.RECORD, iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
-    for step, expected in ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (1000, 0)):
-        assert t.lr_scale(step, 9e9, 50.0, c) == pytest.approx(expected)
-    assert t.lr_scale(950, 0, 0, replace(c, min_lr=0.1)) == pytest.approx(0.55)
-    assert t.lr_scale(1000, 0, 0, replace(c, warmdown_iters=0)) == 1
-    c = h.config(h.RECORD, iterations=10**6)
-    usable = 600_000 - t.CLOCK_RESERVE_MS
-    assert t.lr_scale(10, 1e3, 0.0, c) == 1  # no step time known yet
-    assert t.lr_scale(10, usable - 3500 * 100, 100.0, c) == pytest.approx(1)
-    assert t.lr_scale(10, usable - 1750 * 100, 100.0, c) == pytest.approx(0.5)
-    assert t.lr_scale(10, usable - 1750 * 100, 200.0, c) == pytest.approx(0.25)
-    assert t.lr_scale(10, 601e3, 100.0, replace(c, min_lr=0.2)) == pytest.approx(0.2)
-    assert 0 < t.CLOCK_RESERVE_MS < 1000
-
-
-def test_muon_momentum():
-    """Linear from start to peak over the warm-up steps, then constant."""
-    c = h.config(h.RECORD)
-    for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9999, 0.99)):
-        assert t.muon_momentum(step, c) == pytest.approx(expected)
-    assert t.muon_momentum(0, replace(c, muon_momentum_warmup_steps=0)) == 0.99
-
-
-def test_recurrence_due():
-    """A step, a share of steps or of time, from the first step, or never."""
-    c = h.config(h.RECORD)
-    assert [t.recurrence_due(s, 9e9, c) for s in (0, 2999, 3000, 3001)] == [0, 0, 1, 1]
-    c = h.config(h.RECORD, recur_start_step=0.5, iterations=100, max_wallclock_seconds=0)
-    assert [t.recurrence_due(s, 9e9, c) for s in (0, 49, 50)] == [False, False, True]
-    c = replace(c, max_wallclock_seconds=10.0)
-    assert [t.recurrence_due(1, ms, c) for ms in (0, 4999, 5000)] == [False, False, True]
-    assert t.recurrence_due(50, 0, c)
-    assert t.recurrence_due(0, 0, replace(c, recur_start_step=0.0))
-    assert not t.recurrence_due(99, 9e9, replace(c, recur_start_step=0.0, recur_layers=()))
 
 
 def test_recurrence_switch(make_trainer):
@@ -1204,7 +1148,7 @@ def check_mode(mode, seed=0, places=(20, 37, 66), sums=(), **settings):
 @pytest.mark.parametrize("mode", h.MODES)
 def test_every_mode_is_legal(mode, settings):
     """The four conditions; the events that they are about did happen."""
-    sums = (58,) if settings == h.PLANS[-1] else ()
+    sums = (58,) if settings == h.PLANS[-1] and mode != "ttt" else ()  # V runs; ngram_ttt has both
     nats, events = check_mode(mode, sums=sums, **settings)
     kinds = Counter(event[0] for event in events)
     chunks = math.ceil(74 / h.config(**(h.SHORT | settings)).ttt_chunk_tokens)
@@ -1414,7 +1358,7 @@ def test_the_fit_lands_under_every_limit(fit_model, tmp_path):
     c, model, hessians, code = fit_model
     loosest = h.export(model, c, tmp_path, hessians)[0] - code
     bound = 0
-    for share in [1.2, *np.random.default_rng(3).uniform(0.45, 1.05, 5)]:
+    for share in [1.2, *np.random.default_rng(3).uniform(0.45, 1.05, 3)]:
         limit = code + int(share * loosest)
         total, lines, _ = h.export(model, replace(c, size_limit=limit), tmp_path, hessians)
         assert share < 1.05 or "coarseness:0.0000" in lines[0]
@@ -1422,7 +1366,7 @@ def test_the_fit_lands_under_every_limit(fit_model, tmp_path):
         if share < 0.99:
             bound += 1
             assert limit - total <= 0.01 * (limit - code), (share, lines)
-    assert bound >= 4
+    assert bound >= 2
     with pytest.raises(t.RunError, match="over SIZE_LIMIT"):
         h.export(model, replace(c, size_limit=code + loosest // 20), tmp_path, hessians)
     assert (tmp_path / "x.ptz.fp32").exists()
@@ -1432,58 +1376,13 @@ def test_the_fit_lands_under_every_limit(fit_model, tmp_path):
 def test_rans_is_exact(kind):
     """decode(encode(x)) == x for every length around the borders of lanes and blocks."""
     r = np.random.default_rng(1)
-    for n in (0, 1, 2, 255, 2049, 16385, 140_001):
+    for n in (0, 1, 2, 255, 2049, 16385, *[140_001] * (kind in ("gaussian", "mixed"))):
         raw = h.CODES[kind](n, r).astype(np.int8).tobytes()
         data = t.rans_encode(raw)
         assert t.rans_decode(data, n) == raw, n
-        for wrong in {n - 1, n + 1, 2 * n + 7} - {-1}:
+        for wrong in {n - 1, n + 1, 2 * n + 7} - {-1} if n < 9999 else ():
             with contextlib.suppress(ValueError):
                 assert t.rans_decode(data, wrong) != raw  # never the same for another length
-
-
-def forged_header(header, random):
-    """A header with one thing wrong, and what it was."""
-    header = json.loads(json.dumps(header))
-    numbers = [0, -1, 1, 2**31, 2**40, 10**18, 2.5, None, "7", [], {}, True]
-    values = [*numbers, "rans", "lzma", "zlib", "zstd", "attn", "scales", "../x", "\x00"]
-    spot = header
-    path = []
-    while isinstance(spot, (dict, list)) and spot:
-        keys = sorted(spot) if isinstance(spot, dict) else range(len(spot))
-        path.append((spot, keys[int(random.integers(len(keys)))]))
-        spot = spot[path[-1][1]]
-        if random.random() < 0.08:
-            break
-    holder, key = path[-1]
-    holder[key] = values[int(random.integers(len(values)))]
-    return header, f"{[k for _, k in path]} = {holder[key]!r}"
-
-
-@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
-def test_forgeries(all_codecs, tmp_path, count):
-    """Changed headers, and changed streams with their CRC made right: under the old digest none
-    is ever scored."""
-    whole, header, body = all_codecs
-    path, random = tmp_path / "forged.ptz", np.random.default_rng(5)
-    digest, done = whole.read_bytes()[10:42], 0
-    while done < count:
-        changed, data = header, bytearray(body)
-        if done % 3:
-            changed, what = forged_header(header, random)
-            if json.dumps(changed) == json.dumps(header):
-                continue
-        else:
-            what, changed = "stream", json.loads(json.dumps(header))
-            sizes = [s[2] for s in changed["streams"]]
-            which = int(random.integers(len(sizes)))
-            start, size = sum(sizes[:which]), sizes[which]
-            data[start + int(random.integers(size))] ^= 1 << int(random.integers(8))
-            changed["streams"][which][4] = zlib.crc32(data[start : start + size])
-        done += 1
-        h.forge(path, changed, bytes(data), digest)
-        with pytest.raises(t.ArtifactError, match=r"forged\.ptz"):
-            h.load_tiny(path)
-            pytest.fail(what)
 
 
 def muons_step(params, muons, grads):
@@ -1525,11 +1424,11 @@ def test_two_ranks_are_one(tmp_path, data):
     h.compare_ranks(tmp_path, data, 2)
 
 
-@pytest.mark.parametrize("step", [3, 8, 21])
+@pytest.mark.parametrize("step", [8, 21])
 def test_a_signal_checkpoints_and_resume_goes_on(step, tmp_path, data, undisturbed):
     """SIGTERM or SIGINT: exit code 75 at the next boundary; RESUME=1 ends bit-identical.
 
-    Before recurrence, at its switch, under QAT; with other logging and validations on the way.
+    At the switch to recurrence and under QAT; with other logging and validations on the way.
     """
     number = signal.SIGINT if step == 8 else signal.SIGTERM
     with h.after_step(step, lambda trainer: os.kill(os.getpid(), number)):
@@ -1550,43 +1449,42 @@ def test_a_signal_checkpoints_and_resume_goes_on(step, tmp_path, data, undisturb
     assert h.state_of(tmp_path, 24) == undisturbed[1] and 24 in logged
 
 
-def damage_byte(folder, name):
-    """Flip one bit in the middle of a file."""
-    (path,) = folder.glob(name)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    h.replace_file(path, bytes(data))
-
-
-CHECKPOINT_DAMAGE = {
-    "bit in the shard": lambda folder: damage_byte(folder, "rank0"),
-    "bit in the commit": lambda folder: damage_byte(folder, "commit.*"),
-    "truncated": lambda folder: h.replace_file(
-        folder / "rank0", (folder / "rank0").read_bytes()[:-9]),
-    "no shard": lambda folder: (folder / "rank0").unlink(),
-    "another's shard": lambda folder: shutil.copy(
-        min(folder.parent.iterdir()) / "rank0", folder / "rank0"),
-    "no commit": lambda folder: next(folder.glob("commit.*")).unlink(),
-    "torn file": lambda folder: [next(folder.glob("commit.*")).unlink(), (
-        folder / "rank0").rename(folder / "rank0.77.tmp")],
+CHECKPOINT_DAMAGE = {  # what is done to the newest checkpoint, and whether the log names it
+    "bit in the shard": (lambda folder: flip_a_bit(folder / "rank0"), True),
+    "bit in the commit": (lambda folder: flip_a_bit(next(folder.glob("commit.*"))), True),
+    "truncated": (lambda folder: os.truncate(folder / "rank0", 99), True),
+    "no shard": (lambda folder: (folder / "rank0").unlink(), True),
+    "another's shard": (lambda folder: shutil.copy(
+        min(folder.parent.iterdir()) / "rank0", folder / "rank0"), True),
+    "no commit": (lambda folder: next(folder.glob("commit.*")).unlink(), False),
+    "torn file": (lambda folder: [next(folder.glob("commit.*")).unlink(), (
+        folder / "rank0").rename(folder / "rank0.77.tmp")], False),
 }
 
 
+def flip_a_bit(path):
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
 @pytest.mark.parametrize("damage", CHECKPOINT_DAMAGE)
-def test_the_one_before_a_damaged_checkpoint(damage, two_checkpoints, data, tmp_path,
-                                             undisturbed):
-    """Whatever is wrong with the newest one, the run goes on from the one before, and says so."""
-    folder = tmp_path / "run"
-    shutil.copytree(two_checkpoints, folder)
-    before, newest = sorted((folder / "checkpoints/k").iterdir())
-    CHECKPOINT_DAMAGE[damage](newest)
-    code, console = h.run_switching(folder, data, resume=True, checkpoint_keep=1)
-    assert code == 0 and f"resumed step:{int(before.name[4:])} " in console
-    torn = damage in ("no commit", "torn file")
-    assert (f"passed over: checkpoints/k/{newest.name}" in console) != torn
-    kept = {path.name for path in (folder / "checkpoints/k").iterdir()}
-    assert kept == {"step00000024"}
-    h.check_same_run(folder, undisturbed)
+def test_the_one_before_a_damaged_checkpoint(damage, tmp_path):
+    """Whatever is wrong with the newest one, the one before is loaded, and the log says so."""
+    runtime, passed_over = h.runtime(), []
+    runtime.log.event = lambda *_, reason: passed_over.append(reason)
+    kept = t.Checkpoints(h.config(checkpoint_path=str(tmp_path)), runtime, "data")
+    for steps in (3, 6):
+        kept.write({"weight": np.full(99, steps, np.float32)}, dict(steps=steps))
+    assert kept.load()[0] == dict(steps=6)
+    action, named = CHECKPOINT_DAMAGE[damage]
+    action(kept.root / "step00000006")
+    state, arrays = kept.load()
+    assert state == dict(steps=3) and (arrays["weight"] == 3).all()
+    assert [kept.root.name in reason for reason in passed_over] == [True] * named
+    assert t.Checkpoints(h.config(checkpoint_path=str(tmp_path / "x")), runtime, "").load() == (
+        {}, {})
 
 
 def test_the_clock_stands_still_and_goes_on(make_trainer, monkeypatch):
@@ -1644,30 +1542,29 @@ def test_non_finite_keeps_the_last_checkpoint(wrong, lag, tmp_path, data, monkey
     for kind, _, raw in h.state_of(tmp_path, 9).values():
         if kind == np.float32:
             assert np.isfinite(np.frombuffer(raw, np.float32)).all()
-    monkeypatch.setattr(t.Trainer, "backward", backward)
-    assert h.run_switching(tmp_path, data, resume=True)[0] == 0
+    if wrong == "loss":
+        monkeypatch.setattr(t.Trainer, "backward", backward)
+        assert h.run_switching(tmp_path, data, resume=True)[0] == 0
 
 
-@pytest.mark.parametrize("broken", ["write", "commit"])
-def test_a_full_disk_leaves_nothing_that_looks_whole(broken, tmp_path, data, monkeypatch,
-                                                     undisturbed):
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, data, monkeypatch, undisturbed):
     """The run goes on with a warning, and the last checkpoint stays; a later one succeeds."""
-    fsync, full = os.fsync, []
+    fsync, seen, looks = os.fsync, [], []
 
     def failing(descriptor):
         name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if name.startswith("rank" if broken == "write" else "commit"):
-            full.append(name)
-            if 2 <= len(full) <= 4:
+        if name.startswith(("rank", "commit")):
+            seen.append(name.partition(".")[0])
+            if 4 <= len(seen) <= 6:  # the second commit, then shards
                 raise OSError(28, "No space left on device")
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", failing)
-    looks = []
     with h.after_step(3, lambda trainer: looks.extend(
             sorted(p.name for p in trainer.checkpoints.root.iterdir()))):
         code, console = h.run_switching(tmp_path, data, checkpoint_every=1e-6)
     assert code == 0 and console.count("warning: no checkpoint at step:") == 3
+    assert seen[3:6] == ["commit", "rank0", "rank0"]
     assert "No space left on device; nothing was replaced" in console
     assert len(looks) == 1 and not list(tmp_path.rglob("*.tmp"))
     h.check_same_run(tmp_path, undisturbed, resumed=False)

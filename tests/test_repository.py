@@ -28,7 +28,8 @@ def test_the_documents_name_tests_that_exist():
     """Every `-k NAME` in a README selects a test."""
     files = [h.ROOT / "test_cpu.py", *h.ROOT.glob("tests/test_*.py"),
              *h.ROOT.glob("records/tests/test_*.py")]
-    names = [name for path in files for name in re.findall(r"(?m)^def test_(\w+)", path.read_text())]
+    names = [name for path in files
+             for name in re.findall(r"(?m)^def test_(\w+)", path.read_text())]
     for path in (h.ROOT / "README.md", h.ROOT / "records" / "README.md"):
         for wanted in re.findall(r"pytest [^`|]*-k (\w+)", path.read_text("utf-8")):
             assert any(wanted in name for name in names), (path.name, wanted)
@@ -38,7 +39,7 @@ def test_the_preflight_opens_with_what_it_proves():
     """The table in its first lines names every test of the file once, and no other."""
     path = h.ROOT / "test_cpu.py"
     tree = ast.parse(path.read_text())
-    table = re.findall(r"(?m)^ .* (\w+)$", ast.get_docstring(tree, clean=False))
+    table = re.findall(r"(?m) -> (\w+)$", ast.get_docstring(tree, clean=False))
     tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
     assert table == [name.removeprefix("test_") for name in tests if name.startswith("test_")]
 
