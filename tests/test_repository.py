@@ -62,6 +62,20 @@ def test_imports_are_torch_numpy_and_the_standard_library():
         "resource", "torch", "triton"}
 
 
+def test_what_is_imported_is_required():
+    """requirements.txt names every package that a test or a tool imports."""
+    required = set(re.findall(r"(?m)^(\w+)", (h.ROOT / "requirements.txt").read_text()))
+    paths = [path for pattern in ("*.py", "tests/*.py", "records/*.py", "records/tests/*.py")
+             for path in h.ROOT.glob(pattern) if not path.stem.endswith("_run")]  # stand-in's torch
+    known = required | sys.stdlib_module_names | {path.stem for path in paths} | {
+        "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # torch's, and optional
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [
+                alias.name for alias in getattr(node, "names", ()) if isinstance(node, ast.Import)]
+            assert {name.split(".")[0] for name in names} <= known, (path.name, names)
+
+
 def test_the_file_keeps_its_shape():
     """100 columns, ASCII; no function over 50 lines."""
     data = (h.ROOT / "train_gpt.py").read_bytes()
