@@ -1,10 +1,7 @@
-"""The model: its shape, its references, its attention and its kernels."""
+"""The model: its shape, its references, its attention."""
 
 from __future__ import annotations
 
-import functools
-import sys
-import types
 from dataclasses import replace
 
 import numpy as np
@@ -160,49 +157,6 @@ def test_tables_sum_their_gradients_in_fp32(name):
     assert (table.weight.grad[3] == 4000).all() and table.weight.grad.sum() == 4000 * out.size(-1)
 
 
-def test_select_attention_on_cpu():
-    """Without CUDA the choice is sdpa, and the log's name says why."""
-    assert t.select_attention(h.runtime(), t.Config(), 8) == ("sdpa", "no CUDA")
-    assert t.use_attention("sdpa") is t.sdpa
-
-
-def test_the_fastest_kernels_are_chosen(monkeypatch):
-    """Of those that work the one with the least time; the log's text has every time and reason."""
-    missing, c = ImportError("no FA3\nmore"), t.Config()
-    chosen = functools.partial(h.choices, monkeypatch, c)
-    assert chosen([missing, 2.3, 3.6], [1.8, 1.5]) == (
-        "cudnn", "flash_attention_3: no FA3; cudnn 2.30 ms; flash 3.60 ms",
-        True, "torch 1.80 ms; triton 1.50 ms")
-    assert chosen([2.0, 2.5, 1.5], [1.8, 1.9])[::2] == ("flash", False)
-    assert chosen([2.0, 1.92, 1.95], [1.8, 1.72])[::2] == ("flash_attention_3", False)  # noise
-    assert chosen([missing] * 3 + [9.0], [1.8, RuntimeError("sm_80")]) == (
-        "mem_efficient", "flash_attention_3: no FA3; cudnn: no FA3; flash: no FA3; "
-        "mem_efficient 9.00 ms", False, "torch 1.80 ms; triton: sm_80")
-    with pytest.raises(t.RunError, match="no attention works on this GPU: .*; math: no FA3"):
-        chosen([missing] * 5, [])
-
-
-@pytest.mark.parametrize("as_tuple", [False, True])
-def test_flash_attention_3_dispatch(monkeypatch, as_tuple):
-    """Dispatch only, the kernel is not executed: a stub module is called, causally."""
-    calls = []
-
-    def flash_attn_func(q, k, v, causal=False):
-        calls.append(causal)
-        out = ref.softmax_attention(q, k, v)
-        return (out, None) if as_tuple else out
-
-    stub = types.ModuleType("flash_attn_interface")
-    stub.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
-    q, k, v = h.matrices((2, 9, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
-    torch.testing.assert_close(t.flash_attention_3(q, k, v), t.sdpa(q, k, v), atol=1e-5, rtol=0)
-    assert calls == [True]
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
-    with pytest.raises(ImportError):
-        t.flash_attention_3(q, k, v)
-
-
 def plain_rotate(x, base, dims):
     """Rotate-half RoPE by slices."""
     angles = torch.outer(torch.arange(x.size(1)), base ** (-torch.arange(0, dims, 2) / dims))
@@ -252,25 +206,6 @@ def test_folds_equal_what_they_stand_for(name):
         results.append([out, *torch.autograd.grad(out, inputs, out.detach().cos())])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # tables and norms are fp32
-
-
-def test_only_training_goes_by_the_mlp_kernel(monkeypatch):
-    """Without gradients, as in scores and GPTQ's hooks, PyTorch's operations; in bf16 only."""
-    monkeypatch.setattr(t, "fused_mlp", lambda x, up, down, slope: [x @ up.T @ down.T])
-    runtime = h.runtime()
-    runtime.fused_mlp, runtime.dtype = True, torch.bfloat16
-    model = t.GPT(h.config(h.DEEP), h.table().is_boundary, runtime)
-    mlp, (x,) = model.blocks[0].mlp, h.matrices((2, 5, 32))
-    torch.nn.init.normal_(mlp.down.weight)
-    seen, scale = [], torch.ones(32)
-    mlp.down.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    linear = mlp(x, scale)
-    assert not seen and all(m.fused for m in model.modules() if isinstance(m, t.MLP))
-    with torch.no_grad():
-        squared = mlp(x, scale)
-    assert len(seen) == 1 and not torch.allclose(linear, squared)
-    runtime.dtype = torch.float32
-    assert not t.GPT(h.config(h.DEEP), h.table().is_boundary, runtime).blocks[0].mlp.fused
 
 
 def test_exclusive_attention_is_orthogonal():
