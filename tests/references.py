@@ -7,8 +7,10 @@ the segmenter of SCYLLA.md section 4. Nothing here uses train_gpt.py or retokeni
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import math
@@ -456,6 +458,35 @@ def contexts(ids, boundary, target, order):
         yield context
 
 
+def rans_bytes(data, size):
+    """The bytes that a rANS stream stands for, one symbol after the other.
+
+    Lanes of about 16,384 bytes lie side by side. A table, under zlib: for each of up to four models
+    the shares of the 256 bytes in 2^14, then the model of every 2,048 bytes of every lane. The
+    states of the lanes follow, then the words that refill states under 2^16, in order of use.
+    """
+    lanes = max(1, size // 16384)
+    steps = max(1, math.ceil(size / lanes))
+    models, length = struct.unpack_from("<BI", data)
+    table = zlib.decompress(data[5 : 5 + length])
+    shares = [struct.unpack_from("<256H", table, 512 * model) for model in range(models)]
+    starts = [[0, *itertools.accumulate(row)] for row in shares]
+    assert all(row[-1] == 1 << 14 for row in starts)
+    states = list(struct.unpack_from(f"<{lanes}I", data, 5 + length))
+    at, out = 5 + length + 4 * lanes, [bytearray() for _ in range(lanes)]
+    for step, lane in itertools.product(range(steps), range(lanes)):
+        model = table[512 * models + step // 2048 * lanes + lane]
+        whole, place = divmod(states[lane], 1 << 14)
+        symbol = bisect.bisect_right(starts[model], place) - 1  # the share that holds the place
+        state = shares[model][symbol] * whole + place - starts[model][symbol]
+        if state < 1 << 16:
+            state, at = state << 16 | int.from_bytes(data[at : at + 2], "little"), at + 2
+        states[lane] = state
+        out[lane].append(symbol)
+    assert at == len(data) and set(states) == {1 << 16}  # as the encoder began
+    return b"".join(out)[:size]
+
+
 def read_artifact(path):
     """(settings as text, ids of the vocabulary, {name: float64 array}) from the container's bytes.
 
@@ -474,6 +505,8 @@ def read_artifact(path):
             streams[name] = lzma.decompress(body, lzma.FORMAT_RAW, filters=filters)
         elif codec == "zlib":
             streams[name] = zlib.decompress(body, -15)
+        elif codec == "rans":
+            streams[name] = rans_bytes(body, size)
         else:
             streams[name] = pytest.importorskip("zstandard").ZstdDecompressor().stream_reader(
                 body).read()

@@ -462,6 +462,17 @@ FIELD_LOG = (
     "final_int6_sliding_window val_loss:1.9500 val_bpb:1.1500 eval_time:90000ms\n")
 
 
+def field_folder(folder, logs, **claims):
+    """A record folder in the field's dialect: logs of seeds 7, 8, ..., and what it claims."""
+    for seed, log in enumerate(logs, 7):
+        (folder / f"train_seed{seed}.log").write_text(log.replace("seed:7", f"seed:{seed}"))
+    (folder / "train_gpt.py").write_text("#" * 100)
+    (folder / "README.md").write_text("A record.\n")
+    about = dict(author="A", github_id="a", name="B", date="2026-04-01", val_bpb=1.15,
+                 val_loss=1.95, bytes_total=15_000_100, track="10min_16mb", blurb="")
+    (folder / "submission.json").write_text(json.dumps(about | claims))
+
+
 @pytest.mark.parametrize(("rule", "log", "claims"), [
     (None, ("", ""), {}),
     ("means", ("", ""), dict(val_bpb=1.148)), ("sizes", ("", ""), dict(bytes_total=16_000_001)),
@@ -475,15 +486,29 @@ FIELD_LOG = (
 ])
 def test_rules_bind_everybody(rule, log, claims, tmp_path):
     """A folder in the field's dialect: only our own rules break; a fault breaks its rule too."""
-    (tmp_path / "train_seed7.log").write_text(FIELD_LOG.replace(*log) if log[0] else FIELD_LOG)
-    (tmp_path / "train_gpt.py").write_text("#" * 100)
-    (tmp_path / "README.md").write_text("A record.\n")
-    about = dict(author="A", github_id="a", name="B", date="2026-04-01", val_bpb=1.15,
-                 val_loss=1.95, bytes_total=15_000_100, track="10min_16mb", blurb="")
-    (tmp_path / "submission.json").write_text(json.dumps(about | claims))
+    field_folder(tmp_path, [FIELD_LOG.replace(*log) if log[0] else FIELD_LOG], **claims)
     found = {f.rule.name for f in h.tool("rules").verify(tmp_path) if not f.rule.ours
              and "at least 3" not in f.what}  # seeds
     assert found >= {rule} if rule else not found, found
+
+
+COUNTED = "val_loader:shards pattern=./val_*.bin tokens:{}\n"  # each 1.95 / (ln 2 x 1.15) bytes
+TRUE, LONE = map(COUNTED.format, (61758000, 64846000))  # 5 % more: lone bytes counted as three
+
+
+@pytest.mark.parametrize(("lines", "claims", "said"), [
+    ([TRUE, TRUE], {}, None), ([""], {}, None), ([""], dict(tokenizer="Scylla, 998 ids"), None),
+    ([TRUE, LONE], {}, "counts 158633352 of 151080891 bytes, +5.00%; over the true ones 1.15 is "
+     "1.2075"),
+    (["byte_audit:exact bytes:151383053\n"], {}, "counts 151383053 of 151080891 bytes, +0.20%; "),
+    ([COUNTED.format(63779840)], {}, "is of another text: "),
+    ([""], dict(tokenizer="Scylla, 998 ids", val_bpb=1.0952), "per token bytes, +5.02%; "),
+])
+def test_miscounted_bytes_are_flagged(lines, claims, said, tmp_path):
+    """BPB over 5 % too many bytes is told with the true one, from logs or else from claims."""
+    field_folder(tmp_path, [line + FIELD_LOG for line in lines], **claims)
+    found = [f.what for f in h.tool("rules").verify(tmp_path) if f.rule.name == "denominator"]
+    assert len(found) == bool(said) and (not said or said in found[0]), found
 
 
 @pytest.mark.parametrize("change", [
