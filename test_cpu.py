@@ -714,16 +714,6 @@ def test_recurrence_switch(make_trainer):
     assert phases == [("recur", 4)] and model.recur
 
 
-def test_phases_are_logged(make_trainer):
-    """Both switches are announced once, with their step, to the log and the events."""
-    trainer = make_trainer(iterations=8, warmdown_iters=8, recur_start_step=0.5,
-                           late_qat_threshold=0.4)
-    trainer.run()
-    text = Path(f"logs/{trainer.log.run_id}.txt").read_text()
-    assert "phase recur:on step:4\n" in text and "phase qat:on step:5\n" in text
-    assert text.count("phase ") == 2 and trainer.phase == t.Phase(True, True)
-
-
 def test_warm_up_changes_nothing(make_trainer):
     """Weights are restored bit for bit, and losses are those of a run without warm-up."""
     settings = dict(iterations=7, recur_start_step=2.0, warmdown_iters=6, late_qat_threshold=0.5)
@@ -743,6 +733,86 @@ def test_warm_up_changes_nothing(make_trainer):
     assert h.trainer_losses(cold) == losses and len(set(losses)) == 7
     assert all(map(torch.equal, cold.params, warm.params))
     assert h.trainer_losses(warm)[-1] < h.trainer_losses(warm)[0]
+
+
+def planned(c: t.Config, lag: int, ms: list[int], save: int, reserve: float) -> list[tuple]:
+    """What a run does whose steps take `ms`, with a checkpoint before step `save` and at the end.
+
+    Step s is planned by what had ended as step s - lag was launched, after a wait for s - 2 lag.
+    """
+    cap, peak, first = 1e3 * c.max_wallclock_seconds, c.muon_momentum, c.muon_momentum_warmup_start
+    usable = cap - t.CLOCK_RESERVE_MS - reserve
+    told, trace, done, recur, qat = [(0, 0, False)] * lag, [], 0, False, False
+    for step in range(len(ms)):
+        pauses = ["save"] * (step == save) + ["validate"] * (step % c.val_loss_every == 0 < step)
+        trace += [(name, step) for name in pauses]
+        now, usual, late = told[step]
+        if late:
+            break
+        done = step if pauses else max(done, step + 1 - lag)
+        ended, recent = sum(ms[:done]), ms[:done][-20:]
+        ends = ended + (step + lag + 1 - done) * max(recent, default=0)  # of step + lag
+        told.append((ended, np.median(recent) if done > 2 else 0, ends > usable))
+        now += lag * usual
+        left = (usable - now) / usual if usual else c.iterations - step
+        scale = c.min_lr + (1 - c.min_lr) * min(1, left / c.warmdown_iters)
+        recur, qat = recur or now / cap >= c.recur_start_step, qat or scale < c.late_qat_threshold
+        momentum = first + (peak - first) * min(1, step / c.muon_momentum_warmup_steps)
+        trace += [("forward", recur, qat), ("momentum", momentum), ("adam", scale * c.scalar_lr),
+                  ("muon", scale * c.matrix_lr), ("average", step, scale)]
+    return trace + [("save", step)] * (step != save) + [("validate", step)]
+
+
+@pytest.mark.parametrize("lag, stop", [(1, 44), (2, 33)])
+def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
+    """Rates, momentum, phase, average, pauses and stop of each step, on a fake device that lags.
+
+    The scale rises within late QAT, as steps get faster. With lag 2 the checkpoint takes in two
+    steps at once: the first is late for the slow step, which the second no longer looks back to.
+    """
+    ms = [80 + step % 7 if step >= 12 else 140 + 10 * (step % 3) for step in range(60)]
+    ms[10], save, calibrations = 300, 33, [900, 400, 450]  # priming, measured, after the run
+    reserve = t.CALIBRATION_MARGIN * calibrations[1]
+    trainer = make_trainer(
+        **h.SHALLOW, iterations=1000, val_loss_every=10, checkpoint_every=save - lag, min_lr=0.1,
+        max_wallclock_seconds=(4640 + t.CLOCK_RESERVE_MS + reserve) / 1e3, warmdown_iters=16,
+        recur_start_step=0.4, late_qat_threshold=0.85, muon_momentum_warmup_steps=12,
+        scalar_lr=0.02, tied_embed_lr=0.02, gptq_calibration_seqs=4)  # fmt: skip
+    device, trace, model, runtime = h.Device(), [], trainer.model, trainer.runtime
+    runtime.event, runtime.synchronize = device.event, device.synchronize
+    trainer.lag, trainer.saved_at = lag, 0.0
+    steps_as_seconds = vars(time) | dict(monotonic=lambda: trainer.steps)  # for CHECKPOINT_EVERY
+    monkeypatch.setattr(t, "time", SimpleNamespace(**steps_as_seconds))
+
+    def spy(owner, name, entry, *costs) -> None:
+        inner, costs = getattr(owner, name), iter(costs)
+
+        def spied(*arguments):
+            trace.append(entry(*arguments))
+            device.work(next(costs, 0))
+            return inner(*arguments)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    spy(trainer, "backward", lambda *_: ("forward", model.recur, model.embed.qat_bits > 0))
+    spy(t.Muon, "start", lambda _, factor, momentum: ("momentum", momentum))
+    spy(torch.optim.AdamW, "step", lambda adam: ("adam", *{g["lr"] for g in adam.param_groups}))
+    spy(t.Muon, "finish", lambda _, lr: ("muon", lr))
+    spy(trainer.average, "update", lambda *arguments: ("average", *arguments), *ms)
+    spy(t.Checkpoints, "write", lambda *_: ("save", trainer.steps), 3000)
+    spy(trainer.evaluator, "score", lambda *_: ("validate", trainer.steps), *[5000] * 9)
+    spy(t, "input_hessians", lambda *_: ("calibrate",), *calibrations)
+    trainer.run()
+    want = [("calibrate",)] * 2 + planned(trainer.config, lag, ms, save, reserve)
+    assert trace == [pytest.approx(entry) for entry in want] and trainer.steps == stop
+    scales = [entry[2] for entry in want if entry[0] == "average"]
+    assert scales[22] < trainer.config.late_qat_threshold < max(scales[23:])
+    assert [(e["name"], e["step"]) for e in h.trainer_events(trainer, "phase")] == [
+        ("recur", 15), ("qat", 22)]
+    assert [(e["step"], e["train_ms"]) for e in h.trainer_events(trainer, "val")] == [
+        (step, sum(ms[:step])) for step in (*range(10, stop, 10), stop)]
+    trainer.finish()
+    assert trainer.clock.elapsed_ms == sum(ms[:stop]) + calibrations[2]
 
 
 def manual_gradients(trainer: t.Trainer, step: int) -> tuple[float, list]:

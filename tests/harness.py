@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -647,6 +647,48 @@ def make_trainer(tmp_path, monkeypatch, data) -> Iterator[Callable[..., t.Traine
     yield make
     for each in made:
         each.close()
+
+
+class DeviceEvent(NamedTuple):
+    """An event of a fake device, and when it is done."""
+
+    device: Device
+    done: float
+
+    def query(self) -> bool:
+        """Whether the device has passed the event."""
+        return self.device.now >= self.done
+
+    def elapsed_time(self, later: DeviceEvent) -> float:
+        """Milliseconds between two events."""
+        return later.done - self.done
+
+    def synchronize(self) -> None:
+        """Wait for it."""
+        self.device.wait(self.done)
+
+
+class Device:
+    """A fake device that works behind the host: times in ms, and how often the host has waited."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now, self.done, self.waits = now, now, 0
+
+    def work(self, ms: float) -> None:
+        """Queue work."""
+        self.done = max(self.now, self.done) + ms
+
+    def event(self) -> DeviceEvent:
+        """An event after all that is queued."""
+        return DeviceEvent(self, max(self.now, self.done))
+
+    def wait(self, until: float) -> None:
+        """Let the host wait."""
+        self.waits, self.now = self.waits + 1, max(self.now, until)
+
+    def synchronize(self) -> None:
+        """Wait for all that is queued."""
+        self.wait(self.done)
 
 
 def trainer_events(trainer: t.Trainer, kind: str) -> list[dict]:

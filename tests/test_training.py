@@ -6,7 +6,6 @@ import functools
 import math
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,34 +117,9 @@ def test_optimizer_step_rates_and_betas():
     assert all(g["betas"] == (0.8, 0.9) for g in optimizer.adam.param_groups)
 
 
-class DeviceEvent:
-    """A device event that is done at a given time of a fake clock."""
-
-    def __init__(self, runtime: SimpleNamespace, done: float) -> None:
-        self.runtime, self.done = runtime, done
-
-    def query(self) -> bool:
-        """Whether the device has passed the event."""
-        return self.runtime.now >= self.done
-
-    def elapsed_time(self, later: DeviceEvent) -> float:
-        """Milliseconds between two events."""
-        return later.done - self.done
-
-    def synchronize(self) -> None:
-        """Waiting is a failure here."""
-        raise AssertionError("the clock waited for an event")
-
-
 def test_train_clock():
     """Finished steps only, never waiting; pauses are excluded; the slowest step is expected."""
-    runtime = SimpleNamespace(now=1000.0, done=1000.0, waits=0)
-    runtime.event = lambda: DeviceEvent(runtime, runtime.done)
-
-    def synchronize() -> None:
-        runtime.waits, runtime.now = runtime.waits + 1, max(runtime.now, runtime.done)
-
-    runtime.synchronize = synchronize
+    runtime = h.Device(1000.0)
     clock = t.TrainClock(runtime)
     clock.resume()
     assert clock.elapsed_ms == clock.step_ms == clock.expected_ms(5) == 0
@@ -171,24 +145,6 @@ def test_train_clock():
     clock.pause()
     clock.pause()
     assert clock.elapsed_ms == 350
-
-
-def test_wallclock_stop(make_trainer):
-    """A run ends before its cap, says so, and its learning rate has come down by the clock."""
-    trainer = make_trainer(iterations=2000, max_wallclock_seconds=3.0, warmdown_iters=20,
-                           quant="rtn", warmup_steps=4, recur_start_step=0.3,
-                           late_qat_threshold=0.15)
-    trainer.run()
-    (stop,) = h.trainer_events(trainer, "stop")
-    assert trainer.clock.elapsed_ms == stop["train_ms"]
-    assert 300 < trainer.clock.elapsed_ms < 3000
-    text = Path(f"logs/{trainer.log.run_id}.txt").read_text()
-    line = [x for x in text.splitlines() if x.startswith("stopping_early: wallclock_cap ")]
-    assert len(line) == 1
-    assert line[0].endswith(f"ms step:{trainer.steps}/2000")
-    events = h.trainer_events(trainer, "train")
-    assert events[-1]["lr_scale"] < 0.5 and events[0]["lr_scale"] == 1
-    assert [e["name"] for e in h.trainer_events(trainer, "phase")][0] == "recur"
 
 
 def test_non_finite_loss(make_trainer):
