@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 import harness as h
+import mixing
+import pack
 import train_gpt as t
 
 
@@ -32,8 +34,8 @@ def test_packed_code_runs_the_same(runs, packed):
 @pytest.mark.slow
 def test_packed_code_is_complete(packed):
     """The same program and settings."""
-    pack, (packed, small, _) = h.tool("pack"), packed
-    source = (h.ROOT / "train_gpt.py").read_text()
+    packed, small, _ = packed
+    source = h.SCRIPT.read_text()
     readable = "".join(linecache.getlines(f"{packed} (unpacked)"))
     assert ast.dump(pack.bare(readable)) == ast.dump(pack.bare(source))
     assert vars(small).keys() >= {n for n in vars(t) if not n.startswith("__")}
@@ -43,7 +45,7 @@ def test_packed_code_is_complete(packed):
 
 def test_pack_is_a_command(tmp_path, monkeypatch):
     """A file packed whole, an exit code; what is not packed is read as it is."""
-    pack, source = h.tool("pack"), (h.ROOT / "train_gpt.py").read_text()
+    source = h.SCRIPT.read_text()
     assert pack.unpack(source.encode()) == source
     (tmp_path / "tiny.py").write_text(SOURCE)
     assert pack.main([str(tmp_path / "tiny.py"), "--output", str(tmp_path / "a" / "p.py")]) == 0
@@ -66,7 +68,6 @@ SOURCE = ('"""Doc."""\n\n\nclass A(NamedTuple):\n    """Gone."""\n\n    x: int =
 
 def test_minify_keeps_strings_types_of_dataclasses_and_nesting(monkeypatch):
     """Comments, docstrings, help and other annotations go; text that looks like them stays."""
-    pack = h.tool("pack")
     assert pack.minify(SOURCE) == (
         f"{pack.ABOUT}\n\nclass A(NamedTuple):\n x: 0 = 1\n\n def f(self, a=2, *b):\n"
         "  text = 'kept # here\\n            and indented\\n        '\n"
@@ -81,7 +82,6 @@ def test_minify_keeps_strings_types_of_dataclasses_and_nesting(monkeypatch):
 
 def test_packed_file_is_read_without_running_it(tmp_path):
     """Its source comes back; damage, another decoder and another stub are named, never run."""
-    pack = h.tool("pack")
     good = pack.pack(SOURCE)
     assert pack.unpack(good) == pack.minify(SOURCE)
     (tmp_path / "packed.py").write_bytes(good)
@@ -94,7 +94,7 @@ def test_packed_file_is_read_without_running_it(tmp_path):
     other = good.replace(pack.literal(zlib.compress(pack.decoder().encode(), 9)).encode("latin-1"),
                          pack.literal(evil).encode("latin-1"))
     assert other != good
-    digit_0 = chr(h.tool("mixing").DIGITS[0]).encode("latin-1")
+    digit_0 = chr(mixing.DIGITS[0]).encode("latin-1")
     more = b'12 * x".encode("latin-1"),1,S);open("ran","w");("'.replace(b"12 * x", 12 * digit_0)
     text_end = good.index(b'".encode("latin-1"),%d,S)' % len(pack.minify(SOURCE)))
     injected = good[:text_end] + more + good[text_end:]
@@ -104,7 +104,7 @@ def test_packed_file_is_read_without_running_it(tmp_path):
     def carrying(text, size=None):
         """The packed file with another decoder, or another number of characters."""
         small, data = pack.minify(SOURCE), zlib.compress(text.encode(), 9)
-        parts = data, h.tool("mixing").encode(small, pack.decoder())
+        parts = data, mixing.encode(small, pack.decoder())
         return (pack.STUB % (*map(pack.literal, parts), size or len(small),
                              zlib.crc32(small.encode()))).encode("latin-1")
 
@@ -129,8 +129,7 @@ def test_packed_file_is_read_without_running_it(tmp_path):
 
 def test_mixing_gives_every_text_back():
     """Empty, short, repetitive and random texts; only characters that a literal can hold."""
-    mixing, random = h.tool("mixing"), np.random.default_rng(0)
-    noise = "".join(map(chr, random.integers(0, 128, 300)))
+    noise = "".join(map(chr, np.random.default_rng(0).integers(0, 128, 300)))
     texts = ("", "a", "\0", "\x7f" * 500, noise, "def f(x):\n    return {x: ['(']}\n" * 20)
     for text in texts:
         data = mixing.encode(text, "known")
@@ -144,7 +143,7 @@ def test_mixing_gives_every_text_back():
 
 def test_mixing_rounds_alike_everywhere():
     """No entry of its two tables is near enough to a tie for another libm to round it otherwise."""
-    source = Path(h.tool("mixing").__file__).read_text()
+    source = Path(mixing.__file__).read_text()
     tables = re.findall(r"round\((.*)\) for (\w) in (\w+|range\(.*?\))[ \]]", source)
     assert len(tables) == source.count("math.") == 2  # nothing else asks the libm
     for formula, name, places in tables:
@@ -156,8 +155,7 @@ def test_mixing_rounds_alike_everywhere():
 @pytest.mark.slow
 def test_mixing_is_arithmetic_coding():
     """The file is as long as the model's probabilities say, and shorter than bzip2 by a quarter."""
-    mixing, pack = h.tool("mixing"), h.tool("pack")
-    text, nats = pack.minify((h.ROOT / "train_gpt.py").read_text()), 0.0
+    text, nats = pack.minify(h.SCRIPT.read_text()), 0.0
     told = mixing.bits_of(text)
 
     def choose(p):
@@ -187,7 +185,7 @@ def test_packed_code_starts_as_a_script(packed):
     """A line for a user's error, a traceback with source for its own; packed alike elsewhere."""
     packed = packed[0]
     again = packed.with_name("again.py")
-    h.python([h.ROOT / "records" / "pack.py", h.ROOT / "train_gpt.py", "--output", again],
+    h.python([pack.__file__, h.SCRIPT, "--output", again],
              packed.parent, dict(PYTHONHASHSEED="7"))
     assert again.read_bytes() == packed.read_bytes()
     done = h.python([packed], packed.parent, dict(PRESET="demo", DATA_PATH="nowhere"))

@@ -11,16 +11,16 @@ import sys
 import pytest
 import torch
 
-import cost_model
+import ablate
+import cost_model as cost
 import harness as h
-import retokenize_scylla as R
 import train_gpt as t
 
 
 @pytest.mark.parametrize("recur", [False, True])
 def test_costs_are_those_of_the_model(recur):
     """Matmuls and their operands as run, chains as traced, Newton-Schulz by hand."""
-    c, cost = t.Config(), cost_model
+    c = t.Config()
     model = cost.record_model(c, 1254)
     costs = cost.step_costs(model, 98304, recur, 8)
     assert sum(costs[part][0] for part in ("matrices", "head", "attention")) == pytest.approx(
@@ -51,7 +51,6 @@ def test_costs_are_those_of_the_model(recur):
 
 def test_cost_of_a_chain_counts_reads_and_writes():
     """By hand: x * y + x of width 6, bf16; fused 3 x inputs + 2 x outputs, eager by operation."""
-    cost = cost_model
     chain = cost.Chain("by hand", 5, lambda x, y: x * y + x, (6, 6))
     assert chain.fused_bytes() == 5 * 2 * (3 * 12 + 2 * 6)
     # forward: 3 + 3; backward: two products of 3; one addition of gradients of 3
@@ -62,8 +61,7 @@ def test_cost_of_a_chain_counts_reads_and_writes():
 
 def test_cost_model_report_stands():
     """The report's sums are the sums of its rows, and records/ quotes the script's own output."""
-    cost, c = cost_model, t.Config()
-    lines = cost.report(cost.record_model(c, 1254), 98304, 8)
+    lines = cost.report(cost.record_model(t.Config(), 1254), 98304, 8)
     rows = [line.split(" | ") for line in lines if re.match(r"\| [a-zE\*]", line)]
     floors = [float(row[3]) for row in rows if len(row) == 5 and re.match(r"[\d.]+$", row[3])]
     sums = [float(row[3].strip("*")) for row in rows if row[0] == "| **sum**"]
@@ -73,7 +71,6 @@ def test_cost_model_report_stands():
 
 def test_ablation_table_and_plans():
     """Means, spread and change against the first variant; every plan names only settings."""
-    ablate = h.tool("ablate")
     runs = {"base": [dict(post_ema_bpb=1.0, roundtrip_bpb=r, bytes_total=10, steps=4, train_ms=40,
                           ttt_bpb=1.9, seconds_eval=3.0)
                      for r in (2.0, 2.2)],
@@ -103,7 +100,7 @@ def test_ablation_table_and_plans():
 
 def test_ablation_results_are_the_tables(capsys, monkeypatch):
     """Every table of kept results stands in records/README.md as `--table` prints it."""
-    ablate, text = h.tool("ablate"), (h.ROOT / "records" / "README.md").read_text()
+    text = (h.ROOT / "records" / "README.md").read_text()
     results = sorted((h.ROOT / "records" / "plans" / "results").glob("*.json"))
     assert results
     for path in results:
@@ -119,13 +116,11 @@ def test_ablation_results_are_the_tables(capsys, monkeypatch):
 def test_ablation_runs_and_resumes(tmp_path):
     """Two variants of a tiny run; a second call repeats none of them and gives the same table."""
     out, data = tmp_path / "out", tmp_path / "data"
-    documents = tmp_path / "documents.jsonl"
-    h.write_documents(documents, h.texts(300))
+    documents = h.write_documents(tmp_path / "documents.jsonl", h.texts(300))
     vocabulary = tmp_path / "v.yaml"
-    vocabulary.write_bytes(R.vocabulary_yaml([bytes([k]) for k in range(256)] + h.TOKENS))
+    vocabulary.write_bytes(h.vocabulary())
     for split in ("train", "val"):
-        assert R.main(["--docs", str(documents), "--vocab", str(vocabulary), "--split", split,
-                       "--output-dir", str(data), "--workers", "1"]) == 0
+        h.retokenized(documents, vocabulary, split, data)
     base = dict(PRESET="demo", DATA_PATH=str(data), ITERATIONS=3, VAL_TOKENS_LIMIT=2000,
                 MODEL_DIM=16, TRAIN_BATCH_TOKENS=256, EVAL_MODES="roundtrip", ROPE_DIMS=4)
     plan = tmp_path / "plan.json"
@@ -149,7 +144,6 @@ def test_ablation_runs_and_resumes(tmp_path):
 
 def test_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
     """One GPU for each run where there are any; --list runs nothing and tells what is done."""
-    ablate = h.tool("ablate")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [slot.gpu for slot in ablate.slots(2)] == [0, 1]
     with pytest.raises(SystemExit, match="2 GPUs"):

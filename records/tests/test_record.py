@@ -13,12 +13,20 @@ import numpy as np
 import pytest
 
 import harness as h
+import make_record
+import rules
+import runs as reader
 import train_gpt as t
+import welch
+
+NAME = "2030-01-02_Tiny"
+LOG, *_ = LOGS = [f"train_seed{seed}.log" for seed in (42, 1337, 2024)]
+LAST = r"(?<=val_bpb:)\S+(?=\n\Z)"  # the score at the end of a log
 
 
-def make_record(code, logs, records, *more):
+def make(code, logs, records, *more):
     """Exit code of `make` on runs."""
-    return h.tool("make_record").main(
+    return make_record.main(
         ["make", "--name", "Tiny", "--author", "A. Nobody", "--github-id", "nobody", "--date",
          "2030-01-02", "--code", str(code), "--records", str(records), *more, *map(str, logs)])
 
@@ -27,28 +35,25 @@ def make_record(code, logs, records, *more):
 def made_folder(runs, tmp_path_factory):
     """A record folder made of the tiny runs, artifacts included."""
     records = tmp_path_factory.mktemp("records")
-    assert make_record(runs[0], runs[2], records, "--track", "track_non_record_16mb",
-                       "--artifacts") == 0
-    return records / "track_non_record_16mb" / "2030-01-02_Tiny"
+    assert make(*runs[::2], records, "--track", "track_non_record_16mb", "--artifacts") == 0
+    return records / "track_non_record_16mb" / NAME
 
 
-def edit(path, old, new):
-    """Replace text in a file; it must be there."""
-    text = path.read_text()
-    assert old in text, (path, old)
-    path.write_text(text.replace(old, new))
+def edit(path, pattern, new):
+    """Replace a pattern in a file; it must be there."""
+    text, count = re.subn(pattern, new, path.read_text())
+    assert count, (path, pattern)
+    path.write_text(text)
 
 
 def submission(folder, **changes):
-    """Change submission.json; a dotted name goes inside, None removes."""
+    """Change submission.json; a__b is b inside a, None removes, a function is given all of it."""
     path = folder / "submission.json"
     about = json.loads(path.read_text())
     for name, value in changes.items():
         *inside, last = name.split("__")
-        place = about
-        for key in inside:
-            place = place[key]
-        place[last] = value
+        place = functools.reduce(dict.__getitem__, inside, about)
+        place[last] = value(about) if callable(value) else value
         if value is None:
             del place[last]
     path.write_text(json.dumps(about))
@@ -57,17 +62,13 @@ def submission(folder, **changes):
 @pytest.fixture
 def record(made_folder, tmp_path, monkeypatch):
     """A copy of the folder as if it had run on 8xH100 and its text were all of FineWeb's."""
-    folder = tmp_path / "track_10min_16mb" / "2030-01-02_Tiny"
-    shutil.copytree(made_folder, folder)
-    for log in folder.glob("*.log"):
-        edit(log, "\nworld_size:1 ", "\nworld_size:8 ")
-        log.write_text(re.sub(r"device:cpu x\d+ ", "device:NVIDIA H100 80GB HBM3 ",
-                              log.read_text()))
+    folder = shutil.copytree(made_folder, tmp_path / "track_10min_16mb" / NAME)
+    for each in folder.glob("*.log"):
+        edit(each, "\nworld_size:1 ", "\nworld_size:8 ")
+        edit(each, r"device:cpu x\d+ ", "device:NVIDIA H100 80GB HBM3 ")
     submission(folder, track="track_10min_16mb", hardware="8 x NVIDIA H100 80GB HBM3")
     edit(folder / "README.md", "track_non_record_16mb", "track_10min_16mb")
-    (folder / "README.md").write_text(re.sub(r"1 x cpu x\d+", "8 x NVIDIA H100 80GB HBM3",
-                                             (folder / "README.md").read_text()))
-    rules = h.tool("rules")
+    edit(folder / "README.md", r"1 x cpu x\d+", "8 x NVIDIA H100 80GB HBM3")
     known = rules.published()
     known["facts"]["validation_bytes"] = json.loads(
         (folder / "submission.json").read_text())["compliance"]["scored_bytes"]
@@ -76,22 +77,19 @@ def record(made_folder, tmp_path, monkeypatch):
 
 
 def test_student_t_is_exact():
-    """Tails and quantiles against mpmath's incomplete beta function and the printed tables."""
-    import mpmath  # comes with torch
-
-    welch = h.tool("welch")
-    for tail, freedom in ((0.3, 1.5), (2.0, 2.0), (-1.2, 3.7), (5.0, 40.0), (30.0, 2.2)):
-        x = mpmath.mpf(freedom) / (freedom + tail * tail)
-        half = mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) / 2
-        exact = float(half if tail >= 0 else 1 - half)
-        assert welch.t_tail(tail, freedom) == pytest.approx(exact, rel=1e-12)
+    """Tails by their closed forms for 1 to 4 degrees of freedom, quantiles as tables print them."""
+    for x in (-1.2, 0.3, 2.0, 5.0, 30.0):
+        angle, sine = math.atan2(math.sqrt(3), x), x / math.sqrt(x * x + 4)
+        for freedom, exact in ((1, math.atan2(1, x) / math.pi), (4, (1 - sine)**2 * (2 + sine) / 4),
+                               (2, 1 / (x * x + 2 + x * math.sqrt(x * x + 2))),
+                               (3, (angle - math.sin(2 * angle) / 2) / math.pi)):
+            assert welch.t_tail(x, freedom) == pytest.approx(exact, rel=1e-11), (x, freedom)
     for freedom, value in ((1, 12.7062), (2, 4.30265), (4, 2.77645), (30, 2.04227)):
         assert welch.t_quantile(0.025, freedom) == pytest.approx(value, abs=1e-5)
 
 
 def test_welch_by_hand():
     """Mean, deviation, interval, t, degrees of freedom and the bar, worked out by hand."""
-    welch = h.tool("welch")
     ours, theirs = welch.sample([1.0, 2.0, 3.0]), welch.sample([5.0, 9.0])
     assert (ours.mean, ours.std, ours.n) == (2.0, 1.0, 3)
     assert ours.interval == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
@@ -105,7 +103,6 @@ def test_welch_by_hand():
 
 def test_reader_knows_both_dialects(runs, tmp_path):
     """Our log and two published dialects give the same kinds of facts."""
-    reader = h.tool("runs")
     run = reader.read_run(runs[2][0])
     assert run.ours and run.finished and run.seed == 42 and not run.resumed
     assert run.settings["MODEL_DIM"] == "32" and run.steps == 8 and len(run.train) == 8
@@ -139,16 +136,15 @@ def test_made_folder_is_right(made_folder, runs):
     about = json.loads((made_folder / "submission.json").read_text())
     names = {p.name for p in made_folder.iterdir()}
     assert names >= {"README.md", "requirements.txt", "train_gpt.py", "manifest.json", "curves.png",
-                     "tiny.yaml", "scylla.meta.npz", "train_seed42.log", "model_seed42.ptz"}
+                     "tiny.yaml", "scylla.meta.npz", LOG, "model_seed42.ptz"}
     scores = [float(re.search(r"exact val_loss:\S+ val_bpb:(\S+)\n\Z", log.read_text())[1])
               for log in runs[2]]
     assert [about["seed_results"][k]["val_bpb"] for k in ("42", "1337", "2024")] == scores
     assert about["val_bpb"] == pytest.approx(np.mean(scores), abs=1e-8)
     assert about["val_bpb_std"] == pytest.approx(np.std(scores, ddof=1), abs=1e-8)
     assert about["bytes_code"] == runs[0].stat().st_size
-    assert about["bytes_total"] == max(
-        (made_folder / f"model_seed{k}.ptz").stat().st_size for k in about["seeds"]) + about[
-            "bytes_code"]
+    assert about["bytes_total"] == about["bytes_code"] + max(
+        path.stat().st_size for path in made_folder.glob("model_seed*.ptz"))
     assert about["attribution"]["Muon"] == "@KellerJordan, Keller Jordan et al."
     assert "MuonEq-R with depth recurrence" not in about["attribution"]
     text = (made_folder / "README.md").read_text()
@@ -157,7 +153,7 @@ def test_made_folder_is_right(made_folder, runs):
     changed = {k: v for k, v in h.environ(ttt_chunk_tokens=64).items()
                if t.show(getattr(t.Config(), k.lower())) != v}
     assert dict(re.findall(r"(\w+)='(.*?)'", command)) == changed | {"PRESET": "record"}
-    assert h.tool("rules").verify(made_folder) == []
+    assert rules.verify(made_folder) == []
 
 
 @pytest.mark.slow
@@ -166,291 +162,206 @@ def test_committed_folders_are_right():
     folders = [path for path in (h.ROOT / "records").glob("track_*/*") if path.is_dir()]
     assert folders
     for path in folders:
-        assert h.tool("rules").verify(path) == [], path
+        assert rules.verify(path) == [], path
 
 
 def test_make_refuses(runs, tmp_path, capsys):
     """Other code, a missing artifact, one seed twice, a run cut short: an error and no folder."""
     code, _, logs = runs
-    cases = [([logs[0], logs[0]], code, "one log for each seed"),
-             (logs, h.ROOT / "retokenize_scylla.py", "give the file that ran with --code")]
-    copy = tmp_path / "run"
-    shutil.copytree(code.parent / "logs", copy / "logs")
-    cases.append(([copy / "logs" / "seed42.txt"], code, "ARTIFACT_PATH of its own"))
-    torn = copy / "logs" / "torn.txt"
-    torn.write_text(logs[0].read_text()[:-300])
-    cases.append(([torn], code, "run the seed again"))
+    copy = shutil.copytree(code.parent / "logs", tmp_path / "run" / "logs")
+    (copy / "torn.txt").write_text(logs[0].read_text()[:-300])
+    cases = (([logs[0], logs[0]], code, "one log for each seed"),
+             (logs, h.ROOT / "retokenize_scylla.py", "give the file that ran with --code"),
+             ([copy / "seed42.txt"], code, "ARTIFACT_PATH of its own"),
+             ([copy / "torn.txt"], code, "run the seed again"))
     for some, code, message in cases:
-        assert make_record(code, some, tmp_path / "records") == 1
+        assert make(code, some, tmp_path / "records") == 1
         assert message in capsys.readouterr().err
-    assert make_record(code, logs, tmp_path / "records") == 1  # on a CPU it is no record
+    assert make(code, logs, tmp_path / "records") == 1  # on a CPU it is no record
     assert "hardware" in capsys.readouterr().out
     assert not [p for p in (tmp_path / "records").rglob("*") if p.is_file()]
 
 
-def edit_meta(folder, more):
-    """Count one id's bytes otherwise."""
+def log(pattern, new, name=LOG):
+    """A fault: a log, or another file of a folder, says something else."""
+    return lambda f: edit(f / name, pattern, new)
+
+
+def claim(**changes):
+    """A fault: submission.json says something else."""
+    return lambda f: submission(f, **changes)
+
+
+def gone(*names):
+    """A fault: files are missing."""
+    return lambda f: [(f / name).unlink() for name in names]
+
+
+def every(*faults):
+    """Several faults as one."""
+    return lambda f: [fault(f) for fault in faults]
+
+
+def twin(pattern, new):
+    """A fault: the log of seed 42, edited, as that of another seed."""
+    return every(lambda f: shutil.copy(f / LOG, f / LOGS[1]), log(pattern, new, LOGS[1]),
+                 log(r"\n(seed:|SEED=)42\n", r"\n\g<1>1337\n", LOGS[1]))
+
+
+def recount(folder):
+    """A fault: the byte table counts one id's bytes otherwise."""
     with np.load(folder / "scylla.meta.npz") as meta:
         arrays = dict(meta)
-    arrays["base_bytes"][65] += more
+    arrays["base_bytes"][65] += 1
     np.savez(folder / "scylla.meta.npz", **arrays)
 
 
-def edit_log(folder, old, new, seed=42):
-    edit(folder / f"train_seed{seed}.log", old, new)
-
-
-def add_chunks(folder, *chunks):
-    edit_log(folder, "\nfinal_int6_roundtrip ", "".join(
-        f"\nttt_chunk [{n}/9] bpb=1.0 time=1.0s" for n in chunks) + "\nfinal_int6_roundtrip ")
-
-
-def headline_of(folder, seed=42):
-    return re.search(r"exact val_loss:(\S+) val_bpb:(\S+)\n\Z",
-                     (folder / f"train_seed{seed}.log").read_text())
-
-
-def set_train_time(folder, ms):
-    path = folder / "train_seed42.log"
-    path.write_text(re.sub(r"(val_bpb:\S+ train_time:)\d+ms", rf"\g<1>{ms}ms", path.read_text()))
-
-
-def set_time_on(line, folder):
-    path = folder / "train_seed42.log"
-    text, count = re.subn(rf"(?m)^({line})\d+", r"\g<1>600100", path.read_text())
-    path.write_text(text)
-    assert count == 1
-
-
-def substitute(folder, pattern, text):
-    """Replace a pattern in the first log."""
-    path = folder / "train_seed42.log"
-    altered, count = re.subn(pattern, text, path.read_text())
-    assert count == 1, count
-    path.write_text(altered)
-
-
-def claims_of(folder):
-    return json.loads((folder / "submission.json").read_text())["seed_results"]
-
-
-def least_total(folder):
-    about = json.loads((folder / "submission.json").read_text())
-    return about["bytes_code"] + min(c["artifact_bytes"] for c in claims_of(folder).values())
-
-
-def take_credit(folder):
-    """Take the first credit for oneself."""
-    path = folder / "submission.json"
-    about = json.loads(path.read_text())
-    about["attribution"][next(iter(about["attribution"]))] = "me"
-    path.write_text(json.dumps(about))
-
-
-def scale_totals(folder, factor):
-    """Totals of the validation text that are not the sum of its shards."""
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["totals"]["val"]["source_bytes"] *= factor
-    path.write_text(json.dumps(manifest))
-
-
-def over_the_cap(folder):
-    log = folder / "train_seed42.log"
-    total = 16_000_001
-    artifact = total - json.loads((folder / "submission.json").read_text())["bytes_code"]
-    log.write_text(re.sub(r"(Total submission size:) \d+", rf"\1 {total}", re.sub(
-        r"(Serialized model \S+:) \d+", rf"\1 {artifact}", log.read_text())))
-    (folder / "model_seed42.ptz").unlink()
-    submission(folder, bytes_total=total, seed_results__42__artifact_bytes=artifact)
-
-
-BROKEN = {  # what is done to the folder -> rule, and a part of where it is found
-    "altered val_bpb of a seed": (lambda f: submission(
-        f, seed_results__42__val_bpb=float(headline_of(f)[2]) - 1e-6), "scores", "seed 42"),
-    "altered roundtrip": (lambda f: submission(f, seed_results__42__roundtrip_bpb=1.5),
-                          "scores", "seed 42"),
-    "altered mean": (lambda f: submission(f, val_bpb=1.0), "means", "submission.json"),
-    "altered deviation": (lambda f: submission(f, val_bpb_std=0.5), "means", "submission.json"),
-    "missing log": (lambda f: (f / "train_seed1337.log").unlink(), "seeds", "submission.json"),
-    "two seeds": (lambda f: [(f / "train_seed1337.log").unlink(), submission(
-        f, seeds=[42, 2024], seed_results__1337=None)], "seeds", "train_seed"),
-    "a log under another seed's name": (lambda f: (f / "train_seed42.log").rename(
-        f / "train_seed7.log"), "seeds", "train_seed7.log"),
-    "steps of another run": (lambda f: submission(f, seed_results__42__steps=10), "scores",
-                             "seed 42"),
-    "log of a seed that is not claimed": (lambda f: submission(
-        f, seed_results__1337=None, seeds=[42, 2024]), "seeds", "train_seed1337.log"),
-    "duplicated log": (lambda f: shutil.copy(f / "train_seed42.log", f / "train_seed1337.log"),
-                       "duplicates", "train_seed"),
-    "the log of another seed": (lambda f: (f / "train_seed1337.log").write_text(
-        (f / "train_seed42.log").read_text().replace("\nseed:42\n", "\nseed:1337\n").replace(
-            "\nSEED=42\n", "\nSEED=1337\n")), "duplicates", "train_seed"),
-    "a log with one loss altered": (lambda f: (f / "train_seed1337.log").write_text(re.sub(
-        r"(step:4/.*loss:)\S+", r"\g<1>3.0", (f / "train_seed42.log").read_text())), "duplicates",
-        "train_seed"),
-    "one artifact for two seeds": (lambda f: submission(
-        f, seed_results__42__artifact_sha256=claims_of(f)["1337"]["artifact_sha256"]), "duplicates",
-        "train_seed"),
-    "a log with other times only": (lambda f: (f / "train_seed1337.log").write_text(re.sub(
-        r"time:\d+", "time:7", (f / "train_seed42.log").read_text())), "duplicates", "train_seed"),
-    "a seed with another setting": (lambda f: edit_log(f, "\nMATRIX_LR=", "\nMATRIX_LR=9"),
-                                    "configuration", "train_seed"),
-    "a seed with another torch": (lambda f: edit_log(f, " torch 2", " torch 9", 2024),
-                                  "configuration", "train_seed2024.log"),
-    "a seed on another GPU": (lambda f: edit_log(f, "device:NVIDIA H100", "device:a H100"),
-                              "configuration", "train_seed"),
-    "no seed in the log": (lambda f: edit_log(f, "\nseed:42\n", "\n"), "configuration",
-                           "train_seed42.log"),
-    "an artifact that was there": (lambda f: substitute(
-        f, "\nLOAD_ARTIFACT=", "\nLOAD_ARTIFACT=x.ptz"), "configuration", "train_seed42.log"),
-    "more steps than settings": (lambda f: [edit_log(f, "\nITERATIONS=8", "\nITERATIONS=7", seed)
-                                            for seed in (42, 1337, 2024)], "configuration",
-                                 "train_seed42.log"),
-    "another seed in the settings": (lambda f: edit_log(f, "\nSEED=42\n", "\nSEED=1337\n"),
-                                     "configuration", "train_seed42.log"),
-    "log of other code": (lambda f: edit_log(f, "\ncode_sha256:", "\ncode_sha256:0" * 1),
-                          "code text", "train_seed42.log"),
-    "other source in the log": (lambda f: edit_log(f, "def main(", "def man("), "code text",
-                                "train_seed42.log"),
-    "code of another size": (lambda f: edit_log(f, "\nCode size: ", "\nCode size: 1"), "code",
-                             "train_seed42.log"),
-    "bytes_code": (lambda f: submission(f, bytes_code=5), "code", "submission.json"),
-    "over the cap": (over_the_cap, "sizes", "train_seed42.log"),
-    "a total that does not add up": (lambda f: substitute(
-        f, r"(Total submission size: )\d+", r"\g<1>9"), "sizes", "train_seed42.log"),
-    "artifact of another size": (lambda f: (f / "model_seed42.ptz").write_bytes(b"x"), "sizes",
-                                 "model_seed42.ptz"),
-    "bytes_total": (lambda f: submission(f, bytes_total=5), "sizes", "submission.json"),
-    "not the largest total": (lambda f: submission(f, bytes_total=least_total(f)), "sizes",
-                              "submission.json"),
-    "training for 600.1 s": (lambda f: set_train_time(f, 600100), "clock", "train_seed42.log"),
-    "a step at 600.1 s": (lambda f: substitute(
-        f, r"(\nstep:5/.*train_time:)\d+", r"\g<1>600100"), "clock", "train_seed42.log"),
-    **{f"{line} at 600.1 s": (functools.partial(set_time_on, line), "clock", "train_seed42.log")
-       for line in ("train_clock slowest_rank:", "gptq_calibration train_time:", "train_ms: ")},
-    "evaluation for 601 s": (lambda f: (f / "train_seed42.log").write_text(re.sub(
-        r"seconds_eval: \S+", "seconds_eval: 601.0", (f / "train_seed42.log").read_text())),
-        "evaluation clock", "train_seed42.log"),
-    "a chunk scored again": (lambda f: substitute(f, r"(\nttt_chunk \[3/.*)", r"\1\1"), "order",
-                             "train_seed42.log"),
-    "a chunk too many": (lambda f: substitute(
-        f, r"(\nttt_chunk \[)31(/31.*)", r"\g<1>31\2\g<1>33\2"), "order", "train_seed42.log"),
-    "601 s on the line of a stage": (lambda f: substitute(
-        f, r"(\nfinal_int6_sliding_window .*eval_time:)\d+", r"\g<1>601000"), "evaluation clock",
-        "train_seed42.log"),
-    "a chunk left out": (lambda f: (f / "train_seed42.log").write_text(re.sub(
-        r"(\nttt_chunk.*)\nttt_chunk.*", r"\1", (f / "train_seed42.log").read_text(), count=1)),
-        "order", "train_seed42.log"),
-    "the last chunk left out": (lambda f: (f / "train_seed42.log").write_text(re.sub(
-        r"\nttt_chunk \[(\d+)/\1\]", "\nchunk", (f / "train_seed42.log").read_text())), "order",
-        "train_seed42.log"),
-    "a chunk out of order": (lambda f: add_chunks(f, 2, 1), "order", "train_seed42.log"),
-    "TTT's headline without TTT": (lambda f: (f / "train_seed42.log").write_text(re.sub(
-        r"\nlegal_ttt.*", "", (f / "train_seed42.log").read_text())), "headline", "train_seed42"),
-    "an invented headline": (lambda f: substitute(f, r"exact (\S+) val_bpb:\S+\n\Z", (
-        r"exact \1 val_bpb:1.00000000\n")), "headline", "train_seed42.log"),
-    "another mode's headline": (lambda f: substitute(
-        f, "\nheadline_mode: ttt", "\nheadline_mode: sliding"), "headline", "train_seed42.log"),
-    "another mode's score": (lambda f: submission(f, seed_results__42__val_bpb=json.loads(
-        (f / "submission.json").read_text())["seed_results"]["42"]["sliding_bpb"]), "scores",
-        "submission.json seed 42"),
-    "bytes not proven": (lambda f: edit_log(f, "\nbyte_audit:exact", "\nbyte_audit:unverified"),
-                         "audit", "train_seed42.log"),
-    "bytes of another text": (lambda f: edit(f / "manifest.json", '"source_bytes": ',
-                                             '"source_bytes": 1'), "audit", "train_seed42"),
-    "score a little off those bytes": (lambda f: edit_log(
-        f, headline_of(f)[2], f"{float(headline_of(f)[2]) + 2e-6:.8f}"), "audit", "train_seed42"),
-    "bytes that differ by seed": (lambda f: substitute(
-        f, r"(\nbyte_audit:exact bytes:)", r"\g<1>1"), "audit", "train_seed<k>.log"),
-    "score not over those bytes": (lambda f: edit_log(
-        f, headline_of(f)[2], f"{float(headline_of(f)[2]) * 0.95:.8f}"), "audit", "train_seed42"),
-    "no attribution": (lambda f: submission(f, attribution={}), "attribution", "submission"),
-    "the first credit": (take_credit, "attribution", "submission.json"),
-    "wrong credit": (lambda f: submission(f, attribution__Muon="me"), "attribution",
-                     "submission.json"),
-    "resumed, says the summary": (lambda f: substitute(f, "\nresumed: 0", "\nresumed: 1"),
-                                  "complete", "train_seed42.log"),
-    "more after the end": (lambda f: (f / "train_seed42.log").write_text(
-        (f / "train_seed42.log").read_text() + "more\n"), "complete", "train_seed42.log"),
-    "two audits": (lambda f: substitute(f, "\nbyte_audit:exact", "\nbyte_audit:unverified bytes:1"
-                                        "\nbyte_audit:exact"), "complete", "train_seed42.log"),
-    "another total in the summary": (lambda f: substitute(f, r"\nbytes_total: \d+",
-                                                          "\nbytes_total: 17000000"), "complete",
-                                     "train_seed42.log"),
-    "resumed run": (lambda f: edit_log(f, "\nseed:42\n", (
-        "\nseed:42\nresumed step:3 of checkpoints/seed42\n")), "complete", "train_seed42.log"),
-    "log cut short": (lambda f: (f / "train_seed42.log").write_text(
-        (f / "train_seed42.log").read_text().rsplit("\n", 2)[0]), "complete", "train_seed42.log"),
+BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of what it finds
+    "no author": (claim(author=" "), "submission", "submission.json: author"),
+    "no JSON": (lambda f: (f / "submission.json").write_text("{"), "submission", "submission"),
+    "no README": (gone("README.md"), "files", "README.md: missing"),
+    "no code": (gone("train_gpt.py"), "files", "train_gpt.py: missing"),
+    "no logs": (gone(*LOGS), "files", "train_seed<k>.log: no"),
+    "missing log": (gone(LOGS[1]), "seeds", "submission.json: seed 1337 is claimed"),
+    "two seeds": (every(gone(LOGS[1]), claim(seeds=[42, 2024], seed_results__1337=None)), "seeds",
+                  "train_seed<k>.log: logs of 2 seeds"),
+    "a log under another seed's name": (lambda f: (f / LOG).rename(f / "train_seed7.log"), "seeds",
+                                        "train_seed7.log: its name says seed 7"),
+    "log of a seed that is not claimed": (claim(seed_results__1337=None, seeds=[42, 2024]), "seeds",
+                                          f"{LOGS[1]}: of seed 1337"),
+    "another seed's log at other times": (twin("time:[0-9]+", "time:7"), "duplicates",
+                                          f"{LOG}: holds the same losses"),
+    "that log with one loss altered": (twin("(step:4/.*loss:).", r"\g<1>3"), "duplicates",
+                                       f"{LOG}: ends with the score"),
+    "one artifact for two seeds": (claim(seed_results__42__artifact_sha256=lambda said: (
+        said["seed_results"]["1337"]["artifact_sha256"])), "duplicates", f"{LOG}: ends with"),
     "a fourth log, hidden": (lambda f: (f / "worse").mkdir() or shutil.copy(
-        f / "train_seed42.log", f / "worse" / "seed7.log"), "duplicates", "seed7.log"),
-    "another GPU": (lambda f: edit_log(f, "NVIDIA H100", "NVIDIA A100"), "hardware",
-                    "train_seed42"),
-    "no ranks": (lambda f: substitute(f, r"\nworld_size:8 ", "\n"), "hardware", "train_seed42.log"),
-    "four ranks": (lambda f: edit_log(f, "\nworld_size:8", "\nworld_size:4"), "hardware",
-                   "train_seed42.log"),
-    "its score in the claims": (lambda f: [substitute(f, "\nfinal_int6_roundtrip ", (
-        "\nslot non_compliant val_loss:1.0 val_bpb:0.9\nfinal_int6_roundtrip ")), submission(
-            f, seed_results__42__val_bpb=0.9)], "compliance", "train_seed42.log"),
-    "a score that saw its targets": (lambda f: edit_log(f, "\nfinal_int6_roundtrip ", (
-        f"\nslot non_compliant val_loss:{headline_of(f)[1]} val_bpb:{headline_of(f)[2]}"
-        "\nfinal_int6_roundtrip ")), "compliance", "train_seed42.log"),
-    "its name in the claims": (lambda f: submission(f, seed_results__42__slot_bpb=1.0),
-                               "compliance", "submission.json"),
-    "no README": (lambda f: (f / "README.md").unlink(), "files", "README.md"),
-    "no requirements": (lambda f: (f / "requirements.txt").unlink(), "evidence", "requirements"),
-    "empty requirements": (lambda f: (f / "requirements.txt").write_text(""), "evidence", "requi"),
-    "no curves": (lambda f: (f / "curves.png").unlink(), "evidence", "curves.png"),
+        f / LOG, f / "worse" / "seed7.log"), "duplicates", "seed7.log: holds the same"),
+    **{f"another {name} in a log": (log(pattern, new), "configuration", f"{LOG}: {name} is")
+       for name, pattern, new in (
+           ("MATRIX_LR", "\nMATRIX_LR=", r"\g<0>9"), ("device", "device:NVIDIA", "device:a"),
+           ("params", "\nmodel_params:", r"\g<0>9"), ("world", "\nworld_size:", r"\g<0>1"),
+           ("SEED", "\nseed:42\n", "\n"), ("LOAD_ARTIFACT", "\nLOAD_ARTIFACT=", r"\g<0>x.ptz"))},
+    "another torch": (log(" torch 2", " torch 9", LOGS[2]), "configuration", f"{LOGS[2]}: torch"),
+    "more steps than settings": (every(*(log("\nITERATIONS=8", "\nITERATIONS=7", each)
+                                         for each in LOGS)), "configuration", f"{LOG}: 8 steps"),
+    "more after the end": (log(r"\Z", "more\n"), "complete", f"{LOG}: does not end"),
+    **{f"resumed, says {line!r}": (log("\nresumed: 0", line), "complete", f"{LOG}: the run was")
+       for line in ("\nresumed: 1", "\nresumed step:3 of x")},
+    "two audits": (log("\nbyte_audit:", r"\nbyte_audit:no\g<0>"), "complete", f"{LOG}: says"),
+    "another total in the summary": (log(r"\nbytes_total: ", r"\g<0>9"), "complete", f"{LOG}: its"),
+    **{f"{name} of a seed": (claim(**{f"seed_results__42__{name}": value}), "scores",
+                             f"submission.json seed 42: {name}") for name, value in (
+        ("val_bpb", lambda said: said["seed_results"]["42"]["val_bpb"] - 1e-6), ("val_loss", 1.5),
+        ("roundtrip_bpb", 1.5), ("sliding_bpb", 1.5), ("steps", 10))},
+    "another mode's score": (claim(seed_results__42__val_bpb=lambda said: (
+        said["seed_results"]["42"]["sliding_bpb"])), "scores", "submission.json seed 42: val_bpb"),
+    "mean": (claim(val_bpb=1.0), "means", "submission.json: val_bpb 1.0"),
+    "deviation": (claim(val_bpb_std=0.5), "means", "submission.json: val_bpb_std 0.5"),
+    "artifact of another size": (lambda f: (f / "model_seed42.ptz").write_bytes(b"x"), "sizes",
+                                 "model_seed42.ptz: 1 bytes"),
+    "no total": (log("\nTotal submission size", "\nTotal"), "sizes", f"{LOG}: holds no total"),
+    **{f"a total of {total}": (log(r"(Total submission size: )\d+", rf"\g<1>{total}"), "sizes", (
+        f"{LOG}: total {total} {what}")) for total, what in (
+        (9, "is not artifact"), (16_000_001, "bytes, 1 over"))},
+    "artifact_bytes": (claim(seed_results__42__artifact_bytes=5), "sizes", "submission.json seed"),
+    "a claim over the cap": (claim(seed_results__42__artifact_bytes=16_000_001), "sizes",
+                             "submission.json: claims 16000001 bytes, 1 over"),
+    "bytes_total": (claim(bytes_total=5), "sizes", "submission.json: bytes_total 5, but"),
+    "not the largest total": (claim(bytes_total=lambda said: said["bytes_code"] + min(
+        seed["artifact_bytes"] for seed in said["seed_results"].values())), "sizes",
+        "submission.json: bytes_total"),
+    "code of another size": (log("\nCode size: ", r"\g<0>1"), "code", f"{LOG}: ran code of"),
+    "bytes_code": (claim(bytes_code=5), "code", "submission.json: bytes_code 5"),
+    **{f"600.1 s on a line: {line}": (log(rf"(\n{line})\d+", r"\g<1>600100"), "clock",
+                                      f"{LOG}: trained for 600.100 s") for line in (
+        "step:5/.*train_time:", "step:8/.* val_bpb.* train_time:", "train_clock slowest_rank:",
+        "gptq_calibration train_time:", "train_ms: ")},
+    **{f"601 s on a line: {line}": (log(rf"(\n{line})[\d.]+", r"\g<1>601000"), "evaluation clock",
+                                    f"{LOG}: evaluated for") for line in (
+        "seconds_eval: ", "final_int6_sliding_window .*eval_time:")},
+    "another GPU": (log("NVIDIA H100", "NVIDIA A100"), "hardware", f"{LOG}: ran on NVIDIA A100"),
+    "no ranks": (log("\nworld_size:8 ", "\n"), "hardware", f"{LOG}: ran on None ranks"),
+    "a chunk scored again": (log(r"\nttt_chunk \[3/.*", r"\g<0>\g<0>"), "order", f"{LOG}: chunk 3"),
+    "a chunk too many": (log(r"(\nttt_chunk \[)31(/31.*)", r"\g<0>\g<1>33\2"), "order",
+                         f"{LOG}: chunk 33 of 31"),
+    "a chunk out of order": (log(r"(\nttt_chunk \[3/.*)(\nttt_chunk.*)", r"\2\1"), "order",
+                             f"{LOG}: chunk 3 of 31"),
+    **{f"chunk {n} left out": (log(rf"\nttt_chunk \[{n}/.*", ""), "order", f"{LOG}: the chunks of")
+       for n in (5, 31)},
+    **{f"SLOT's {name}": (every(claim(**{name: 0.9}), log(
+        "\nlegal_ttt ", r"\nslot non_compliant val_loss:1 val_bpb:0.9\g<0>")), "compliance", (
+        f"{LOG}: a non_compliant score")) for name in ("val_bpb", "seed_results__42__val_bpb")},
+    "a headline that saw its targets": (log(
+        r"(?s)\nfinal_int6_roundtrip .* (val_loss:\S+ val_bpb:\S+\n)\Z",
+        r"\nslot non_compliant \g<1>\g<0>"), "compliance", f"{LOG}: a non_compliant score"),
+    "SLOT in the claims": (claim(seed_results__42__slot_bpb=1.0), "compliance", "submission.json"),
+    "counted bytes": (log("\nbyte_audit:exact bytes:", r"\g<0>9"), "denominator", "val_bpb"),
+    "a promise in compliance": (claim(compliance__code="TBD"), "schema", "compliance.code: 'TBD'"),
+    "a promise not kept": (claim(compliance__code=False), "schema", "compliance.code: False"),
+    "no hash": (claim(seed_results__42__artifact_sha256="0"), "schema", "seed 42: artifact_sha256"),
+    "no curves": (gone("curves.png"), "evidence", "curves.png: missing"),
+    "no requirements": (gone("requirements.txt"), "evidence", "requirements.txt: missing"),
+    "empty curves": (lambda f: (f / "curves.png").write_text(""), "evidence", "curves.png: empty"),
     "another vocabulary": (lambda f: edit(f / "tiny.yaml", "a", "b"), "ledger", "manifest"),
     "a lossy vocabulary": (lambda f: edit(f / "manifest.json", '"byte_exact": true',
                                           '"byte_exact": false'), "ledger", "manifest.json"),
-    "a bad document": (lambda f: edit(f / "manifest.json", '"bad_documents": 0',
-                                      '"bad_documents": 7'), "ledger", "manifest.json"),
-    "totals of other shards": (lambda f: scale_totals(f, 2), "ledger", "manifest.json"),
-    "no totals": (lambda f: edit(f / "manifest.json", '"totals"', '"total"'), "ledger",
-                  "manifest.json"),
-    "no byte table": (lambda f: (f / "scylla.meta.npz").unlink(), "byte table", "meta.npz"),
-    "another byte table": (lambda f: edit_meta(f, 1), "byte table", "scylla.meta.npz"),
-    "a promise in compliance": (lambda f: submission(
-        f, compliance__artifact_under_16mb="TBD"), "schema", "compliance"),
-    "no author": (lambda f: submission(f, author=""), "submission", "submission.json"),
-    "no JSON": (lambda f: (f / "submission.json").write_text("{"), "submission", "submission"),
-    "a promise not kept": (lambda f: submission(f, compliance__byte_audit_exact=False), "schema",
-                           "compliance"),
-    "no hash of the artifact": (lambda f: submission(f, seed_results__42__artifact_sha256="0"),
-                                "schema", "seed 42"),
-    "no number": (lambda f: submission(f, model_params=None), "schema", "submission.json"),
-    **{f"altered {name}": (functools.partial(submission, **{name: value}), "generated",
-                           "submission.json") for name, value in {
-        "val_bpb": 2, "val_loss_std": 0.5, "headline_mode": "ngram", "seeds": [42], "extra": 1,
-        "hardware": "8 x NVIDIA B200", "model_params": 5, "pytorch_version": "9",
-        "cuda_version": "9", "date": "2030-01-02x", "track": "track_non_record_16mb",
-        "compliance__training_seconds_max": 599.0, "seed_results__42__ttt_bpb": 1.25,
-        "seed_results__42__train_ms": 1, "seed_results__42__artifact_sha256": "0"}.items()},
-    "another name": (lambda f: submission(f, name="Huge"), "generated", "submission.json"),
-    "altered table in the README": (lambda f: edit(f / "README.md", "| mean | 3 | 8 ", (
-        "| mean | 3 | 9 ")), "generated", "README.md"),
-    "no credits in the README": (lambda f: (f / "README.md").write_text(
-        (f / "README.md").read_text().partition("## Attribution")[0]), "generated", "README.md"),
-    "altered deviation in the README": (lambda f: edit(f / "README.md", ", deviation 0.", (
-        ", deviation 9.")), "generated", "README.md"),
-    "altered score in the README": (lambda f: (f / "README.md").write_text(re.sub(
-        r"\*\*\d", "**0", (f / "README.md").read_text())), "generated", "README.md"),
-    "counted bytes": (lambda f: edit(f / "train_seed42.log", "\nbyte_audit:exact bytes:",
-                                     "\nbyte_audit:exact bytes:9"), "denominator", "val_bpb"),
+    "a bad document": (log('"bad_documents": 0', '"bad_documents": 7', "manifest.json"), "ledger",
+                       "manifest.json: totals of"),
+    "totals of other shards": (log(r'("val": {[^}]*"source_bytes": )', r"\g<1>9", "manifest.json"),
+                               "ledger", "manifest.json: totals of val"),
+    "no totals": (log('"totals"', '"total"', "manifest.json"), "ledger", "manifest.json: totals"),
+    "no byte table": (gone("scylla.meta.npz"), "byte table", "meta.npz: no byte table"),
+    "another byte table": (recount, "byte table", "scylla.meta.npz: counts other bytes"),
+    "TTT's headline without TTT": (log(r"\nlegal_ttt.*", ""), "headline", f"{LOG}: ends with"),
+    "an invented headline": (log(LAST, "1.00000000"), "headline", f"{LOG}: ends with"),
+    "another mode's headline": (log("\n(headline_mode:) ttt", r"\n\1 sliding"), "headline", LOG),
+    "log of other code": (log("\ncode_sha256:", r"\g<0>0"), "code text", f"{LOG}: of code with"),
+    "other source in the log": (log(r"def main\(", "def man("), "code text", f"{LOG}: begins with"),
+    "bytes not proven": (log("\nbyte_audit:exact", "\nbyte_audit:no"), "audit", f"{LOG}: byte_"),
+    "bytes of another text": (log('"source_bytes": ', r"\g<0>1", "manifest.json"), "audit", LOG),
+    "score a little off those bytes": (log(LAST, lambda m: f"{float(m[0]) + 2e-6:.8f}"), "audit",
+                                       f"{LOG}: val_bpb"),
+    "bytes differ by seed": (log("\nbyte_audit:exact bytes:", r"\g<0>1"), "audit", "train_seed<k>"),
+    **{f"another {name}": (claim(**{name: value}), "generated", "submission.json: " + name.replace(
+        "__", ".")) for name, value in {
+        "val_loss_std": 0.5, "seeds": [42], "extra": 1, "date": "2030-01-02x",
+        "track": "track_non_record_16mb", "compliance__training_seconds_max": 599.0,
+        "seed_results__42__ttt_bpb": 1.25, "seed_results__42__artifact_sha256": "0"}.items()},
+    "another name": (claim(name="Huge"), "generated", "submission.json: date and name make"),
+    **{f"no line {line} in README": (log(rf"\n{re.escape(line)}.*", "", "README.md"), "generated", (
+        f"README.md: does not hold the line '{line}")) for line in ("**", "| mean", "## Attri")},
+    "no attribution": (claim(attribution={}), "attribution", "submission.json: no attribution"),
+    "another's credit": (claim(attribution=lambda said: said["attribution"] | {
+        next(iter(said["attribution"])): "me"}), "attribution", "submission.json: attribution of"),
 }
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_verify_names_each_fault(case, record, capsys):
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.name)
+def test_verify_names_each_fault(rule, record, tmp_path, capsys):
     """Of a folder that was right, verify names rule, place and remedy, and exits 1."""
-    action, rule, where = BROKEN[case]
-    (remedy,) = (each.remedy for each in h.tool("rules").RULES if each.name == rule)
-    action(record)
-    assert h.tool("make_record").main(["verify", str(record)]) == 1
-    printed = capsys.readouterr().out
-    assert re.search(rf"(?m)^2030-01-02_Tiny: {rule}( \(our rule\))?: [^:]*{re.escape(where)}"
-                     rf"[^:]*: .* Remedy: {re.escape(remedy)}$", printed), printed
+    missed = {}
+    for case, (fault, broken, found) in BROKEN.items():
+        if broken == rule.name:
+            folder = shutil.copytree(record, tmp_path / "faulty" / record.parent.name / NAME)
+            fault(folder)
+            code, missed[case] = make_record.main(["verify", str(folder)]), capsys.readouterr().out
+            line = rf"(?m)^{NAME}: {broken}( \(our rule\))?: [^:]*{re.escape(found)}.*"
+            if code == 1 and re.search(rf"{line} Remedy: {re.escape(rule.remedy)}$", missed[case]):
+                del missed[case]
+            shutil.rmtree(folder)
+    assert not missed, missed
+
+
+def test_no_field_is_optional(record):
+    """Of a submission.json that says nothing each field that a folder of ours needs is named."""
+    (record / "submission.json").write_text('{"seed_results": {"42": {}}}')
+    text = "\n".join(map(str, rules.verify(record)))
+    assert {*re.findall("submission.json: (.*) is None", text)} == {*(
+        "author github_id name date val_bpb bytes_total track val_loss val_bpb_std seeds bytes_code"
+        " model_params hardware pytorch_version cuda_version compliance attribution").split()}
+    assert ("seed 42: no val_loss, val_bpb, roundtrip_bpb, sliding_bpb, artifact_bytes, steps, "
+            "step_avg_ms.") in text
 
 
 FIELD_LOG = (
@@ -473,21 +384,19 @@ def field_folder(folder, logs, **claims):
     (folder / "submission.json").write_text(json.dumps(about | claims))
 
 
-@pytest.mark.parametrize(("rule", "log", "claims"), [
-    (None, ("", ""), {}),
-    ("means", ("", ""), dict(val_bpb=1.148)), ("sizes", ("", ""), dict(bytes_total=16_000_001)),
-    ("sizes", ("Total submission size int6+zlib: 1", "Total submission size int6+zlib: 2"), {}),
-    ("code", ("Code size: 1", "Code size: 2"), {}), ("seeds", ("seed:7", "seed:8"), {}),
-    ("clock", ("599000ms", "600001ms"), {}), ("evaluation clock", ("90000ms", "601000ms"), {}),
-    ("hardware", ("world_size:8", "world_size:4"), {}),
-    ("complete", ("sliding_window", "x"), {}),
-    ("compliance", ("", ""), dict(blurb="scored by two-pass evaluation")),
-    ("submission", ("", ""), dict(author=None)),
+@pytest.mark.parametrize(("rule", "old", "new", "claims"), [
+    (None, "7", "7", {}), ("sizes", "zlib: 15000100", "zlib: 25000100", {}),
+    ("code", "Code size: 1", "Code size: 2", {}), ("seeds", "seed:7", "seed:8", {}),
+    ("clock", "599000ms", "600001ms", {}), ("evaluation clock", "90000ms", "601000ms", {}),
+    ("hardware", "size:8", "size:4", {}), ("complete", "sliding_window", "x", {}),
+    ("means", "7", "7", dict(val_bpb=1.148)), ("sizes", "7", "7", dict(bytes_total=16_000_001)),
+    ("submission", "7", "7", dict(author=None)),
+    ("compliance", "7", "7", dict(blurb="scored by two-pass evaluation")),
 ])
-def test_rules_bind_everybody(rule, log, claims, tmp_path):
+def test_rules_bind_everybody(rule, old, new, claims, tmp_path):
     """A folder in the field's dialect: only our own rules break; a fault breaks its rule too."""
-    field_folder(tmp_path, [FIELD_LOG.replace(*log) if log[0] else FIELD_LOG], **claims)
-    found = {f.rule.name for f in h.tool("rules").verify(tmp_path) if not f.rule.ours
+    field_folder(tmp_path, [FIELD_LOG.replace(old, new)], **claims)
+    found = {f.rule.name for f in rules.verify(tmp_path) if not f.rule.ours
              and "at least 3" not in f.what}  # seeds
     assert found >= {rule} if rule else not found, found
 
@@ -507,7 +416,7 @@ TRUE, LONE = map(COUNTED.format, (61758000, 64846000))  # 5 % more: lone bytes c
 def test_miscounted_bytes_are_flagged(lines, claims, said, tmp_path):
     """BPB over 5 % too many bytes is told with the true one, from logs or else from claims."""
     field_folder(tmp_path, [line + FIELD_LOG for line in lines], **claims)
-    found = [f.what for f in h.tool("rules").verify(tmp_path) if f.rule.name == "denominator"]
+    found = [f.what for f in rules.verify(tmp_path) if f.rule.name == "denominator"]
     assert len(found) == bool(said) and (not said or said in found[0]), found
 
 
@@ -519,30 +428,29 @@ def test_verify_reads_what_strangers_write(change, record):
     submission(record, **change)
     (record / "README.md").write_bytes(b"\xff\xfe")
     (record / "manifest.json").write_text('{"tokenizer": "scylla", "totals": {"val": 3}}')
-    names = {finding.rule.name for finding in h.tool("rules").verify(record)}
+    names = {finding.rule.name for finding in rules.verify(record)}
     assert names >= {"ledger", "audit", "generated"}
 
 
 def test_limits_are_inclusive(record, made_folder, capsys):
     """Exactly 600 s and 16,000,000 bytes break no rule of them; the worst folder counts."""
-    verify = h.tool("rules").verify
-    assert verify(record) == []  # what the cases above break is right
-    set_train_time(record, 600000)
-    size = 16_000_000 - json.loads((record / "submission.json").read_text())["bytes_code"]
-    substitute(record, r"(Total submission size:) \d+", r"\1 16000000")
-    substitute(record, r"(Serialized model \S+:) \d+", rf"\1 {size}")
-    texts = [str(f) for f in verify(record) if f.rule.name in ("clock", "sizes")]
+    assert rules.verify(record) == []  # what the cases above break is right
+    code = json.loads((record / "submission.json").read_text())["bytes_code"]
+    for pattern, limit in ((r"(val_bpb:\S+ train_time:)\d+", 600_000),
+                           (r"(Total submission size: )\d+", 16_000_000),
+                           (r"(Serialized model \S+: )\d+", 16_000_000 - code)):
+        edit(record / LOG, pattern, rf"\g<1>{limit}")
+    texts = [str(f) for f in rules.verify(record) if f.rule.name in ("clock", "sizes")]
     assert not [text for text in texts if "at most" in text or " over " in text]
-    assert h.tool("make_record").main(["verify", str(record), str(made_folder)]) == 1
+    assert make_record.main(["verify", str(record), str(made_folder)]) == 1
     assert capsys.readouterr().out.endswith("2030-01-02_Tiny: no fault found\n")
 
 
 def test_every_rule_is_broken_by_a_test():
     """No rule without a folder that breaks it and a row of records/README.md; no rule twice."""
-    rules = h.tool("rules").RULES
-    names = [rule.name for rule in rules]
+    names = [rule.name for rule in rules.RULES]
     rows = [f"| {rule.name} | {'record: ' * rule.record}{'ours: ' * rule.ours}"
-            f"{rule.check.__doc__.splitlines()[0]} |" for rule in rules]
+            f"{rule.check.__doc__.splitlines()[0]} |" for rule in rules.RULES]
     text = (h.ROOT / "records" / "README.md").read_text()
     assert "\n|--|--|\n" + "\n".join(rows) + "\n\n" in text
     assert len(set(names)) == len(names)
@@ -551,14 +459,14 @@ def test_every_rule_is_broken_by_a_test():
 
 def test_compare_stats_and_plot(made_folder, runs, tmp_path, capsys):
     """One table of stages, the settings that differ, the bar; refusals are messages."""
-    tool, logs = h.tool("make_record"), [str(log) for log in runs[2]]
+    tool, logs = make_record, [str(log) for log in runs[2]]
     assert tool.main(["compare", str(made_folder), logs[0]]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n| 2030-01-02_Tiny | 3 | 8 |") == 1 and "| seed42 | 1 |" in printed
     assert "not on FineWeb's validation text" in printed
     assert tool.main(["stats", *logs[:2], "--against", logs[2]]) == 0
     bpb = float(re.search(r"The bar: 0.005 nats x (\S+) BPB", capsys.readouterr().out)[1])
-    run = h.tool("runs").read_run(runs[2][2])
+    run = reader.read_run(runs[2][2])
     assert bpb == pytest.approx(run.headline.bpb / run.headline.loss, abs=1e-5)
     assert tool.main(["stats", *logs, "--against", "2026-03-31_ParallelResiduals"]) == 0
     assert "not the same text" in capsys.readouterr().out

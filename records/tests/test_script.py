@@ -141,50 +141,6 @@ def test_fetch_resumes_and_checks(hub, tmp_path):
     assert done.returncode == 1 and "check the network" in done.stderr
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (dict(AUTHOR=""), "AUTHOR and GITHUB_ID are not set"),
-    (dict(PRESET=""), "PRESET=demo"),
-    (dict(NNODES="2"), "RDZV_ENDPOINT"),
-    (dict(NNODES="2", RDZV_ENDPOINT="a:1"), "NODE_RANK"),
-    (dict(SHARDS="10000000"), "GB free"),
-    (dict(SHARDS="abc"), "SHARDS=abc: must be a whole number"),
-    (dict(SEEDS="1,2"), "SEEDS=1,2: must be different numbers"),
-    (dict(SEEDS="1 2 1"), "must be different numbers"),
-    (dict(TRACK="10min"), "TRACK=10min: must be"),
-    (dict(TRACK="track_10min_16mb"), "on 8 ranks on H100s"),
-    (dict(DATA_PATH="/no/such"), "DATA_PATH=/no/such: there is no such file"),
-    (dict(VOCAB="/no/such"), "VOCAB=/no/such"),
-    (dict(DATA_DIR="/dev/null/x"), "DATA_DIR=/dev/null/x cannot be made"),
-    (dict(AGAINST="2026-0"), "AGAINST=2026-0 names no result"),
-    (dict(MATRIX_LR="abc"), "MATRIX_LR=abc: expected a finite number"),
-    (dict(PYTHON="/bin/false"), "requirements.txt"),
-])
-def test_script_says_what_is_missing(change, message, tmp_path):
-    """The script stops before any work, with the remedy."""
-    environ = dict(AUTHOR="A", GITHUB_ID="a", PRESET="demo", DATA_DIR=str(tmp_path), SHARDS="1",
-                   PYTHON=sys.executable) | change
-    done = subprocess.run(["bash", h.ROOT / "run_8xh100.sh"], env=os.environ | environ,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr, done
-
-
-@pytest.mark.parametrize(("name", "count", "message"), [
-    ("H100 80GB HBM3", 8, "lacks a package"), ("H100 80GB HBM3", 4, "on 4 on GPU 0: NVIDIA H100"),
-    ("A100-SXM4-80GB", 8, "on 8 on GPU 0: NVIDIA A100")])
-def test_script_knows_the_machine_of_a_record(name, count, message, tmp_path):
-    """Eight H100s go on to the environment; other machines are named, with the way out."""
-    listing = "".join(f"GPU {i}: NVIDIA {name} (UUID: GPU-{i:036d})\n" for i in range(count))
-    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'E'\n{listing}E\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    environ = dict(AUTHOR="A", GITHUB_ID="a", DATA_DIR=str(tmp_path), DATA_PATH=str(tmp_path),
-                   PYTHON="/bin/false", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    done = subprocess.run(["bash", h.ROOT / "run_8xh100.sh"], env=os.environ | environ,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and message in done.stderr, done
-    assert ("TRACK=track_non_record_16mb" in done.stderr) == ("on GPU 0" in message)
-    assert f"{count} GPUs, {count} processes" in done.stdout
-
-
 @pytest.mark.slow
 def test_script_from_bare_machine_to_folder(hub, tmp_path):
     """Fetch, find the vocabulary, re-tokenize, pre-flight, smoke, two seeds on two ranks, folder.

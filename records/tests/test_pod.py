@@ -5,25 +5,21 @@ Made-up commands (nvidia-smi, python3, pip, torchrun) stand for the machine.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_gpt as t  # noqa: E402
+import harness as h
+import smoke
+import train_gpt as t
 
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"
 SEES_GPUS = """
@@ -63,11 +59,11 @@ def nvidia_smi(folder: Path, count: int, name: str = H100, driver: str = "570.86
 
 def clean(folder: Path, **environ: Any) -> dict[str, str]:
     """The environment without settings and ranks from outside; commands of a folder come first."""
-    names = {f.name.upper() for f in fields(t.Config)} | {
-        *"RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES NPROC NNODES TRACK SEEDS"
-        " SHARDS VOCAB VOCAB_SHA256 RECORD_NAME RECORDS AGAINST PREFLIGHT PYTHON FA3_INDEX".split()}
-    return {k: v for k, v in os.environ.items() if k not in names} | dict(
-        PATH=f"{folder}:{os.environ['PATH']}") | environ
+    names = ("CUDA_VISIBLE_DEVICES LOCAL_WORLD_SIZE NPROC NNODES NODE_RANK RDZV_ENDPOINT TRACK "
+             "SEEDS SHARDS VOCAB VOCAB_SHA256 RECORD_NAME RECORDS AGAINST PREFLIGHT PYTHON "
+             "FA3_INDEX").split()
+    kept = {k: v for k, v in h.clean_environ().items() if k not in names}
+    return kept | dict(PATH=f"{folder}:{os.environ['PATH']}") | environ
 
 
 class Pod:
@@ -80,15 +76,15 @@ class Pod:
         self.data.mkdir()
         (self.data / "fineweb_train_000000.bin").write_bytes(b"")
         for kept in ("run_8xh100.sh", "requirements.txt"):
-            shutil.copy(ROOT / kept, self.root)
-        (self.root / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text() + SEES_GPUS)
+            shutil.copy(h.ROOT / kept, self.root)
+        (self.root / "train_gpt.py").write_text(h.SCRIPT.read_text() + SEES_GPUS)
         nvidia_smi(self.bin, count, name, **smi)
         self.environ = clean(self.bin, AUTHOR="A", GITHUB_ID="a", DATA_DIR=str(folder / "work"),
                              DATA_PATH=str(self.data), PYTHON=sys.executable)
 
-    def run(self, **environ: str) -> subprocess.CompletedProcess:
+    def run(self, root: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
         """The script; it ends with an error wherever something is not made up."""
-        done = subprocess.run(["bash", self.root / "run_8xh100.sh"], capture_output=True,
+        done = subprocess.run(["bash", (root or self.root) / "run_8xh100.sh"], capture_output=True,
                               text=True, env=self.environ | environ)
         assert done.returncode == 1, done
         return done
@@ -111,15 +107,6 @@ class Pod:
     def asked(self) -> str:
         """What the made-up commands were asked."""
         return self.calls.read_text() if self.calls.exists() else ""
-
-
-@pytest.fixture(scope="module")
-def smoke() -> ModuleType:
-    """records/smoke.py."""
-    spec = importlib.util.spec_from_file_location("smoke", ROOT / "records" / "smoke.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # --- find_gpu -----------------------------------------------------------
@@ -159,8 +146,7 @@ def test_a_list_that_names_no_gpu_is_named(unseen):
 
 def test_a_machine_without_gpus_is_a_cpu(unseen):
     """Nothing found is no error, nor is an nvidia-smi that answers something else."""
-    (unseen / "nvidia-smi").write_text("#!/bin/sh\necho 'Driver Version : 1'\n")
-    (unseen / "nvidia-smi").chmod(0o755)
+    command(unseen / "nvidia-smi", "echo 'Driver Version : 1'\n")
     assert t.find_gpu({}, str(unseen)) is False
     nvidia_smi(unseen, 0)
     assert t.find_gpu({}, str(unseen)) is False
@@ -206,7 +192,7 @@ def test_train_gpt_never_falls_back_on_the_cpu(tmp_path):
     """A GPU machine and a torch for CPUs: the message, exit code 1, and nothing is written."""
     nvidia_smi(tmp_path / "bin", 1)
     (tmp_path / "work").mkdir()
-    done = subprocess.run([sys.executable, ROOT / "train_gpt.py"], cwd=tmp_path / "work",
+    done = subprocess.run([sys.executable, h.SCRIPT], cwd=tmp_path / "work",
                           env=clean(tmp_path / "bin", PRESET="demo"), capture_output=True,
                           text=True)
     assert done.returncode == 1 and "sees none of them" in done.stderr and not done.stdout
@@ -218,7 +204,7 @@ def test_train_gpt_never_falls_back_on_the_cpu(tmp_path):
 def test_the_script_never_falls_back_on_the_cpu(tmp_path, given):
     """Neither with PYTHON nor with the torch of python3; nothing is fetched or built."""
     pod = Pod(tmp_path, 2, A100)
-    shutil.copy(ROOT / "train_gpt.py", pod.root)
+    shutil.copy(h.SCRIPT, pod.root)
     if not given:
         pod.python3(torch.__version__)
     done = pod.run(PRESET="demo")
@@ -231,20 +217,48 @@ def test_the_script_never_falls_back_on_the_cpu(tmp_path, given):
 # --- run_8xh100.sh: GPUs, environment -------------------------------------
 
 
-@pytest.mark.parametrize(("environ", "text"), [
-    (dict(), "8 GPUs, 8 processes"),
-    (dict(CUDA_VISIBLE_DEVICES=""), "0 GPUs, 1 processes"),
-    (dict(CUDA_VISIBLE_DEVICES="-1"), "0 GPUs, 1 processes"),
-    (dict(CUDA_VISIBLE_DEVICES="4,5"), "2 GPUs, 2 processes"),
-    (dict(NPROC="9"), "NPROC=9, but there are 8 GPUs"),
-    (dict(NPROC="3", CUDA_VISIBLE_DEVICES="4,5"), "NPROC=3, but there are 2 GPUs"),
-    (dict(CUDA_VISIBLE_DEVICES="", PRESET=""), "shows no GPU to use"),
-])
-def test_the_script_counts_the_gpus_to_use(tmp_path, environ, text):
-    """As nvidia-smi and CUDA_VISIBLE_DEVICES say; more processes than that stop."""
-    done = Pod(tmp_path).run(**dict(PYTHON="/bin/false", PRESET="demo") | environ)
-    assert text in done.stdout + done.stderr
-    assert ("lacks a package" in done.stderr) == ("processes" in text)
+def test_the_script_counts_the_gpus_to_use(tmp_path):
+    """As nvidia-smi and CUDA_VISIBLE_DEVICES say; eight ranks on H100s go on for a record."""
+    pod = Pod(tmp_path)
+    for environ, text in (
+            (dict(), "8 GPUs, 8 processes on 1 machines"),
+            (dict(NPROC="4", NNODES="2", RDZV_ENDPOINT="a:1", NODE_RANK="1"), "4 processes on 2"),
+            (dict(CUDA_VISIBLE_DEVICES="", PRESET="demo"), "0 GPUs, 1 processes"),
+            (dict(CUDA_VISIBLE_DEVICES="-1", PRESET="demo"), "0 GPUs, 1 processes"),
+            (dict(CUDA_VISIBLE_DEVICES="4,5", PRESET="demo"), "2 GPUs, 2 processes")):
+        done = pod.run(PYTHON="/bin/false", **environ)
+        assert text in done.stdout, (environ, done)
+        assert "lacks a package; /bin/false -m pip install -r requ" in done.stderr, (environ, done)
+
+
+def test_the_script_says_what_is_missing(tmp_path):
+    """It stops before any work, with the remedy."""
+    pod, fetch = Pod(tmp_path), dict(DATA_PATH="", SHARDS="1", VOCAB_REPO="/no/such")  # would fail
+    machine = "a record runs on 8 ranks on H100s, not on {}.* set TRACK=track_non_record_16mb"
+    refusals = [
+        (dict(SHARDS="abc"), "SHARDS=abc: must be a whole number"),
+        (dict(SEEDS="1,2"), "SEEDS=1,2: must be different numbers"),
+        (dict(SEEDS="1 2 1"), "SEEDS=1 2 1: must be different numbers"),
+        (dict(TRACK="10min"), "TRACK=10min: must be"),
+        (dict(DATA_PATH="/no/such"), "DATA_PATH=/no/such: there is no such file"),
+        (dict(VOCAB="/no/such"), "VOCAB=/no/such: there is no such file"),
+        (dict(DATA_DIR="/dev/null/x"), "DATA_DIR=/dev/null/x cannot be made"),
+        (dict(AUTHOR=""), "AUTHOR and GITHUB_ID are not set"),
+        (dict(GITHUB_ID=""), "AUTHOR and GITHUB_ID are not set"),
+        (dict(CUDA_VISIBLE_DEVICES=""), "nvidia-smi shows no GPU to use.* PRESET=demo"),
+        (dict(NPROC="9"), "NPROC=9, but there are 8 GPUs"),
+        (dict(NPROC="3", CUDA_VISIBLE_DEVICES="4,5"), "NPROC=3, but there are 2 GPUs"),
+        (dict(NNODES="2", NODE_RANK="0"), "RDZV_ENDPOINT=host:port"),
+        (dict(NNODES="2", RDZV_ENDPOINT="a:1"), "its NODE_RANK"),
+        (dict(NPROC="4"), machine.format("4 on GPU 0: NVIDIA H100")),
+        (dict(SHARDS="10000000", DATA_PATH=""), "GB free, about 4200001 are needed"),
+        (dict(MATRIX_LR="abc", **fetch), "MATRIX_LR=abc: expected a finite number")]
+    for environ, message in refusals:
+        assert re.search(message, pod.run(**environ).stderr), environ
+    done = pod.run(h.ROOT, AGAINST="2026-0", PRESET="demo", CUDA_VISIBLE_DEVICES="", **fetch)
+    assert "AGAINST=2026-0 names no result" in done.stderr, done
+    nvidia_smi(pod.bin, 8, A100)
+    assert re.search(machine.format("8 on GPU 0: NVIDIA A100"), pod.run().stderr)
 
 
 @pytest.mark.slow
@@ -357,7 +371,7 @@ def events(step_ms: tuple[float, float], device: str = H100, preset: str = "reco
                  compiler="inductor", world_size=8, handicaps=[*handicaps]), *primed]
 
 
-def verdict(smoke, folder, capsys, gb_s=300.0, **changes) -> tuple[int, str]:
+def verdict(folder, capsys, gb_s=300.0, **changes) -> tuple[int, str]:
     """Exit code of the report and what it printed."""
     links = {name: dict(mb=9.5, ms=0.25, gb_s=gb_s)
              for name in ("reduce_scatter", "all_gather", "all_reduce")}
@@ -368,9 +382,9 @@ def verdict(smoke, folder, capsys, gb_s=300.0, **changes) -> tuple[int, str]:
     return code, capsys.readouterr().out
 
 
-def test_the_report_shows_every_figure(smoke, tmp_path, capsys):
+def test_the_report_shows_every_figure(tmp_path, capsys):
     """Each phase and collective with its yardstick; the last line is the verdict."""
-    code, text = verdict(smoke, tmp_path, capsys)
+    code, text = verdict(tmp_path, capsys)
     assert code == 0 and text.splitlines()[-1] == "GO"
     off, on = smoke.YARDSTICKS["H100"].step_ms
     for line in (f"recurrence off: a step +{off:.1f} ms +at most {1.25 * off:.1f}",
@@ -386,17 +400,17 @@ def test_the_report_shows_every_figure(smoke, tmp_path, capsys):
     (dict(slower=1.3), "recurrence on: a step"),
     (dict(mib=80_000), "memory 80000.0 MiB"), (dict(gb_s=30.0), "reduce_scatter of 9.5 MB"),
     (dict(handicaps=("nothing is compiled",)), "nothing is compiled")])
-def test_each_yardstick_can_say_no(smoke, tmp_path, capsys, changes, reason):
+def test_each_yardstick_can_say_no(tmp_path, capsys, changes, reason):
     """NO GO with the reason and exit code 1; nothing of it where there is no yardstick."""
-    code, text = verdict(smoke, tmp_path, capsys, **changes)
+    code, text = verdict(tmp_path, capsys, **changes)
     assert code == 1 and text.splitlines()[-1].startswith("NO GO: ")
     assert reason in text.splitlines()[-1]
     for other in (dict(device=A100), dict(preset="demo")):
-        code, text = verdict(smoke, tmp_path, capsys, **changes | other)
+        code, text = verdict(tmp_path, capsys, **changes | other)
         assert code == 0 and text.splitlines()[-1].startswith("GO: there is no yardstick")
 
 
-def test_a_log_without_phases_is_no_go(smoke, tmp_path, capsys):
+def test_a_log_without_phases_is_no_go(tmp_path, capsys):
     """A smoke test that ended early proves nothing."""
     (tmp_path / "log.jsonl").write_text(json.dumps(dict(event="config")))
     assert smoke.main(["report", str(tmp_path / "log.jsonl")]) == 1
@@ -404,15 +418,12 @@ def test_a_log_without_phases_is_no_go(smoke, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_smoke_test_on_two_ranks(smoke, tmp_path, capsys):
+def test_the_smoke_test_on_two_ranks(tmp_path):
     """Collectives at the sizes of the step's buffers, for real; one rank sends nothing."""
-    environ = clean(tmp_path, PRESET="demo", VOCAB_SIZE="300", CUDA_VISIBLE_DEVICES="",
-                    OMP_NUM_THREADS="1")
     for ranks in (1, 2):
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone",
-             f"--nproc_per_node={ranks}", ROOT / "records" / "smoke.py", "collectives", "c.json"],
-            cwd=tmp_path, env=environ, capture_output=True, text=True)
+        done = h.python([*h.TORCHRUN, f"--nproc_per_node={ranks}", smoke.__file__, "collectives",
+                         "c.json"], tmp_path, dict(PRESET="demo", VOCAB_SIZE="300",
+                                                   OMP_NUM_THREADS="1"))
         assert done.returncode == 0, done.stderr
         found = json.loads((tmp_path / "c.json").read_text())
         assert len(found) == (3 if ranks == 2 else 0)
