@@ -402,6 +402,9 @@ BROKEN = {  # what is done to the folder -> rule, and a part of where it is foun
     "empty requirements": (lambda f: (f / "requirements.txt").write_text(""), "evidence", "requi"),
     "no curves": (lambda f: (f / "curves.png").unlink(), "evidence", "curves.png"),
     "another vocabulary": (lambda f: edit(f / "tiny.yaml", "a", "b"), "ledger", "manifest"),
+    "no vocabulary": (lambda f: (f / "tiny.yaml").unlink(), "ledger", "manifest.json"),
+    "no vocabulary, and none in the ledger": (lambda f: [(f / "tiny.yaml").unlink(), edit(
+        f / "manifest.json", '"sha256"', '"digest"')], "ledger", "manifest.json"),
     "a lossy vocabulary": (lambda f: edit(f / "manifest.json", '"byte_exact": true',
                                           '"byte_exact": false'), "ledger", "manifest.json"),
     "a bad document": (lambda f: edit(f / "manifest.json", '"bad_documents": 0',
