@@ -182,7 +182,7 @@ def check_ledger(folder: Folder) -> Found:
         yield "manifest.json", f"byte_exact of its tokenizer is {tokenizer.get('byte_exact')!r}"
     source = folder.path / Path(str(tokenizer.get("path"))).name
     digest = sha256(source) if source.is_file() else None
-    if digest != tokenizer.get("sha256"):
+    if digest is None or digest != tokenizer.get("sha256"):
         yield "manifest.json", (f"made with a vocabulary of sha256 {tokenizer.get('sha256')}, "
                                 f"{source.name} in the folder has {digest}")
 

@@ -434,6 +434,27 @@ def test_priming_sees_no_validation_token_and_moves_nothing():
     assert h.digest(ttt.model.named_parameters()) == before and len(stream) == 75
 
 
+def test_warm_up_sees_no_validation_token(make_trainer, monkeypatch):
+    """All that it compiles and primes, of training and of evaluation, runs on other ids."""
+    monkeypatch.setattr(t.Runtime, "compile", lambda self, module: module)
+    trainer = make_trainer(max_wallclock_seconds=60.0, warmup_steps=4, micro_batch_tokens=32,
+                           gptq_calibration_seqs=2)
+    trainer.runtime.compiles = True
+    seen, evaluator = [], trainer.evaluator
+    trainer.model.register_forward_pre_hook(
+        lambda _, batch: seen.append((torch.is_inference_mode_enabled(), *batch)))
+    trainer.model.embed.register_forward_pre_hook(  # GPTQ's calibration asks for no loss
+        lambda _, ids: seen.append((torch.is_inference_mode_enabled(), *ids)))
+    trainer.warm_up()
+    shapes = {(scoring, tuple(ids.shape)) for scoring, *batch in seen for ids in batch}
+    assert shapes == {(False, (2, 16)), (True, (evaluator.batch_windows, 16)),
+                      (False, (t.TTT(trainer.model, evaluator).rank_seqs, 16))}
+    assert len(shapes) == 3
+    stream = evaluator.val.ids.astype(int)
+    windows = {tuple(stream[i : i + 16]) for i in range(len(stream) - 15)}
+    assert not windows & {tuple(row.tolist()) for _, *batch in seen for ids in batch for row in ids}
+
+
 def test_ngram_mixture():
     """The log of the weighted sum; weight 0 is the base, weight 1 the cache alone."""
     ids = h.short_stream(200)
@@ -463,6 +484,22 @@ def test_slot_is_labelled_everywhere(made, tmp_path):
     for event in events:
         if event["event"] == "final" and "slot" in json.dumps(event):
             assert event["mode"] == event["line"] == "non_compliant_slot"
+
+
+def test_slot_fits_the_last_stride_of_its_batch():
+    """Targets before the last EVAL_STRIDE ones of a window move no other score; those there do."""
+    c = h.config(h.SHORT, slot_enabled=True)
+    slot = t.slot_forward(h.random_model(c, vocab=h.SHORT_VOCAB), h.runtime(), c)
+    ids = torch.from_numpy(h.short_stream().astype(np.int64))[:34].view(2, 17)
+    before = slot(ids[:, :-1], ids[:, 1:])
+    for row, place in np.ndindex(2, 16):
+        targets = ids[:, 1:].clone()
+        targets[row, place] = (targets[row, place] + 5) % h.SHORT_VOCAB
+        moved = slot(ids[:, :-1], targets) != before
+        assert moved[row, place]
+        moved[row, place] = False
+        fitted = place >= 16 - c.eval_stride
+        assert moved.any(1).all() if fitted else not moved.any(), (row, place)
 
 
 def test_an_evaluation_over_600_s_is_announced():

@@ -10,9 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +128,90 @@ def test_checkpoints_of_another_run_are_not_mixed_with(make_trainer):
     with pytest.raises(t.RunError, match="holds checkpoints of another run; set another RUN_ID"):
         t.Trainer(trainer.model, trainer.loader, trainer.evaluator).run()
     assert sorted(trainer.checkpoints.root.rglob("*")) == kept
+
+
+def clocked_run(folder, data, stop_after=-1):
+    """A run to a cap of 3 s in which steps take what a fake clock says; its exit code."""
+    now, train_step = [0.0], t.Trainer.train_step
+
+    def timed_step(trainer, step):
+        now[0] += (12 if step == 12 else 5 + step % 3) / 64  # s, exact in binary; one is slow
+        train_step(trainer, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t.Runtime, "event", lambda self: t.HostEvent(now[0]))
+        patch.setattr(t.Trainer, "train_step", timed_step)
+        with h.after_step(stop_after, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+            return h.run_switching(folder, data, max_wallclock_seconds=3.0, iterations=1000,
+                                   recur_start_step=0.5, warmup_steps=0, quant="rtn",
+                                   compressor="zlib", resume=True)[0]
+
+
+def test_a_resumed_run_goes_by_the_clock_of_the_whole_run(tmp_path, data):
+    """Under a cap: rates, phases and the last step are those of a run without interruption."""
+    calm, cut = tmp_path / "calm", tmp_path / "cut"
+    assert clocked_run(calm, data) == 0
+    assert [clocked_run(cut, data, stop_after=step) for step in (8, 17, -1)] == [75, 75, 0]
+    assert len({e["step"] for e in h.events(cut, "resume")}) == 3
+    for kind in ("train", "phase", "clock"):
+        first, second = (h.events(folder, kind) for folder in (calm, cut))
+        assert first == [e for e in second if e.get("reason", "wallclock_cap") == "wallclock_cap"]
+    assert h.events(calm, "clock")[0]["train_ms"] > 2400 and len(h.events(calm, "phase")) == 2
+    assert (calm / "k.ptz").read_bytes() == (cut / "k.ptz").read_bytes()
+
+
+def on_two_ranks(patch, work):
+    """What `work(runtime)` returns on each of two ranks: threads, with the runtime's own logic."""
+    barrier, values, mine = threading.Barrier(2, timeout=30), [None, None], threading.local()
+
+    def exchange(value):
+        values[mine.rank] = value
+        barrier.wait()
+        every = list(values)
+        barrier.wait()
+        return every
+
+    def all_gather_object(out, value):
+        out[:] = exchange(value)
+
+    def broadcast_object_list(out):
+        out[:] = exchange(list(out))[0]
+
+    def as_rank(rank):
+        mine.rank = rank
+        return work(h.runtime(rank, 2))
+
+    patch.setattr(t.dist, "all_gather_object", all_gather_object)
+    patch.setattr(t.dist, "broadcast_object_list", broadcast_object_list)
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(as_rank, range(2)))
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_shard_damaged_on_one_rank_is_damage_for_all(damaged, tmp_path, monkeypatch):
+    """Every rank passes over the checkpoint and says whose shard it was; none is left behind."""
+    c, refused = h.config(checkpoint_path=str(tmp_path)), []
+
+    def write(runtime):
+        for step in (3, 7):
+            t.Checkpoints(c, runtime, "data").write(
+                dict(own=np.full(9, 10 * step + runtime.rank)), dict(steps=step))
+            runtime.gather(step)  # as the steps between two checkpoints do, it waits for both
+
+    def load(runtime):
+        runtime.log.event = lambda kind, *_, reason: refused.append((runtime.rank, kind, reason))
+        state, arrays = t.Checkpoints(c, runtime, "data").load()
+        return state["steps"], arrays["own"].tolist()
+
+    on_two_ranks(monkeypatch, write)
+    path = tmp_path / "none" / "step00000007" / f"rank{damaged}"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    assert on_two_ranks(monkeypatch, load) == [(3, [30] * 9), (3, [31] * 9)]
+    assert sorted(refused) == [(rank, "refused", f"{path} is damaged (CRC)") for rank in (0, 1)]
+    assert sorted(folder.name for folder in path.parents[1].iterdir()) == [
+        "step00000003", "step00000007.damaged"]
 
 
 def test_a_run_id_is_used_once(tmp_path, data, capsys):
@@ -354,3 +441,17 @@ def test_memory_is_constant(tmp_path, data):
         time.sleep(0.05)
     assert process.wait(60) == 0 and len(sizes) > 10
     assert max(sizes[len(sizes) // 2 :]) < 1.03 * max(sizes[: len(sizes) // 4])
+
+
+def test_a_run_goes_on_from_the_one_before_a_damaged_checkpoint(two_checkpoints, data, tmp_path,
+                                                               undisturbed):
+    """It says so, keeps CHECKPOINT_KEEP checkpoints, and ends as if nothing had happened."""
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints, folder)
+    before, newest = sorted((folder / "checkpoints/k").iterdir())
+    h.replace_file(newest / "rank0", (newest / "rank0").read_bytes()[:-9])
+    code, console = h.run_switching(folder, data, resume=True, checkpoint_keep=1)
+    assert code == 0 and f"resumed step:{int(before.name[4:])} " in console
+    assert f"passed over: checkpoints/k/{newest.name}" in console
+    assert [path.name for path in (folder / "checkpoints/k").iterdir()] == ["step00000024"]
+    h.check_same_run(folder, undisturbed)

@@ -208,6 +208,24 @@ def test_folds_equal_what_they_stand_for(name):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)  # tables and norms are fp32
 
 
+@pytest.mark.parametrize("train, evaluation", [(2048, 4096), (4096, 2048)])
+def test_rope_is_the_formula_at_every_length(train, evaluation):
+    """Up to the longer of both lengths, beyond 1,024 too, each angle is its position's alone."""
+    seen, on = [], h.runtime()
+    on.attention = lambda q, k, v: seen.append((q, k)) or torch.zeros_like(q)
+    c = h.config(train_seq_len=train, train_batch_tokens=train, eval_seq_len=evaluation,
+                 smear_enabled=False, bigram_vocab_size=0)  # then equal ids have equal q and k
+    model = t.GPT(c, h.table().is_boundary, on)
+    for length in (1024, 2048, 4096):
+        seen.clear()
+        with torch.no_grad():
+            model.hidden(torch.full((1, length), 7))
+        for x in seen[0]:
+            turned = plain_rotate(x[:, :1].expand_as(x), c.rope_base, c.rope_dims)
+            torch.testing.assert_close(x, turned, atol=1e-3, rtol=0)
+            assert x.size(1) == length and (x - x[:, :1]).abs().max() > 0.1
+
+
 def test_exclusive_attention_is_orthogonal():
     """XSA leaves nothing of a head's output along its own value, and nothing else is touched."""
     y, v = h.matrices((2, 5, 4, 8), (2, 5, 2, 8))

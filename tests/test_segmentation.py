@@ -32,6 +32,30 @@ def test_fields_of_the_page():
         assert R.byte_classes(dict.fromkeys(keys, 0))[0xC3] == kind
 
 
+ALIKE = {  # name: (tokens beside the bytes, text, what it is cut into)
+    "neither of the longest two":
+        ("12345 1234 123 12 2345678", "12345678", "12345 6 7 8"),  # 1 2345678 would score more
+    "the second of the longest two": ("12345 1234 123 12 4567", "1234567", "123 4567"),
+    "the longest, beside a better one": ("a1234 a123 a12 456", "a123456", "a123 456"),
+    "the longer of two better ones":
+        ("1.2345 1.2 1. 2345678 .2345678", "1.2345678", "1. 2345678"),  # both score the same
+    "the shorter of two better ones":
+        ("1.2345 1.2 1. 2345678 .23456789", "1.23456789", "1 .23456789"),
+    "the token itself": ("12345 1234 456", "123456", "12345 6"),  # 1234 would be cut like 12345
+    "the longest": ("12345 1234 567", "1234567", "1234 567"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_alternatives_that_are_cut_alike(name):
+    """Of prefixes with equal priority the longest two are kept, the longer one first."""
+    tokens, text, wanted = (part.encode() for part in ALIKE[name])
+    entries = [bytes([k]) for k in range(256)] + tokens.split()
+    segmenter = R.Segmenter(R.load_vocabulary(R.vocabulary_yaml(entries)))
+    assert [entries[k] for k in segmenter.encode(text)] == wanted.split()
+    assert segmenter.encode(text) == ref.Segmenter(entries).encode(text)
+
+
 @h.needs_shared
 def test_published_vocabulary_and_its_byte_table():
     vocabulary = R.load_vocabulary(h.SHARED / "data" / "scylla.yaml")

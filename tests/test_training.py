@@ -430,3 +430,41 @@ def test_a_loss_spike_is_an_event(make_trainer):
     assert spike["step"] == 13 and spike["loss"] > t.SPIKE * spike["usual"]
     losses = h.trainer_losses(trainer)
     assert losses[12] == spike["loss"] and spike["usual"] == np.median(losses[:12])
+
+
+def test_lr_scale():
+    """Constant, then linear to MIN_LR, by steps or by the clock, whichever ends first."""
+    c = h.config(h.RECORD, iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
+    for step, expected in ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (1000, 0)):
+        assert t.lr_scale(step, 9e9, 50.0, c) == pytest.approx(expected)
+    assert t.lr_scale(950, 0, 0, replace(c, min_lr=0.1)) == pytest.approx(0.55)
+    assert t.lr_scale(1000, 0, 0, replace(c, warmdown_iters=0)) == 1
+    c = h.config(h.RECORD, iterations=10**6)
+    usable = 600_000 - t.CLOCK_RESERVE_MS
+    assert t.lr_scale(10, 1e3, 0.0, c) == 1  # no step time known yet
+    assert t.lr_scale(10, usable - 3500 * 100, 100.0, c) == pytest.approx(1)
+    assert t.lr_scale(10, usable - 1750 * 100, 100.0, c) == pytest.approx(0.5)
+    assert t.lr_scale(10, usable - 1750 * 100, 200.0, c) == pytest.approx(0.25)
+    assert t.lr_scale(10, 601e3, 100.0, replace(c, min_lr=0.2)) == pytest.approx(0.2)
+    assert 0 < t.CLOCK_RESERVE_MS < 1000
+
+
+def test_muon_momentum():
+    """Linear from start to peak over the warm-up steps, then constant."""
+    c = h.config(h.RECORD)
+    for step, expected in ((0, 0.92), (750, 0.955), (1500, 0.99), (9999, 0.99)):
+        assert t.muon_momentum(step, c) == pytest.approx(expected)
+    assert t.muon_momentum(0, replace(c, muon_momentum_warmup_steps=0)) == 0.99
+
+
+def test_recurrence_due():
+    """A step, a share of steps or of time, from the first step, or never."""
+    c = h.config(h.RECORD)
+    assert [t.recurrence_due(s, 9e9, c) for s in (0, 2999, 3000, 3001)] == [0, 0, 1, 1]
+    c = h.config(h.RECORD, recur_start_step=0.5, iterations=100, max_wallclock_seconds=0)
+    assert [t.recurrence_due(s, 9e9, c) for s in (0, 49, 50)] == [False, False, True]
+    c = replace(c, max_wallclock_seconds=10.0)
+    assert [t.recurrence_due(1, ms, c) for ms in (0, 4999, 5000)] == [False, False, True]
+    assert t.recurrence_due(50, 0, c)
+    assert t.recurrence_due(0, 0, replace(c, recur_start_step=0.0))
+    assert not t.recurrence_due(99, 9e9, replace(c, recur_start_step=0.0, recur_layers=()))

@@ -304,6 +304,9 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     "no requirements": (gone("requirements.txt"), "evidence", "requirements.txt: missing"),
     "empty curves": (lambda f: (f / "curves.png").write_text(""), "evidence", "curves.png: empty"),
     "another vocabulary": (lambda f: edit(f / "tiny.yaml", "a", "b"), "ledger", "manifest"),
+    "no vocabulary": (lambda f: (f / "tiny.yaml").unlink(), "ledger", "manifest.json"),
+    "no vocabulary, and none in the ledger": (lambda f: [(f / "tiny.yaml").unlink(), edit(
+        f / "manifest.json", '"sha256"', '"digest"')], "ledger", "manifest.json"),
     "a lossy vocabulary": (lambda f: edit(f / "manifest.json", '"byte_exact": true',
                                           '"byte_exact": false'), "ledger", "manifest.json"),
     "a bad document": (log('"bad_documents": 0', '"bad_documents": 7', "manifest.json"), "ledger",
