@@ -2443,7 +2443,7 @@ def mix_ngram(evaluator: Evaluator, nats: np.ndarray, is_boundary: np.ndarray) -
 
 
 def slot_forward(model: GPT, runtime: Runtime, c: Config) -> Callable:
-    """SLOT, not compliant: a batch's last hidden state, shifted to fit its last strides' targets."""
+    """SLOT, not compliant: a shift of the last hidden state that fits a batch's last strides."""
     hidden = runtime.compile(model.hidden)
 
     @torch.inference_mode(False)

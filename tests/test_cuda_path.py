@@ -134,13 +134,13 @@ def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, asked):
 
 def test_select_attention_on_cpu():
     """Without CUDA the choice is sdpa, and the log's name says why."""
-    assert t.select_attention(h.runtime(), t.Config(), 8) == ("sdpa", "no CUDA")
+    assert t.select_attention(h.runtime(), h.config(), 8) == ("sdpa", "no CUDA")
     assert t.use_attention("sdpa") is t.sdpa
 
 
 def test_the_fastest_kernels_are_chosen(monkeypatch):
     """Of those that work the one with the least time; the log's text has every time and reason."""
-    missing, c = ImportError("no FA3\nmore"), t.Config()
+    missing, c = ImportError("no FA3\nmore"), h.config()
     chosen = functools.partial(h.choices, monkeypatch, c)
     assert chosen([missing, 2.3, 3.6], [1.8, 1.5]) == (
         "cudnn", "flash_attention_3: no FA3; cudnn 2.30 ms; flash 3.60 ms",

@@ -25,10 +25,10 @@ def count_parameters(c: t.Config, vocab: int) -> int:
 def test_parameter_count(vocab, expected, monkeypatch):
     """SPEC section 3: the exact counts, and 1,028 more for each further lane layer."""
     monkeypatch.setattr(torch.nn.init, "orthogonal_", lambda w: w)
-    assert count_parameters(t.Config(), vocab) == expected
-    assert count_parameters(t.Config(parallel_start_layer=6), vocab) == expected + 1028
-    assert count_parameters(t.Config(parallel_start_layer=5), vocab) == expected + 2 * 1028
-    assert count_parameters(t.Config(recur_untie_mlp=False), vocab) == expected - 4 * 512 * 1536
+    assert count_parameters(h.config(h.RECORD), vocab) == expected
+    assert count_parameters(h.config(h.RECORD, parallel_start_layer=6), vocab) == expected + 1028
+    assert count_parameters(h.config(h.RECORD, parallel_start_layer=5), vocab) == expected + 2 * 1028
+    assert count_parameters(h.config(h.RECORD, recur_untie_mlp=False), vocab) == expected - 4 * 512 * 1536
 
 
 def test_every_tensor_in_one_row():

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -385,7 +386,7 @@ def test_matrices_are_dealt_by_cost():
             owners = np.array(t.deal(list(costs), ranks))
             loads = [costs[owners == rank].sum() for rank in range(ranks)]
             assert sum(loads) == costs.sum() and max(loads) - min(loads) <= max(costs)
-    c, runtime = t.Config(), h.runtime(device="meta")
+    c, runtime = h.config(h.RECORD), h.runtime(device="meta")
     with torch.device("meta"):
         model = t.GPT(c, np.zeros(1254, bool), runtime)
     runtime.world = 8

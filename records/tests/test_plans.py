@@ -20,7 +20,7 @@ import train_gpt as t
 @pytest.mark.parametrize("recur", [False, True])
 def test_costs_are_those_of_the_model(recur):
     """Matmuls and their operands as run, chains as traced, Newton-Schulz by hand."""
-    c = t.Config()
+    c = h.config(h.RECORD)
     model = cost.record_model(c, 1254)
     costs = cost.step_costs(model, 98304, recur, 8)
     assert sum(costs[part][0] for part in ("matrices", "head", "attention")) == pytest.approx(
@@ -56,12 +56,12 @@ def test_cost_of_a_chain_counts_reads_and_writes():
     # forward: 3 + 3; backward: two products of 3; one addition of gradients of 3
     assert chain.eager_bytes() == 5 * 2 * 6 * (3 + 3 + 3 + 3 + 3)
     assert all(c.eager_bytes() > c.fused_bytes() > 0 or "add" in c.name or "skip" in c.name
-               for c in cost.chains(cost.record_model(t.Config(), 1254), True))
+               for c in cost.chains(cost.record_model(h.config(h.RECORD), 1254), True))
 
 
 def test_cost_model_report_stands():
     """The report's sums are the sums of its rows, and records/ quotes the script's own output."""
-    lines = cost.report(cost.record_model(t.Config(), 1254), 98304, 8)
+    lines = cost.report(cost.record_model(h.config(h.RECORD), 1254), 98304, 8)
     rows = [line.split(" | ") for line in lines if re.match(r"\| [a-zE\*]", line)]
     floors = [float(row[3]) for row in rows if len(row) == 5 and re.match(r"[\d.]+$", row[3])]
     sums = [float(row[3].strip("*")) for row in rows if row[0] == "| **sum**"]
