@@ -1,8 +1,112 @@
-"""test_cpu.py"""
+"""The pre-flight: what a record run depends on, each guarantee by its sharpest test.
+
+    python -m pytest test_cpu.py      a minute and a half on two idle cores, no GPU needed
+
+Everything else is tested in tests/ and records/tests/; what all share is in tests/harness.py.
+
+settings
+  every mistake in the environment is reported at once, before anything runs
+      -> all_problems_are_reported_at_once
+
+data
+  a shard that is cut, or has a wrong header, stops the run
+      -> truncated_shards_are_refused_at_every_length
+  so does an id that the vocabulary does not have -> ids_out_of_range_name_the_file
+  any number of ranks trains on the same global batch -> every_rank_count_sees_the_same_global_batch
+  which depends on seed and step only -> batches_depend_on_seed_and_step_only
+  an epoch reads every block of every shard once, shuffled
+      -> an_epoch_is_a_permutation_of_blocks_of_all_shards
+
+bytes
+  the segmenter gives the ids of the published page
+      -> segmenter_agrees_with_the_page_on_random_vocabularies
+  and those that the original tokenizer gave -> vectors_id_for_id
+  bytes are counted exactly, or the log says that they are not -> byte_audit_states
+  one byte too many or too few stops the run -> byte_audit_stops_the_run
+  shards of our re-tokenizer are exact to the trainer -> trainer_calls_these_shards_exact
+
+model
+  logits and losses are those of the formulas -> forward_equals_reference
+  attention is causal softmax attention -> sdpa_equals_softmax
+  no token changes what is predicted before it -> causality_every_position
+  SmearGate and the bigram hash stop at documents -> document_boundaries
+  every parameter learns -> every_parameter_gets_a_gradient
+  each phase compiles to one graph, with the same result -> compiles_to_one_graph_for_each_phase
+
+optimization
+  Muon is its formula -> muon_equals_formula
+  and on several ranks the same as on one -> muon_of_several_ranks_is_muon_of_one
+  each parameter has one optimizer, rate and decay -> each_parameter_in_one_group
+  the EMA that is exported is its closed form -> ema_closed_form
+  SWA exports the mean of its snapshots -> swa_mean_of_snapshots
+
+training
+  every step has its rates, phase and average, and the last one ends before the cap
+      -> every_step_follows_its_schedules
+  recurrence begins from copies of weights, momentum and averages -> recurrence_switch
+  warm-up changes no weight -> warm_up_changes_nothing
+  the gradient of all ranks is clipped by its own norm, if at all -> clipping_on_the_global_gradient
+  micro-batches change nothing -> accumulation_equals_larger_micro_batch
+
+quantization
+  late QAT computes with the grid that is stored -> qat_grid_is_the_stored_grid
+  in the whole model -> qat_forward_is_the_quantized_model
+  each tensor has the bits of its row in the table -> the_table_decides_bits
+  GPTQ is its definition -> gptq_is_its_definition
+  on the inputs that the matrices see -> hessians_are_those_of_the_inputs
+  the fit lands just under every SIZE_LIMIT -> the_fit_lands_under_every_limit
+  rANS gives every stream back -> rans_is_exact
+
+artifact
+  every tensor comes back from the file bit for bit -> container_round_trip
+  a flipped byte is noticed -> a_flipped_byte_is_damage
+  a file appears under its name when it is whole -> writing_is_renamed_when_whole
+  an artifact is scored with its own vocabulary only -> artifacts_of_another_vocabulary_are_refused
+  a run that never came to recurrence stores no repeats
+      -> a_run_that_ends_before_recurrence_stores_no_repeats
+  too many bytes are an error, and the weights are kept -> over_the_size_limit
+
+evaluation
+  each target is scored once, with the longest context
+      -> every_target_is_scored_once_with_the_longest_context
+  its score is stored at its place -> scores_belong_to_their_tokens
+  batches and ranks change no score -> scores_do_not_depend_on_batches_or_ranks
+  every mode keeps the four conditions of a legal score -> every_mode_is_legal
+  TTT without a learning rate is sliding evaluation -> ttt_without_learning_rate_is_sliding
+  a window is scored with the chunk of its first target
+      -> a_window_belongs_to_the_chunk_of_its_first_target
+  what TTT freezes does not move -> frozen_is_frozen
+  the n-gram cache is Witten-Bell -> ngram_is_witten_bell
+  the settings fix the headline before anything is scored -> the_headline_follows_from_the_settings
+  anybody can recompute a score from the dump -> dumped_scores_recompute_the_result
+  and from the artifact's bytes alone -> independent_scorer
+
+whole runs and faults
+  the log's lines are those that the field's tools read -> log_lines_are_the_public_patterns
+  a run repeats bit for bit -> runs_are_deterministic
+  two ranks train as one -> two_ranks_are_one
+  a signal writes a checkpoint, and RESUME=1 goes on from it, bit for bit
+      -> a_signal_checkpoints_and_resume_goes_on
+  a damaged checkpoint is passed over -> the_one_before_a_damaged_checkpoint
+  a loss that is not finite ends the run before it is saved -> non_finite_keeps_the_last_checkpoint
+  a full disk ends no run and leaves no torn file -> a_full_disk_leaves_nothing_that_looks_whole
+
+the ten published checks, at full width
+  the script imports torch and numpy only, without side effects -> preflight_01_imports
+  the defaults are the record run -> preflight_02_hyperparameters
+  the model has its 30,290,797 parameters -> preflight_03_model_creation
+  the loss begins at log V and falls -> preflight_04_forward_and_backward
+  the bytes of the code are counted from its file -> preflight_05_code_size
+  every byte of the artifact is accounted for -> preflight_06_artifact_size
+  a step's operations, and the time that they imply -> preflight_07_step_time_projection
+  quantization errs as its bits imply -> preflight_08_quantization_error
+  operations grow as they should -> preflight_09_scaling
+  weights are spread as they should be, before and after two steps
+      -> preflight_10_weight_distribution
+"""
 
 from __future__ import annotations
 
-import ast
 import base64
 import contextlib
 import functools
@@ -31,6 +135,8 @@ import references as ref
 import retokenize_scylla as R
 import train_gpt as t
 
+# ----------------------------------------------------------------------------------------- settings
+
 
 def test_all_problems_are_reported_at_once():
     """One RunError for values, ranges, contradictions, near misses and unknown names."""
@@ -41,6 +147,8 @@ def test_all_problems_are_reported_at_once():
         assert sum(line.strip().startswith(f"{name}=") or f" {name}=" in line
                    for line in text.splitlines()) >= 1, name
     assert len(text.splitlines()) == 8
+
+# --------------------------------------------------------------------------------------------- data
 
 
 def test_truncated_shards_are_refused_at_every_length(tmp_path):
@@ -123,6 +231,52 @@ def test_an_epoch_is_a_permutation_of_blocks_of_all_shards(tmp_path):
     assert len({min(order) for order in orders}) > 1  # the phase moves
     assert len({s % 32 for order in orders for s in order if s < 1000}) > 1
 
+# -------------------------------------------------------------------------------------------- bytes
+
+
+def check_random_vocabulary(rng: random.Random) -> None:
+    """One vocabulary and thirty documents: the page's ids, lossless, whatever stands beside."""
+    atoms = rng.sample(ref.ATOMS, 6) + [b" ", b"a", bytes([rng.randrange(256)])]
+    tokens = [ref.drawn(rng, atoms, 7) for _ in range(rng.randrange(13))] + [b" a", b" aa", b"."]
+    tokens += [token[:rng.randint(1, len(token))] for token in tokens for _ in range(4)]
+    entries = [bytes([k]) for k in range(256)] + tokens
+    documents = [ref.drawn(rng, tokens + atoms, 12) for _ in range(30)] + [rng.randbytes(30), b""]
+    vocabulary = R.load_vocabulary(R.vocabulary_yaml(entries), "random.yaml")
+    engine, slow = R.ScyllaEngine(vocabulary), ref.Segmenter(entries)
+    block = engine.encode_documents(documents)
+    for k, document in enumerate(documents):
+        ids = block.ids[block.starts[k]:block.starts[k + 1]].tolist()
+        assert ids == [vocabulary.bos_id, *slow.encode(document)]
+        assert b"".join(entries[identity] for identity in ids[1:]) == document
+        assert engine.segmenter.encode(document) == ids[1:]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_segmenter_agrees_with_the_page_on_random_vocabularies(seed):
+    rng = random.Random(seed)
+    for _ in range(20):
+        check_random_vocabulary(rng)
+
+
+@pytest.mark.parametrize(("vocabulary", "vectors"), [
+    (h.ROOT / "tests" / "vectors" / "ours.yaml", h.ROOT / "tests" / "vectors" / "ours.jsonl"),
+    *(pytest.param(h.SHARED / "data" / "scylla.yaml", h.SHARED / "vectors" / name,
+                   marks=h.needs_shared)
+      for name in ("scylla1254.jsonl", "scylla1254_spdec.jsonl"))], ids=lambda path: path.name)
+def test_vectors_id_for_id(vocabulary, vectors, tmp_path):
+    """A text's ids are the stored ones, and the trainer's table counts its bytes exactly.
+
+    A lone byte is one byte: the published table counted three, and BPB came out 5 % too good.
+    """
+    engine = R.ScyllaEngine(R.load_vocabulary(vocabulary))
+    R.put_tokenizer(SimpleNamespace(path=tmp_path, put=Path.write_bytes), engine)
+    table = t.load_byte_table(h.config(data_path=str(tmp_path)))
+    for line in vectors.read_text().splitlines():
+        vector = json.loads(line)
+        text, stream = base64.b64decode(vector["text_b64"]), [engine.bos_id, *vector["ids"]]
+        assert engine.segmenter.encode(text) == vector["ids"], vector["name"]
+        assert table.count(stream[:-1], stream[1:]).sum() == len(text), vector["name"]
+
 
 def test_byte_audit_states(tmp_path):
     """exact, partial, unverified (no manifest, or a lossy tokenizer), and the bytes."""
@@ -162,337 +316,31 @@ def test_byte_audit_stops_the_run(off, tmp_path):
             h.audit(data, val_tokens_limit=limit)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_qat_grid_is_the_stored_grid(bits):
-    """What training computes with late QAT is what the artifact restores, bit for bit."""
-    weight = h.hard_rows().requires_grad_()
-    fake = t.fake_quantize(weight, bits)
-    config = h.config(class_bits=f"attn={bits}")
-    name = "blocks.0.attn.q.weight"
-    stored = t.quantize({name: weight.detach()}, config)[name]
-    assert stored.bits == bits and stored.values.dtype == np.int8
-    assert stored.scales.dtype == np.float16 and stored.scales.shape == (12,)
-    assert np.abs(stored.values.astype(int)).max() == 2 ** (bits - 1) - 1
-    fake.backward(torch.ones_like(weight))
-    assert torch.equal(weight.grad, torch.ones_like(weight))  # straight through
-    assert torch.equal(fake.detach(), stored.restore())
-    assert t.fake_quantize(weight, 0) is weight
+@pytest.mark.parametrize("engine", ["vocab", "sp-model"])
+def test_trainer_calls_these_shards_exact(engine, tmp_path):
+    """Shards, byte table and manifest satisfy the audit; a manifest one byte off does not."""
+    texts, out = h.texts(30), tmp_path / "out"
+    documents = tmp_path / "documents.jsonl"
+    h.write_documents(documents, texts)
+    source = tmp_path / ("v.yaml" if engine == "vocab" else "v.model")
+    source.write_bytes(h.sentencepiece_model() if engine == "sp-model" else R.vocabulary_yaml(
+        [bytes([k]) for k in range(256)] + h.TOKENS))
+    assert R.main(["--docs", str(documents), f"--{engine}", str(source), "--split", "val",
+                   "--output-dir", str(out), "--workers", "1"]) == 0
+    config = h.config(data_path=str(out))
+    val = t.load_validation(config, t.load_byte_table(config))
+    assert val.audit == "exact" and len(val.ids) == len(val.bytes) + 1
+    if engine == "vocab":
+        assert val.bytes.sum() == sum(len(text.encode()) for text in texts)
+        assert val.vocab_sha256 == t.sha256_file(source)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert val.bytes.sum() == manifest["totals"]["val"]["source_bytes"]
+    next(iter(manifest["shards"].values()))["source_bytes"] += 1
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(t.RunError, match="byte audit failed"):
+        t.load_validation(config, t.load_byte_table(config))
 
-
-def test_the_table_decides_bits():
-    """Attention and repeats 6, MLP 6 at both ends and 5 between, tables 8, projections fp16."""
-    model = t.GPT(h.config(num_layers=8, n_int6_layers=4, parallel_start_layer=5,
-                           recur_layers=(3, 4), ve_layers=(6,)), h.table().is_boundary, h.runtime())
-    for name, parameter in model.named_parameters():
-        spec = t.param_spec(name, model.config)
-        layer = int(name.split(".")[1]) if name.startswith("blocks") else None
-        edge = layer in (0, 1, 6, 7)
-        want = (8 if name.endswith(("embed.weight", "table.weight")) else
-                16 if name.endswith("proj.weight") else
-                6 if ".attn." in name and parameter.dim() == 2 or name.startswith("repeat") else
-                6 if ".mlp." in name and edge else 5 if ".mlp." in name else 32)
-        assert spec.bits == want, name
-        assert (parameter.dim() == 2) == (want < 32) or name.endswith(("mix", "mix_mlp", "weights"))
-    untied = t.GPT(h.config(tie_embeddings=False), h.table().is_boundary, h.runtime())
-    assert t.param_spec("head.weight", untied.config).bits == 8
-    with pytest.raises(AssertionError, match="in no row of PARAM_TABLE"):
-        t.param_spec("blocks.0.attn.new.weight", untied.config)
-
-
-@pytest.mark.parametrize("codec, bits", [
-    ("auto", ""), *((codec, "embed=2,attn=3,mlp=4,repeat=7") for codec in t.CODECS)])
-def test_container_round_trip(codec, bits, tmp_path):
-    """Every tensor comes back bit for bit: codes, scales, fp16 and fp32 values."""
-    if codec not in (*h.codecs(), "auto"):
-        pytest.skip(f"{codec} is not installed")
-    path = tmp_path / "x.ptz"
-    config, stored = h.artifact(path, codec, class_bits=bits)
-    header, loaded = t.read_artifact(str(path))
-    assert list(loaded) == list(stored)
-    for name, want in stored.items():
-        have = loaded[name]
-        assert (have.kind, have.bits) == (want.kind, want.bits)
-        assert have.values.shape == want.values.shape and have.values.dtype == want.values.dtype
-        assert have.values.tobytes() == want.values.tobytes()
-        assert (have.scales is None) == (want.scales is None)
-        assert want.scales is None or have.scales.tobytes() == want.scales.tobytes()
-        assert torch.equal(have.restore(), want.restore())
-    assert {s[1] for s in header["streams"]} <= set(h.codecs() if codec == "auto" else [codec])
-    assert header["vocab_sha256"] == "5" * 64 and header["model"]["VE_LAYERS"] == "2,3"
-    assert t.write_artifact(tmp_path / "y.ptz", {k: header[k] for k in (
-        "model", "vocab_size", "vocab_sha256")}, loaded, codec)
-    assert (tmp_path / "y.ptz").read_bytes() == path.read_bytes()
-
-
-def test_a_flipped_byte_is_damage(small_artifact, tmp_path):
-    """Every byte of the head and the header, and 400 bytes anywhere, one at a time."""
-    data, path = bytearray(small_artifact.read_bytes()), tmp_path / "flipped.ptz"
-    random = np.random.default_rng(0)
-    places = [*range(200), *random.integers(200, len(data), 400).tolist(), len(data) - 1]
-    for place in places:
-        bit = 1 << int(random.integers(8))
-        data[place] ^= bit
-        path.write_bytes(data)
-        h.refused(path, lambda: t.read_artifact(str(path)))
-        data[place] ^= bit
-
-
-def test_loading_executes_nothing():
-    """No pickle, no torch.load, no eval or exec anywhere in the file."""
-    tree = ast.parse((h.ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-    imported = {alias.name for node in ast.walk(tree)
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    assert not {"eval", "exec", "__import__"} & names
-    assert not {"pickle", "marshal", "shelve", "dill"} & (names | imported)
-    calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-    assert not {"torch.load", "torch.save"} & calls and "eval" not in attributes
-    pickles = [k.value.value for n in ast.walk(tree) if isinstance(n, ast.Call)
-               for k in n.keywords if k.arg == "allow_pickle"]
-    assert pickles and not any(pickles)
-
-
-def test_writing_is_renamed_when_whole(tmp_path, monkeypatch):
-    """The temporary file is on the disk, synced, before it takes the name."""
-    events, fsync, rename = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or fsync(fd))
-    monkeypatch.setattr(os, "replace", lambda a, b: events.append(
-        Path(a).read_bytes()) or rename(a, b))
-    t.write_atomic(tmp_path / "x", b"data")
-    assert events == ["sync", b"data"]
-
-
-def test_artifacts_of_another_vocabulary_are_refused(made, tmp_path):
-    """Another size or another hash of the vocabulary, in the run itself."""
-    message = r"made\.ptz: made for a vocabulary of 300 ids, sha256 5555"
-    for vocab, sha256 in ((310, "5" * 64), (h.VOCAB, "6" * 64)):
-        data = h.dataset(tmp_path / str(vocab), vocab)
-        h.edit_manifest(data, lambda m, sha256=sha256: m["tokenizer"].update(sha256=sha256))
-        with h.inside(tmp_path), pytest.raises(t.ArtifactError, match=message):
-            t.run(h.config(data_path=str(data), load_artifact=str(made[2])))
-
-
-@pytest.mark.parametrize("untied", [True, False])
-def test_a_run_that_ends_before_recurrence_stores_no_repeats(untied, made, tmp_path):
-    """Neither tensors nor the setting; and it reloads and scores like the model in memory."""
-    config = h.config(data_path=str(made[1]), recur_start_step=100.0, recur_untie_mlp=untied,
-                      eval_modes=("roundtrip",), compressor="zlib")
-    with h.inside(tmp_path) as console:
-        t.run(config)
-    header, stored = t.read_artifact(str(tmp_path / config.artifact_path))
-    assert header["model"]["RECUR_LAYERS"] == ""
-    assert not [name for name in stored if name.startswith("repeat_mlps")]
-    header, stored = t.read_artifact(str(made[2]))
-    assert header["model"]["RECUR_LAYERS"] == "1,2"
-    assert len([name for name in stored if name.startswith("repeat_mlps")]) == 4
-    post = float(re.search(r"post_ema val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1])
-    final = float(re.search(r"roundtrip_exact val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1])
-    assert abs(post - final) < 0.05
-
-
-def test_over_the_size_limit(made, tmp_path, monkeypatch, capsys):
-    """Exit code 1, the bytes over from file sizes, and fp32 weights that reload bit for bit."""
-    settings = h.environ(data_path=str(made[1]), artifact_path="out/over.ptz", run_id="over")
-    for name, value in (settings | {"SIZE_LIMIT": "40000"}).items():
-        monkeypatch.setenv(name, value)
-    with h.inside(tmp_path):
-        assert t.main([]) == 1
-    error = capsys.readouterr().err
-    total = (tmp_path / "out/over.ptz").stat().st_size + (h.ROOT / "train_gpt.py").stat().st_size
-    assert error.startswith("error: ")
-    assert f"{total} is {total - 40000} bytes over SIZE_LIMIT=40000" in error
-    assert "LOAD_ARTIFACT=out/over.ptz.fp32" in error
-    log = (tmp_path / "logs/over.txt").read_text()
-    assert "final_" not in log.split("Total submission size: ")[-1]
-    post = float(re.findall(r"post_ema val_loss:\S+ val_bpb:(\S+)", log)[-1])
-    monkeypatch.setenv("LOAD_ARTIFACT", "out/over.ptz.fp32")
-    monkeypatch.setenv("RUN_ID", "kept")  # the log of the first run is not overwritten
-    with h.inside(tmp_path) as console:
-        assert t.main([]) == 0
-    bpb = re.search(r"roundtrip_exact val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1]
-    assert f"{float(bpb):.4f}" == f"{post:.4f}"  # unquantized: post-EMA exactly
-
-
-GRID = [(targets, seq_len, stride)
-        for targets in (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 101)
-        for seq_len in (2, 8, 16, 32) for stride in (1, 2, 3, 5, 8, 16, 31, 32)
-        if stride <= seq_len]  # fmt: skip
-
-
-def test_every_target_is_scored_once_with_the_longest_context():
-    """Over a grid of lengths, windows, strides and world sizes; in order, inside the stream."""
-    for targets, seq_len, stride in GRID:
-        windows = t.plan_windows(targets, seq_len, stride)
-        length = min(seq_len, targets)
-        scored = []
-        for start, first in windows.tolist():
-            assert 0 <= start and start + length <= targets and 0 <= first < length
-            for place in range(first, length):
-                scored.append(start + place)
-                assert place >= min(seq_len - stride, start + place)  # context
-        assert scored == list(range(targets)), (targets, seq_len, stride)
-        for world in (1, 2, 3, 4, 8):
-            shares = [windows[h.runtime(rank, world).share_of(len(windows))]
-                      for rank in range(world)]
-            assert np.concatenate(shares).tolist() == windows.tolist()
-            assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-@pytest.mark.parametrize("targets", [1, 5, 31, 32, 33, 64, 100, 699])
-@pytest.mark.parametrize("stride", [1, 8, 32])
-def test_scores_belong_to_their_tokens(targets, stride, made):
-    """A stand-in model that tells its input, target and place: all in order, context as planned."""
-    evaluator = h.evaluator(made[1], val_tokens_limit=targets + 1)
-    ids = evaluator.val.ids.astype(int)
-    score, nats = evaluator.score(lambda x, y: (1000 * x + y).float(), stride)
-    assert nats.tolist() == (1000 * ids[:-1] + ids[1:]).tolist()
-    assert score.tokens == targets and score.bytes == int(evaluator.val.bytes.sum())
-    assert score.nats == float(nats.astype(np.float64).sum())
-    _, places = evaluator.score(lambda x, y: torch.arange(x.size(1)) + 0.0 * y, stride)
-    assert (places >= np.minimum(32 - stride, np.arange(targets))).all()
-    assert places[0] == 0
-
-
-def test_scores_do_not_depend_on_batches_or_ranks(made):
-    """Any VAL_BATCH_SIZE, down to one window, and any split over ranks."""
-    model = h.random_model(h.config())
-    for stride in (8, 32):
-        score, nats = h.evaluator(made[1]).score(model, stride)
-        for size in (1, 100, 4096):
-            other, others = h.evaluator(made[1], val_batch_size=size).score(model, stride)
-            np.testing.assert_allclose(others, nats, rtol=2e-5, atol=2e-5)
-            assert math.isclose(other.bpb, score.bpb, rel_tol=1e-6)
-        for world in (2, 3, 64):
-            parts = [h.evaluator(made[1], rank, world).score(model, stride)[1]
-                     for rank in range(world)]
-            assert (sum((part != 0).astype(int) for part in parts) <= 1).all()
-            np.testing.assert_allclose(sum(parts), nats, rtol=2e-5, atol=2e-5)
-
-
-def test_dumped_scores_recompute_the_result(made, tmp_path):
-    """SCORES_PATH: ids, nats, bytes in stream order; anybody gets the same val_bpb."""
-    config = h.config(data_path=str(made[1]), load_artifact=str(made[2]), run_id="dump",
-                      scores_path="dumped")
-    with h.inside(tmp_path) as console:
-        t.run(config)
-    files = h.score_files(tmp_path / "dumped")
-    assert set(files) == {"roundtrip", "sliding", "ttt"}
-    lines = dict(re.findall(r"(\S+_exact) val_loss:\S+ val_bpb:(\S+)", console.getvalue()))
-    loss = dict(re.findall(r"(\S+_exact) val_loss:(\S+)", console.getvalue()))
-    want = h.audit(made[1])
-    for mode, name in (("roundtrip", "final_int6_roundtrip_exact"),
-                       ("sliding", "final_int6_sliding_window_exact"), ("ttt", "legal_ttt_exact")):
-        scores = files[mode]
-        assert scores["ids"].tolist() == want.ids[1:].tolist()
-        assert scores["bytes"].tolist() == want.bytes.tolist()
-        assert scores["nats"].dtype == np.float32 and (scores["nats"] > 0).all()
-        nats = scores["nats"].astype(np.float64).sum()
-        assert f"{nats / math.log(2) / scores['bytes'].sum():.8f}" == lines[name]
-        assert f"{nats / len(scores['ids']):.8f}" == loss[name]
-    assert not np.array_equal(files["roundtrip"]["nats"], files["sliding"]["nats"])
-
-
-SERIALIZED = r"Serialized model mixed_quant\+(rans|lzma|zlib|zstd): \d+ bytes"
-LOG_LINES = [  # STYLE.md, "Log lines are an API", in the order of a run
-    r"model_params:\d+", r"seed:\d+", r"world_size:\d+ grad_accum_steps:\d+",
-    r"step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms( \w+:\S+)*",
-    r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
-    r"peak memory allocated: \d+ MiB reserved: \d+ MiB",
-    r"DIAGNOSTIC post_ema val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
-    r"Code size: \d+ bytes", SERIALIZED, r"Total submission size: \d+ bytes",
-    r"final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
-    r"final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
-    r"final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:\d+ eval_time:\d+ms",
-    r"final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
-    r"ttt_chunk \[1/1\] bpb=\d+\.\d{6} time=\d+\.\ds",
-    r"legal_ttt val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
-    r"legal_ttt_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
-    r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
-]  # fmt: skip
-
-
-def test_log_lines_are_the_public_patterns(script_run):
-    """Every line of STYLE.md, to the letter, in order, the train line once for each early step."""
-    lines = script_run[1].splitlines()
-    places = []
-    for pattern in LOG_LINES:
-        found = [i for i, line in enumerate(lines) if re.fullmatch(pattern, line)]
-        assert found, pattern
-        places.append(found[-1])
-        names = re.match(r"[A-Za-z_ ]+", pattern.replace("\\", ""))[0]
-        if not pattern.startswith("step"):
-            assert len(found) == 1, (pattern, names)
-    assert places[3:] == sorted(places[3:]) and max(places[:3]) < places[3]
-    assert [line.split()[0] for line in lines if " train_loss:" in line] == [
-        f"step:{n}/8" for n in range(1, 9)]
-    assert [line.split()[0] for line in lines if re.match(r"step:\d+/8 val_", line)] == [
-        "step:4/8", "step:8/8"]
-    assert lines[-1].startswith("final_int8_zlib_roundtrip_exact")
-    assert "phase recur:on step:3" in lines and any("phase qat:on" in line for line in lines)
-    assert "byte_audit:exact bytes:" in script_run[1] and "\r" not in script_run[1]
-
-
-def test_runs_are_deterministic(made, script_run):
-    """Two processes, one with validations on the way: same losses, artifact and scores, exactly."""
-    assert h.losses(made[0]) == h.losses(script_run[0])
-    assert made[2].read_bytes() == (script_run[0] / "made.ptz").read_bytes()
-    exact = r"final_\S+_exact val_loss:\S+ val_bpb:\S+"
-    assert re.findall(exact, made[3]) == re.findall(exact, script_run[1])
-
-
-def test_layer_plan_record():
-    """The record plan, run by run: order, stores, skips in reverse, lanes."""
-    c = h.config(h.RECORD)
-    off, on = t.layer_plan(c, False), t.layer_plan(c, True)
-    assert [r.layer for r in off] == list(range(11))
-    assert [r.layer for r in on] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
-    assert [r.repeat for r in on] == [None] * 6 + [0, 1] + [None] * 5
-    assert [r.layer for r in on if r.store] == [0, 1, 2, 3, 4]
-    assert not any(r.store or r.skip is not None for r in on if r.repeat is not None)
-    assert [(r.layer, r.skip) for r in on if r.skip is not None] == [
-        (5, 0), (6, 1), (7, 2), (8, 3), (9, 4)]
-    for plan in (off, on):
-        assert [r.layer for r in plan if r.lanes] == [7, 8, 9, 10]
-        stack, pairs = [], []
-        for r in plan:
-            if r.skip is not None:
-                pairs.append((r.layer, stack.pop()))
-            if r.store:
-                stack.append(r.layer)
-        assert pairs == [(5, 4), (6, 3), (7, 2), (8, 1), (9, 0)] and not stack
-
-
-def test_initial_values():
-    """The table of GPT's docstring, and orthogonality of q, k, v and up."""
-    c = h.config(h.DEEP, tie_embeddings=False, tied_embed_init_std=0.005, qk_gain_init=1.7)
-    model = h.random_model(c, seed=None, vocab=4000)
-    p = {n: x.detach() for n, x in model.named_parameters()}
-    assert abs(p["embed.weight"].std() / 0.005 - 1) < 0.02 and p["embed.weight"].mean() < 1e-3
-    assert abs(p["value.table.weight"].std() / 0.01 - 1) < 0.03
-    assert torch.equal(p["bigram.scale"], torch.tensor([0.05]))
-    assert torch.equal(p["value.scale"], torch.tensor([0.1]))
-    for name, x in p.items():
-        leaf = name.removesuffix(".weight").split(".")[-1]
-        if leaf in ("q", "k", "v", "up"):
-            small = x if x.size(0) <= x.size(1) else x.T
-            torch.testing.assert_close(small @ small.T, torch.eye(len(small)), atol=1e-5, rtol=0)
-        elif leaf in ("out", "down", "gate", "head") or name == "value.proj.weight":
-            assert not x.any(), name
-        elif leaf in ("attn_scale", "mlp_scale", "route", "skip_weights", "layer_scale"):
-            assert torch.equal(x, torch.ones_like(x)), name
-        elif leaf in ("resid_mix", "resid_mix_mlp"):
-            assert x[0].eq(1).all() and x[1].eq(0).all(), name
-        elif leaf == "lane_merge":
-            assert x.item() == 0.5
-        elif leaf == "q_gain":
-            assert torch.equal(x, torch.full_like(x, 1.7))
-        else:
-            assert name.startswith(("embed", "bigram", "value")), name
-    ids = h.ids()
-    starts = torch.from_numpy(h.table().is_boundary)[ids]
-    assert not model.bigram(ids, starts).any()  # adds nothing at the start of training
-    assert all(x.dtype == torch.float32 for x in p.values())
+# -------------------------------------------------------------------------------------------- model
 
 
 @pytest.mark.parametrize("settings", [
@@ -521,6 +369,13 @@ def test_forward_equals_reference(settings, recur):
     own = np.take_along_axis(z, ids[:, 1:, None].numpy(), -1)[..., 0]
     assert np.abs(nats - (lse - own)).max() < 1e-4
     assert nats.dtype == logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_sdpa_equals_softmax(groups):
+    """sdpa is causal grouped-query attention in our layout."""
+    q, k, v = h.matrices((2, 9, 4, 8), (2, 9, groups, 8), (2, 9, groups, 8))
+    torch.testing.assert_close(t.sdpa(q, k, v), ref.softmax_attention(q, k, v), atol=1e-5, rtol=0)
 
 
 def test_causality_every_position():
@@ -582,6 +437,22 @@ def test_every_parameter_gets_a_gradient():
         assert late == {"lane_merge": 3}
 
 
+def test_compiles_to_one_graph_for_each_phase():
+    """fullgraph, no recompilation on the second pass, and the result of the eager model."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    eager, compiled = h.compile_phases(counter)
+    assert counter.frame_count == len(h.PHASES)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for (a, ga), (b, gb) in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
+    assert len({float(a) for a, _ in eager}) == 4  # the phases are different functions
+
+# ------------------------------------------------------------------------------------- optimization
+
+
 @pytest.mark.parametrize("row_norm", [False, True])
 @pytest.mark.parametrize("iterations", [5, 3])
 def test_muon_equals_formula(row_norm, iterations):
@@ -594,6 +465,40 @@ def test_muon_equals_formula(row_norm, iterations):
                       row_norm)
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(a.numpy() - b).max() < 2e-5
+
+
+def muons_step(params, muons, grads):
+    """One update from gradients whose mean over ranks is `grads`; returns the sum of squares."""
+    world = len(muons)
+    for rank, muon in enumerate(muons):
+        for p, g in zip(params[rank], grads, strict=True):
+            p.grad = g * (2 * (rank + 1) / (world + 1))
+        torch._foreach_copy_(muon.matrices(muon.grads, muon.stacks),  # before anybody reads them
+                             [p.grad for s in muon.stacks for p in s.params])
+    squares = sum(muon.reduce() for muon in muons)
+    for muon in muons:
+        muon.start(torch.full((1,), 1 / world), 0.9)
+    for muon in muons:
+        muon.finish(0.025)
+    return float(squares)
+
+
+def test_muon_of_several_ranks_is_muon_of_one():
+    """Means over ranks, momentum on its owner only, one reduction and one gather a step."""
+    c = h.config(h.DEEP, muon_wd=0.1, muon_row_norm=True)
+    calls, steps = [], [h.matrices(*h.SHAPES, seed=10 + step) for step in range(3)]
+    (alone, one), (several, three) = h.muons_of(c, 1, []), h.muons_of(c, 3, calls)
+    for grads in steps:
+        expected = sum(float(g.square().sum()) for g in grads)
+        assert muons_step(alone, one, grads) == pytest.approx(expected, rel=1e-4)
+        assert muons_step(several, three, grads) == pytest.approx(9 * expected, rel=1e-4)
+    assert calls == (["reduce"] * 3 + ["gather"] * 3) * 3
+    for params in several:
+        for ours, theirs, first in zip(params, alone[0], several[0], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+            assert torch.equal(ours, first)  # every rank has the same bits
+    assert sum(int(muon.momentum.count_nonzero()) for muon in three) == sum(
+        math.prod(shape) for shape in h.SHAPES)  # on the owner and nowhere else
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -620,21 +525,6 @@ def test_each_parameter_in_one_group(tied):
         expected = (0.012, 0.07) if name.endswith("proj.weight") else expected
         assert found.pop(p) == [expected], name
     assert not found
-
-
-def test_repeats_untouched_without_gradients():
-    """Before recurrence the optimizer moves every parameter except the repeats' MLPs."""
-    c = h.config(h.DEEP, muon_wd=0.3)
-    model = h.random_model(c, recur=False)
-    optimizer = t.Optimizer(model, c, h.runtime())
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    ids = h.ids((4, 17))
-    for _ in range(2):
-        model.zero_grad()
-        model(ids[:, :-1], ids[:, 1:]).mean().backward()
-        optimizer.step(torch.zeros(1), 1.0, 0.9)
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) == name.startswith("repeat_mlps"), name
 
 
 def averaged(c: t.Config, steps: int, scale: float) -> tuple[t.Average, list[np.ndarray]]:
@@ -677,62 +567,7 @@ def test_swa_mean_of_snapshots():
     ema = average.ema[0].clone()
     assert average.store() == "ema" and torch.equal(average.params[0], ema)
 
-
-def test_recurrence_switch(make_trainer):
-    """Until the switch the repeats rest; then weights, momentum, EMA and SWA are copies."""
-    trainer = make_trainer(iterations=7, recur_start_step=4.0, swa_enabled=True, swa_every=1,
-                           warmdown_iters=100, late_qat_threshold=0.0, warmup_steps=2)
-    model, seen = trainer.model, []
-    start = [(a.detach().clone(), b.detach().clone()) for a, b in model.repeats()]
-    place = {p: i for i, p in enumerate(trainer.params)}
-    copy = trainer.copy_to_repeats
-
-    def spy() -> None:
-        momentum, ema, swa = (h.momentum(trainer.optimizer.muon), trainer.average.ema,
-                              trainer.average.swa)
-        for (base, repeat), (base_0, repeat_0) in zip(model.repeats(), start, strict=True):
-            assert torch.equal(repeat, repeat_0) and not momentum[repeat].any()
-            assert not torch.equal(base, base_0) and momentum[base].any()
-            torch.testing.assert_close(ema[place[repeat]], repeat_0, atol=1e-6, rtol=0)
-        copy()
-        for base, repeat in model.repeats():
-            assert torch.equal(base, repeat) and torch.equal(momentum[base], momentum[repeat])
-            for average in (ema, swa):
-                assert torch.equal(average[place[base]], average[place[repeat]])
-                assert not torch.equal(average[place[base]], base)
-        with torch.no_grad():
-            repeats = [p for _, p in model.repeats()]
-            assert len(repeats) == 4 and len({p.data_ptr() for p in repeats}) == 4
-        seen.append(trainer.steps)
-
-    trainer.copy_to_repeats = spy
-    trainer.run()
-    assert seen == [4] and trainer.average.snapshots == 7
-    for base, repeat in model.repeats():
-        assert not torch.equal(base, repeat)  # from then on each has a life of its own
-    phases = [(e["name"], e["step"]) for e in h.trainer_events(trainer, "phase")]
-    assert phases == [("recur", 4)] and model.recur
-
-
-def test_warm_up_changes_nothing(make_trainer):
-    """Weights are restored bit for bit, and losses are those of a run without warm-up."""
-    settings = dict(iterations=7, recur_start_step=2.0, warmdown_iters=6, late_qat_threshold=0.5)
-    cold, warm = make_trainer(warmup_steps=0, **settings), make_trainer(warmup_steps=4, **settings)
-    before = [p.detach().clone() for p in warm.params]
-    calls = []
-    backward = warm.backward
-    warm.backward = lambda *batch: calls.append(warm.model.recur) or backward(*batch)
-    warm.warm_up()
-    assert calls == [False, False, True, True, True, True]  # two priming steps in each phase
-    assert all(map(torch.equal, before, warm.params))
-    assert {m.qat_bits for m in warm.model.modules() if isinstance(m, t.Linear)} == {0}
-    assert not warm.model.recur
-    cold.run()
-    warm.run()
-    losses = h.trainer_losses(warm)
-    assert h.trainer_losses(cold) == losses and len(set(losses)) == 7
-    assert all(map(torch.equal, cold.params, warm.params))
-    assert h.trainer_losses(warm)[-1] < h.trainer_losses(warm)[0]
+# ----------------------------------------------------------------------------------------- training
 
 
 def planned(c: t.Config, lag: int, ms: list[int], save: int, reserve: float) -> list[tuple]:
@@ -815,6 +650,63 @@ def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
     assert trainer.clock.elapsed_ms == sum(ms[:stop]) + calibrations[2]
 
 
+def test_recurrence_switch(make_trainer):
+    """Until the switch the repeats rest; then weights, momentum, EMA and SWA are copies."""
+    trainer = make_trainer(iterations=7, recur_start_step=4.0, swa_enabled=True, swa_every=1,
+                           warmdown_iters=100, late_qat_threshold=0.0, warmup_steps=2)
+    model, seen = trainer.model, []
+    start = [(a.detach().clone(), b.detach().clone()) for a, b in model.repeats()]
+    place = {p: i for i, p in enumerate(trainer.params)}
+    copy = trainer.copy_to_repeats
+
+    def spy() -> None:
+        momentum, ema, swa = (h.momentum(trainer.optimizer.muon), trainer.average.ema,
+                              trainer.average.swa)
+        for (base, repeat), (base_0, repeat_0) in zip(model.repeats(), start, strict=True):
+            assert torch.equal(repeat, repeat_0) and not momentum[repeat].any()
+            assert not torch.equal(base, base_0) and momentum[base].any()
+            torch.testing.assert_close(ema[place[repeat]], repeat_0, atol=1e-6, rtol=0)
+        copy()
+        for base, repeat in model.repeats():
+            assert torch.equal(base, repeat) and torch.equal(momentum[base], momentum[repeat])
+            for average in (ema, swa):
+                assert torch.equal(average[place[base]], average[place[repeat]])
+                assert not torch.equal(average[place[base]], base)
+        with torch.no_grad():
+            repeats = [p for _, p in model.repeats()]
+            assert len(repeats) == 4 and len({p.data_ptr() for p in repeats}) == 4
+        seen.append(trainer.steps)
+
+    trainer.copy_to_repeats = spy
+    trainer.run()
+    assert seen == [4] and trainer.average.snapshots == 7
+    for base, repeat in model.repeats():
+        assert not torch.equal(base, repeat)  # from then on each has a life of its own
+    phases = [(e["name"], e["step"]) for e in h.trainer_events(trainer, "phase")]
+    assert phases == [("recur", 4)] and model.recur
+
+
+def test_warm_up_changes_nothing(make_trainer):
+    """Weights are restored bit for bit, and losses are those of a run without warm-up."""
+    settings = dict(iterations=7, recur_start_step=2.0, warmdown_iters=6, late_qat_threshold=0.5)
+    cold, warm = make_trainer(warmup_steps=0, **settings), make_trainer(warmup_steps=4, **settings)
+    before = [p.detach().clone() for p in warm.params]
+    calls = []
+    backward = warm.backward
+    warm.backward = lambda *batch: calls.append(warm.model.recur) or backward(*batch)
+    warm.warm_up()
+    assert calls == [False, False, True, True, True, True]  # two priming steps in each phase
+    assert all(map(torch.equal, before, warm.params))
+    assert {m.qat_bits for m in warm.model.modules() if isinstance(m, t.Linear)} == {0}
+    assert not warm.model.recur
+    cold.run()
+    warm.run()
+    losses = h.trainer_losses(warm)
+    assert h.trainer_losses(cold) == losses and len(set(losses)) == 7
+    assert all(map(torch.equal, cold.params, warm.params))
+    assert h.trainer_losses(warm)[-1] < h.trainer_losses(warm)[0]
+
+
 def manual_gradients(trainer: t.Trainer, step: int) -> tuple[float, list]:
     """Loss and gradients of a whole global batch in one pass."""
     x, y = trainer.loader.batch(step)
@@ -841,10 +733,13 @@ def captured_step(trainer: t.Trainer) -> list:
     return [captured.get(p) for p in trainer.params]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_clipping_on_the_global_gradient(make_trainer, world):
-    """The optimizer sees the mean over ranks, clipped by its own norm; the log has that norm."""
-    trainer = make_trainer(grad_clip_norm=0.05)
+@pytest.mark.parametrize("world, bound", [(1, 0.05), (2, 0.05), (1, 1e9), (1, 0.0)])
+def test_clipping_on_the_global_gradient(make_trainer, world, bound):
+    """The optimizer sees the mean over ranks, clipped by its own norm; the log has that norm.
+
+    A gradient below the bound, or GRAD_CLIP_NORM=0, passes unchanged.
+    """
+    trainer = make_trainer(grad_clip_norm=bound)
     h.randomize(trainer.model)
     trainer.optimizer = t.Optimizer(trainer.model, trainer.config, trainer.runtime)
     loss, grads = manual_gradients(trainer, 0)
@@ -858,24 +753,13 @@ def test_clipping_on_the_global_gradient(make_trainer, world):
     trainer.runtime.world = 1
     norm = factor * math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
     assert norm > 0.05
+    clipped = bound / norm if 0 < bound < norm else 1.0
     assert trainer.facts.grad_norm == pytest.approx(norm, rel=1e-4)
     assert trainer.facts.loss == pytest.approx(factor * loss, rel=1e-5)
     for ours, g in zip(captured, grads, strict=True):
         assert (ours is None) == (g is None)
         if g is not None:
-            torch.testing.assert_close(ours, factor * g * 0.05 / norm, atol=1e-6, rtol=1e-3)
-
-
-def test_no_clipping_below_the_bound_or_without(make_trainer):
-    """A small gradient, or GRAD_CLIP_NORM=0, passes unchanged."""
-    for bound in (1e9, 0.0):
-        trainer = make_trainer(grad_clip_norm=bound)
-        h.randomize(trainer.model)
-        trainer.optimizer = t.Optimizer(trainer.model, trainer.config, trainer.runtime)
-        _, grads = manual_gradients(trainer, 0)
-        for ours, g in zip(captured_step(trainer), grads, strict=True):
-            if g is not None:
-                torch.testing.assert_close(ours, g, atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(ours, factor * g * clipped, atol=1e-6, rtol=1e-3)
 
 
 def test_accumulation_equals_larger_micro_batch(make_trainer):
@@ -891,6 +775,25 @@ def test_accumulation_equals_larger_micro_batch(make_trainer):
         torch.testing.assert_close(loss, results[2][0], atol=1e-6, rtol=1e-6)
         for a, b in zip(grads, results[2][1], strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+# ------------------------------------------------------------------------------------- quantization
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_qat_grid_is_the_stored_grid(bits):
+    """What training computes with late QAT is what the artifact restores, bit for bit."""
+    weight = h.hard_rows().requires_grad_()
+    fake = t.fake_quantize(weight, bits)
+    config = h.config(class_bits=f"attn={bits}")
+    name = "blocks.0.attn.q.weight"
+    stored = t.quantize({name: weight.detach()}, config)[name]
+    assert stored.bits == bits and stored.values.dtype == np.int8
+    assert stored.scales.dtype == np.float16 and stored.scales.shape == (12,)
+    assert np.abs(stored.values.astype(int)).max() == 2 ** (bits - 1) - 1
+    fake.backward(torch.ones_like(weight))
+    assert torch.equal(weight.grad, torch.ones_like(weight))  # straight through
+    assert torch.equal(fake.detach(), stored.restore())
+    assert t.fake_quantize(weight, 0) is weight
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(class_bits="mlp=4,embed=6"),
@@ -915,30 +818,625 @@ def test_qat_forward_is_the_quantized_model(settings):
     assert (plain - faked).abs().max() > 0.05
 
 
-@pytest.fixture(scope="module")
-def full():
-    """The record model at full width: its initial weights, then two steps on a tiny batch."""
-    c = h.config(h.RECORD, compressor="zlib", quant="rtn", n_int6_layers=4)
-    torch.manual_seed(c.seed)
-    model = t.GPT(c, h.table(1254).is_boundary, h.runtime())
-    model.set_phase(t.Phase(recur=True))
-    with torch.no_grad():
-        for base, repeat in model.repeats():
-            repeat.copy_(base)
-    initial = {n: p.detach().clone() for n, p in model.named_parameters()}
-    optimizer = t.Optimizer(model, c, h.runtime())
-    ids = torch.randint(1254, (1, 97), generator=torch.Generator().manual_seed(1))
-    losses, norms = [], []
-    for _ in range(2):
-        model.zero_grad()
-        loss = model(ids[:, :-1], ids[:, 1:]).mean()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip_norm)))
-        optimizer.step(torch.zeros(1), 1.0, 0.92)
-        losses.append(float(loss.detach()))
-    with torch.no_grad():
-        losses.append(float(model(ids[:, :-1], ids[:, 1:]).mean()))
-    return SimpleNamespace(config=c, model=model, initial=initial, losses=losses, norms=norms)
+def test_the_table_decides_bits():
+    """Attention and repeats 6, MLP 6 at both ends and 5 between, tables 8, projections fp16."""
+    model = t.GPT(h.config(num_layers=8, n_int6_layers=4, parallel_start_layer=5,
+                           recur_layers=(3, 4), ve_layers=(6,)), h.table().is_boundary, h.runtime())
+    for name, parameter in model.named_parameters():
+        spec = t.param_spec(name, model.config)
+        layer = int(name.split(".")[1]) if name.startswith("blocks") else None
+        edge = layer in (0, 1, 6, 7)
+        want = (8 if name.endswith(("embed.weight", "table.weight")) else
+                16 if name.endswith("proj.weight") else
+                6 if ".attn." in name and parameter.dim() == 2 or name.startswith("repeat") else
+                6 if ".mlp." in name and edge else 5 if ".mlp." in name else 32)
+        assert spec.bits == want, name
+        assert (parameter.dim() == 2) == (want < 32) or name.endswith(("mix", "mix_mlp", "weights"))
+    untied = t.GPT(h.config(tie_embeddings=False), h.table().is_boundary, h.runtime())
+    assert t.param_spec("head.weight", untied.config).bits == 8
+    with pytest.raises(AssertionError, match="in no row of PARAM_TABLE"):
+        t.param_spec("blocks.0.attn.new.weight", untied.config)
+
+
+def test_gptq_is_its_definition():
+    """Blocks, order, batches and the one inversion change nothing against the plain algorithm."""
+    weight, hessian, scales, bits, _ = h.gptq_problem()
+    codes = t.gptq(weight, hessian, scales, bits)
+    for i in range(2):
+        want = ref.obq(weight[i], hessian[i], scales[i], 5)
+        assert (codes[i] != want).float().mean() < 2e-3  # fp32 ties
+        alone = t.gptq(*(a[i : i + 1] for a in (weight, hessian, scales, bits)))[0]
+        assert (codes[i] != alone).float().mean() < 2e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_hessians_are_those_of_the_inputs(tied, monkeypatch):
+    """X^T X by hand for every matrix: shared by q, k, v; both passes; repeats their own; head."""
+    model = h.random_model(h.config(h.DEEP, tie_embeddings=tied))
+    ids, seen = h.ids((3, 16)), {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def spied(forward):
+        def spy(self, x, *context):
+            for leaf in ("q", "k", "v") if isinstance(self, t.Attention) else ("",):
+                name = f"{names[self]}.{leaf}.weight".replace("..", ".")
+                seen.setdefault(name, []).append(x.detach().flatten(0, 1).double())
+            return forward(self, x, *context)
+        return spy
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        for kind in (t.Linear, t.Attention):
+            patch.setattr(kind, "forward", spied(kind.forward))
+        hidden = model.hidden(ids).flatten(0, 1).double()
+    have = t.input_hessians(model, (ids,), h.runtime())
+    matrices = {n for n in seen if not n.endswith("proj.weight")}
+    head = "embed.weight" if tied else "head.weight"
+    assert set(have) == matrices | {head}
+    for name in matrices:
+        x = torch.cat(seen[name])
+        again = name.startswith(("blocks.2.attn", "blocks.3.attn"))
+        assert len(x) == ids.numel() * (1 + again), name
+        torch.testing.assert_close(have[name].double(), x.mT @ x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(have[head].double(), hidden.mT @ hidden, rtol=1e-4, atol=1e-4)
+    shares = [t.input_hessians(model, part, h.runtime()) for part in ((ids[:1],), ids[1:].split(1))]
+    for name in have:
+        torch.testing.assert_close(shares[0][name] + shares[1][name], have[name], rtol=1e-4,
+                                   atol=1e-3)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_fit_lands_under_every_limit(fit_model, tmp_path):
+    """Random limits from far too small to far too large: never over, and what binds is used."""
+    c, model, hessians, code = fit_model
+    loosest = h.export(model, c, tmp_path, hessians)[0] - code
+    bound = 0
+    for share in [1.2, *np.random.default_rng(3).uniform(0.45, 1.05, 3)]:
+        limit = code + int(share * loosest)
+        total, lines, _ = h.export(model, replace(c, size_limit=limit), tmp_path, hessians)
+        assert share < 1.05 or "coarseness:0.0000" in lines[0]
+        assert total <= limit
+        if share < 0.99:
+            bound += 1
+            assert limit - total <= 0.01 * (limit - code), (share, lines)
+    assert bound >= 2
+    with pytest.raises(t.RunError, match="over SIZE_LIMIT"):
+        h.export(model, replace(c, size_limit=code + loosest // 20), tmp_path, hessians)
+    assert (tmp_path / "x.ptz.fp32").exists()
+
+
+@pytest.mark.parametrize("kind", h.CODES)
+def test_rans_is_exact(kind):
+    """decode(encode(x)) == x for every length around the borders of lanes and blocks."""
+    r = np.random.default_rng(1)
+    for n in (0, 1, 2, 255, 2049, 16385, *[140_001] * (kind in ("gaussian", "mixed"))):
+        raw = h.CODES[kind](n, r).astype(np.int8).tobytes()
+        data = t.rans_encode(raw)
+        assert t.rans_decode(data, n) == raw, n
+        for wrong in {n - 1, n + 1, 2 * n + 7} - {-1} if n < 9999 else ():
+            with contextlib.suppress(ValueError):
+                assert t.rans_decode(data, wrong) != raw  # never the same for another length
+
+# ----------------------------------------------------------------------------------------- artifact
+
+
+@pytest.mark.parametrize("codec, bits", [
+    ("auto", ""), *((codec, "embed=2,attn=3,mlp=4,repeat=7") for codec in t.CODECS)])
+def test_container_round_trip(codec, bits, tmp_path):
+    """Every tensor comes back bit for bit: codes, scales, fp16 and fp32 values."""
+    if codec not in (*h.codecs(), "auto"):
+        pytest.skip(f"{codec} is not installed")
+    path = tmp_path / "x.ptz"
+    config, stored = h.artifact(path, codec, class_bits=bits)
+    header, loaded = t.read_artifact(str(path))
+    assert list(loaded) == list(stored)
+    for name, want in stored.items():
+        have = loaded[name]
+        assert (have.kind, have.bits) == (want.kind, want.bits)
+        assert have.values.shape == want.values.shape and have.values.dtype == want.values.dtype
+        assert have.values.tobytes() == want.values.tobytes()
+        assert (have.scales is None) == (want.scales is None)
+        assert want.scales is None or have.scales.tobytes() == want.scales.tobytes()
+        assert torch.equal(have.restore(), want.restore())
+    assert {s[1] for s in header["streams"]} <= set(h.codecs() if codec == "auto" else [codec])
+    assert header["vocab_sha256"] == "5" * 64 and header["model"]["VE_LAYERS"] == "2,3"
+    assert t.write_artifact(tmp_path / "y.ptz", {k: header[k] for k in (
+        "model", "vocab_size", "vocab_sha256")}, loaded, codec)
+    assert (tmp_path / "y.ptz").read_bytes() == path.read_bytes()
+
+
+def test_a_flipped_byte_is_damage(small_artifact, tmp_path):
+    """Every byte of the head and the header, and 400 bytes anywhere, one at a time."""
+    data, path = bytearray(small_artifact.read_bytes()), tmp_path / "flipped.ptz"
+    random = np.random.default_rng(0)
+    places = [*range(200), *random.integers(200, len(data), 400).tolist(), len(data) - 1]
+    for place in places:
+        bit = 1 << int(random.integers(8))
+        data[place] ^= bit
+        path.write_bytes(data)
+        h.refused(path, lambda: t.read_artifact(str(path)))
+        data[place] ^= bit
+
+
+def test_writing_is_renamed_when_whole(tmp_path, monkeypatch):
+    """The temporary file is on the disk, synced, before it takes the name."""
+    events, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: events.append("sync") or fsync(fd))
+    monkeypatch.setattr(os, "replace", lambda a, b: events.append(
+        Path(a).read_bytes()) or rename(a, b))
+    t.write_atomic(tmp_path / "x", b"data")
+    assert events == ["sync", b"data"]
+
+
+def test_artifacts_of_another_vocabulary_are_refused(made, tmp_path):
+    """Another size or another hash of the vocabulary, in the run itself."""
+    message = r"made\.ptz: made for a vocabulary of 300 ids, sha256 5555"
+    for vocab, sha256 in ((310, "5" * 64), (h.VOCAB, "6" * 64)):
+        data = h.dataset(tmp_path / str(vocab), vocab)
+        h.edit_manifest(data, lambda m, sha256=sha256: m["tokenizer"].update(sha256=sha256))
+        with h.inside(tmp_path), pytest.raises(t.ArtifactError, match=message):
+            t.run(h.config(data_path=str(data), load_artifact=str(made[2])))
+
+
+@pytest.mark.parametrize("untied", [True, False])
+def test_a_run_that_ends_before_recurrence_stores_no_repeats(untied, made, tmp_path):
+    """Neither tensors nor the setting; and it reloads and scores like the model in memory."""
+    config = h.config(data_path=str(made[1]), recur_start_step=100.0, recur_untie_mlp=untied,
+                      eval_modes=("roundtrip",), compressor="zlib")
+    with h.inside(tmp_path) as console:
+        t.run(config)
+    header, stored = t.read_artifact(str(tmp_path / config.artifact_path))
+    assert header["model"]["RECUR_LAYERS"] == ""
+    assert not [name for name in stored if name.startswith("repeat_mlps")]
+    header, stored = t.read_artifact(str(made[2]))
+    assert header["model"]["RECUR_LAYERS"] == "1,2"
+    assert len([name for name in stored if name.startswith("repeat_mlps")]) == 4
+    post = float(re.search(r"post_ema val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1])
+    final = float(re.search(r"roundtrip_exact val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1])
+    assert abs(post - final) < 0.05
+
+
+def test_over_the_size_limit(made, tmp_path, monkeypatch, capsys):
+    """Exit code 1, the bytes over from file sizes, and fp32 weights that reload bit for bit."""
+    settings = h.environ(data_path=str(made[1]), artifact_path="out/over.ptz", run_id="over")
+    for name, value in (settings | {"SIZE_LIMIT": "40000"}).items():
+        monkeypatch.setenv(name, value)
+    with h.inside(tmp_path):
+        assert t.main([]) == 1
+    error = capsys.readouterr().err
+    total = (tmp_path / "out/over.ptz").stat().st_size + (h.ROOT / "train_gpt.py").stat().st_size
+    assert error.startswith("error: ")
+    assert f"{total} is {total - 40000} bytes over SIZE_LIMIT=40000" in error
+    assert "LOAD_ARTIFACT=out/over.ptz.fp32" in error
+    log = (tmp_path / "logs/over.txt").read_text()
+    assert "final_" not in log.split("Total submission size: ")[-1]
+    post = float(re.findall(r"post_ema val_loss:\S+ val_bpb:(\S+)", log)[-1])
+    monkeypatch.setenv("LOAD_ARTIFACT", "out/over.ptz.fp32")
+    monkeypatch.setenv("RUN_ID", "kept")  # the log of the first run is not overwritten
+    with h.inside(tmp_path) as console:
+        assert t.main([]) == 0
+    bpb = re.search(r"roundtrip_exact val_loss:\S+ val_bpb:(\S+)", console.getvalue())[1]
+    assert f"{float(bpb):.4f}" == f"{post:.4f}"  # unquantized: post-EMA exactly
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+GRID = [(targets, seq_len, stride)
+        for targets in (1, 2, 3, 7, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 101)
+        for seq_len in (2, 8, 16, 32) for stride in (1, 2, 3, 5, 8, 16, 31, 32)
+        if stride <= seq_len]  # fmt: skip
+
+
+def test_every_target_is_scored_once_with_the_longest_context():
+    """Over a grid of lengths, windows, strides and world sizes; in order, inside the stream."""
+    for targets, seq_len, stride in GRID:
+        windows = t.plan_windows(targets, seq_len, stride)
+        length = min(seq_len, targets)
+        scored = []
+        for start, first in windows.tolist():
+            assert 0 <= start and start + length <= targets and 0 <= first < length
+            for place in range(first, length):
+                scored.append(start + place)
+                assert place >= min(seq_len - stride, start + place)  # context
+        assert scored == list(range(targets)), (targets, seq_len, stride)
+        for world in (1, 2, 3, 4, 8):
+            shares = [windows[h.runtime(rank, world).share_of(len(windows))]
+                      for rank in range(world)]
+            assert np.concatenate(shares).tolist() == windows.tolist()
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("targets", [1, 5, 31, 32, 33, 64, 100, 699])
+@pytest.mark.parametrize("stride", [1, 8, 32])
+def test_scores_belong_to_their_tokens(targets, stride, made):
+    """A stand-in model that tells its input, target and place: all in order, context as planned."""
+    evaluator = h.evaluator(made[1], val_tokens_limit=targets + 1)
+    ids = evaluator.val.ids.astype(int)
+    score, nats = evaluator.score(lambda x, y: (1000 * x + y).float(), stride)
+    assert nats.tolist() == (1000 * ids[:-1] + ids[1:]).tolist()
+    assert score.tokens == targets and score.bytes == int(evaluator.val.bytes.sum())
+    assert score.nats == float(nats.astype(np.float64).sum())
+    _, places = evaluator.score(lambda x, y: torch.arange(x.size(1)) + 0.0 * y, stride)
+    assert (places >= np.minimum(32 - stride, np.arange(targets))).all()
+    assert places[0] == 0
+
+
+def test_scores_do_not_depend_on_batches_or_ranks(made):
+    """Any VAL_BATCH_SIZE, down to one window, and any split over ranks."""
+    model = h.random_model(h.config())
+    for stride in (8, 32):
+        score, nats = h.evaluator(made[1]).score(model, stride)
+        for size in (1, 100, 4096):
+            other, others = h.evaluator(made[1], val_batch_size=size).score(model, stride)
+            np.testing.assert_allclose(others, nats, rtol=2e-5, atol=2e-5)
+            assert math.isclose(other.bpb, score.bpb, rel_tol=1e-6)
+        for world in (2, 3, 64):
+            parts = [h.evaluator(made[1], rank, world).score(model, stride)[1]
+                     for rank in range(world)]
+            assert (sum((part != 0).astype(int) for part in parts) <= 1).all()
+            np.testing.assert_allclose(sum(parts), nats, rtol=2e-5, atol=2e-5)
+
+
+def check_mode(mode, seed=0, places=(20, 37, 66), sums=(), **settings):
+    """All conditions on one process; the sums only at some places, as they take V runs each."""
+    ids = h.short_stream(seed=seed)
+    score = functools.partial(h.score, mode, **settings)
+    nats, events, _ = score(ids)
+    assert len(nats) == len(ids) - 1 and np.isfinite(nats).all()
+    length = h.config(**(h.SHORT | settings)).eval_seq_len
+    ref.condition_4([(nats, events)], len(nats))
+    ref.condition_3([(nats, events)], length, len(nats))
+    ref.condition_1(score, ids, places)
+    ref.condition_2(score, ids, sums)
+    return nats, events
+
+
+@pytest.mark.parametrize("settings", h.PLANS, ids=["sliding", "plain", "uneven"])
+@pytest.mark.parametrize("mode", h.MODES)
+def test_every_mode_is_legal(mode, settings):
+    """The four conditions; the events that they are about did happen."""
+    sums = (58,) if settings == h.PLANS[-1] and mode != "ttt" else ()  # V runs; ngram_ttt has both
+    nats, events = check_mode(mode, sums=sums, **settings)
+    kinds = Counter(event[0] for event in events)
+    chunks = math.ceil(74 / h.config(**(h.SHORT | settings)).ttt_chunk_tokens)
+    assert kinds["read"] == kinds["count"] == (chunks if "ngram" in mode else 0)
+    assert kinds["train"] == kinds["update"]
+    assert kinds["update"] >= 2 * (chunks - 1) if "ttt" in mode else kinds["update"] == 0
+    # the last chunk is not trained on
+    last = max((s for event in events if event[0] == "train" for s in event[1]), default=0)
+    assert last < 74 - (74 % h.config(**(h.SHORT | settings)).ttt_chunk_tokens)
+
+
+@pytest.mark.parametrize("settings", [*h.PLANS, dict(val_batch_size=32), dict(eval_stride=5)])
+def test_ttt_without_learning_rate_is_sliding(settings):
+    """Bit for bit, on any processor: the batches are the same; with a rate the scores differ."""
+    (nats, events, _), (moved, _, _) = (
+        h.score("ttt", h.short_stream(), ttt_lr=lr, **settings) for lr in (0.0, 0.01))
+    sliding, plain, _ = h.score("sliding", h.short_stream(), **settings)
+    assert nats.tobytes() == sliding.tobytes() != moved.tobytes()
+    batches, same = ([event[1] for event in log if event[0] == "score"] for log in (events, plain))
+    assert batches == same and len(batches) > 3
+
+
+@pytest.mark.parametrize("settings", h.PLANS)
+def test_a_window_belongs_to_the_chunk_of_its_first_target(settings):
+    """What is scored before the n-th chunk is trained on: windows whose first target is in it."""
+    c, chunk, done = h.config(**(h.SHORT | settings)), 0, set()
+    _, events, _ = h.score("ttt", h.short_stream(), **(
+        settings | dict(ttt_epochs=1, ttt_batch_seqs=9)))
+    windows = next(event[1] for event in events if event[0] == "plan").tolist()
+    for event in events:
+        if event[0] == "score":
+            done |= set(event[1])
+        if event[0] == "update":
+            chunk += 1
+            assert done == {start for start, first in windows
+                            if start + first < chunk * c.ttt_chunk_tokens}
+    assert chunk == math.ceil(74 / c.ttt_chunk_tokens) - 1
+
+
+@pytest.mark.parametrize("freeze, frozen", [
+    (0, ""), (1, r"embed|bigram|smear|blocks\.0\."),
+    (2, r"embed|bigram|smear|blocks\.[01]\.|skip_weights"),
+    (3, r"embed|bigram|smear|blocks\.[012]\.|skip_weights|value\."),
+])  # fmt: skip
+@pytest.mark.parametrize("more", [dict(), dict(recur_untie_mlp=False), dict(tie_embeddings=False)])
+def test_frozen_is_frozen(freeze, frozen, more):
+    """Not a bit of what is frozen moves; everything else does; afterwards all is as before."""
+    ttt, c = h.ttt_trainer(num_layers=4, ve_layers=(2, 3), parallel_start_layer=3,
+                           recur_layers=(1, 2), ttt_freeze_blocks=freeze, **more)
+    assert ttt.model.config.num_layers // 2 == 2  # skips are added from layer 2 on
+    before = {n: p.detach().clone() for n, p in ttt.model.named_parameters()}
+    frozen = frozen.replace("|skip_weights", "" if freeze == 2 else "|skip_weights")
+    ttt.learn(0, [0, 24, 48, 74], torch.zeros(74))
+    for name, parameter in ttt.model.named_parameters():
+        still = bool(frozen and re.match(frozen, name))
+        assert torch.equal(parameter, before[name]) == still, name
+    ttt.model.load_state_dict(before, strict=False)
+    ttt.score()
+    for name, parameter in ttt.model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("order, chunk, vocab", [
+    (1, 10, 24), (2, 1, 24), (3, 24, 24), (5, 50, 24), (5, 1000, 24), (16, 20, 65536)])
+def test_ngram_is_witten_bell(order, chunk, vocab):
+    """Equal to a dictionary of contexts, ids up to 65,535 at order 16 included."""
+    ids = np.tile(h.short_stream(60), 4).astype(np.int64)
+    boundary = np.arange(vocab) == vocab - 1
+    ids = np.where(ids == h.SHORT_VOCAB - 1, vocab - 1,
+                   (ids * (vocab // h.SHORT_VOCAB)) % (vocab - 1))
+    cache, p = t.NgramCache(ids, boundary, order), []
+    for begin in range(0, len(ids) - 1, chunk):
+        part = slice(begin, min(begin + chunk, len(ids) - 1))
+        p.append(cache.probabilities(part))
+        cache.update(part)
+    wanted = ref.witten_bell(ids, boundary, order, chunk, vocab)
+    np.testing.assert_allclose(np.concatenate(p), wanted, rtol=1e-12)
+    assert len(set(wanted.round(9))) > 5 or chunk == 1000  # then nothing was counted in time
+
+
+@pytest.mark.parametrize("settings, headline", [
+    (dict(), "ttt"), (dict(ttt_enabled=False), "sliding"), (dict(ngram_enabled=True), "ngram"),
+    (dict(ngram_enabled=True, ttt_enabled=False), "ngram"),
+    (dict(eval_modes=("roundtrip", "ttt"), ttt_enabled=False), "roundtrip"),
+    (dict(eval_modes=("slot", "sliding"), slot_enabled=True), "sliding"),
+])
+def test_the_headline_follows_from_the_settings(settings, headline):
+    """n-gram, else TTT, else sliding, else roundtrip; slot never; worse scores or not."""
+    c, lines, runtime = h.config(**settings), [], h.runtime()
+    assert [mode for mode in c.modes if mode != "slot"][-1] == headline
+    runtime.log.line = lambda text, *_: lines.append(text)
+    labels = ["non_compliant_slot" if mode == "slot" else mode for mode in c.modes]
+    t.summarize(runtime, {}, {label: t.Score(100.0 + i * (label == headline), 50, 100, 2.0)
+                              for i, label in enumerate(labels)})
+    assert f"headline_mode: {headline}" in lines
+    assert f"{headline}_us_per_token_and_device: 40000.0" in lines
+
+
+def test_dumped_scores_recompute_the_result(made, tmp_path):
+    """SCORES_PATH: ids, nats, bytes in stream order; anybody gets the same val_bpb."""
+    config = h.config(data_path=str(made[1]), load_artifact=str(made[2]), run_id="dump",
+                      scores_path="dumped")
+    with h.inside(tmp_path) as console:
+        t.run(config)
+    files = h.score_files(tmp_path / "dumped")
+    assert set(files) == {"roundtrip", "sliding", "ttt"}
+    lines = dict(re.findall(r"(\S+_exact) val_loss:\S+ val_bpb:(\S+)", console.getvalue()))
+    loss = dict(re.findall(r"(\S+_exact) val_loss:(\S+)", console.getvalue()))
+    want = h.audit(made[1])
+    for mode, name in (("roundtrip", "final_int6_roundtrip_exact"),
+                       ("sliding", "final_int6_sliding_window_exact"), ("ttt", "legal_ttt_exact")):
+        scores = files[mode]
+        assert scores["ids"].tolist() == want.ids[1:].tolist()
+        assert scores["bytes"].tolist() == want.bytes.tolist()
+        assert scores["nats"].dtype == np.float32 and (scores["nats"] > 0).all()
+        nats = scores["nats"].astype(np.float64).sum()
+        assert f"{nats / math.log(2) / scores['bytes'].sum():.8f}" == lines[name]
+        assert f"{nats / len(scores['ids']):.8f}" == loss[name]
+    assert not np.array_equal(files["roundtrip"]["nats"], files["sliding"]["nats"])
+
+
+SERIALIZED = r"Serialized model mixed_quant\+(rans|lzma|zlib|zstd): \d+ bytes"
+
+
+def parse_setting(text):
+    """A setting's text as a value."""
+    if "," in text or text == "":
+        return tuple(int(part) for part in text.split(",") if part)
+    return float(text) if "." in text or "e" in text else int(text)
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(recur_untie_mlp=False, ve_layers=(3,)), dict(
+        tie_embeddings=False, iterations=2, compressor="rans", mlp_mult=8.0, n_int6_layers=0)])
+def test_independent_scorer(settings, made, tmp_path):
+    """NumPy alone, from the artifact's bytes, gives the roundtrip nats within 1e-4 per token.
+
+    Once all streams are rANS, the MLPs' with several lanes and models; else their codecs differ,
+    and the log names that of the largest.
+    """
+    with h.inside(tmp_path) as console:
+        t.run(h.config(data_path=str(made[1]), scores_path="s", artifact_path="x.ptz",
+                       eval_modes=("roundtrip",), matrix_lr=0.1, **settings))
+    streams = h.parts(tmp_path / "x.ptz")[0]["streams"]  # (name, codec, bytes, ...)
+    assert ({s[1] for s in streams} == {"rans"}) == ("compressor" in settings)
+    assert re.search(f"(?m)^{SERIALIZED}$", console.getvalue())[1] == max(
+        streams, key=lambda s: s[2])[1]
+    model, vocab, tensors = ref.read_artifact(tmp_path / "x.ptz")
+    c = {name.lower(): parse_setting(text) for name, text in model.items()}
+    c["ve_layers"], c["recur_layers"] = (  # lists even when of one entry, or none
+        value if isinstance(value, tuple) else (value,)
+        for value in (c["ve_layers"], c["recur_layers"]))
+    with np.load(made[1] / "tiny.meta.npz") as meta:
+        boundary = meta["is_boundary_token"]
+    stream = np.concatenate([np.fromfile(path, "<u2", offset=1024)
+                             for path in sorted(made[1].glob("fineweb_val_*.bin"))])
+    ids = stream[: 10 * 32 + 1].astype(np.int64)  # ten windows of EVAL_SEQ_LEN
+    logits = ref.scores(tensors, SimpleNamespace(**c), boundary, ids[:-1].reshape(10, 32),
+                        bool(c["recur_layers"])).reshape(320, vocab)
+    top = logits.max(-1)
+    nats = top + np.log(np.exp(logits - top[:, None]).sum(-1)) - logits[np.arange(320), ids[1:]]
+    dumped = h.score_files(tmp_path / "s")["roundtrip"]["nats"][:320]
+    assert np.abs(nats - dumped).max() < 1e-4 and dumped.std() > 0.01
+
+# ---------------------------------------------------------------------------- whole runs and faults
+
+
+LOG_LINES = [  # STYLE.md, "Log lines are an API", in the order of a run
+    r"model_params:\d+", r"seed:\d+", r"world_size:\d+ grad_accum_steps:\d+",
+    r"step:\d+/\d+ train_loss:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms( \w+:\S+)*",
+    r"step:\d+/\d+ val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} train_time:\d+ms step_avg:\d+\.\d\dms",
+    r"peak memory allocated: \d+ MiB reserved: \d+ MiB",
+    r"DIAGNOSTIC post_ema val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+    r"Code size: \d+ bytes", SERIALIZED, r"Total submission size: \d+ bytes",
+    r"final_int6_roundtrip val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+    r"final_int6_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"final_int6_sliding_window val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} stride:\d+ eval_time:\d+ms",
+    r"final_int6_sliding_window_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"ttt_chunk \[1/1\] bpb=\d+\.\d{6} time=\d+\.\ds",
+    r"legal_ttt val_loss:\d+\.\d{4} val_bpb:\d+\.\d{4} eval_time:\d+ms",
+    r"legal_ttt_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+    r"final_int8_zlib_roundtrip_exact val_loss:\d+\.\d{8} val_bpb:\d+\.\d{8}",
+]  # fmt: skip
+
+
+def test_log_lines_are_the_public_patterns(script_run):
+    """Every line of STYLE.md, to the letter, in order, the train line once for each early step."""
+    lines = script_run[1].splitlines()
+    places = []
+    for pattern in LOG_LINES:
+        found = [i for i, line in enumerate(lines) if re.fullmatch(pattern, line)]
+        assert found, pattern
+        places.append(found[-1])
+        names = re.match(r"[A-Za-z_ ]+", pattern.replace("\\", ""))[0]
+        if not pattern.startswith("step"):
+            assert len(found) == 1, (pattern, names)
+    assert places[3:] == sorted(places[3:]) and max(places[:3]) < places[3]
+    assert [line.split()[0] for line in lines if " train_loss:" in line] == [
+        f"step:{n}/8" for n in range(1, 9)]
+    assert [line.split()[0] for line in lines if re.match(r"step:\d+/8 val_", line)] == [
+        "step:4/8", "step:8/8"]
+    assert lines[-1].startswith("final_int8_zlib_roundtrip_exact")
+    assert "phase recur:on step:3" in lines and any("phase qat:on" in line for line in lines)
+    assert "byte_audit:exact bytes:" in script_run[1] and "\r" not in script_run[1]
+
+
+def test_runs_are_deterministic(made, script_run):
+    """Two processes, one with validations on the way: same losses, artifact and scores, exactly."""
+    assert h.losses(made[0]) == h.losses(script_run[0])
+    assert made[2].read_bytes() == (script_run[0] / "made.ptz").read_bytes()
+    exact = r"final_\S+_exact val_loss:\S+ val_bpb:\S+"
+    assert re.findall(exact, made[3]) == re.findall(exact, script_run[1])
+
+
+def test_two_ranks_are_one(tmp_path, data):
+    """30 steps, recurrence inside: losses within 1e-5 relative, artifact within 0.2 %."""
+    h.compare_ranks(tmp_path, data, 2)
+
+
+@pytest.mark.parametrize("step", [8, 21])
+def test_a_signal_checkpoints_and_resume_goes_on(step, tmp_path, data, undisturbed):
+    """SIGTERM or SIGINT: exit code 75 at the next boundary; RESUME=1 ends bit-identical.
+
+    At the switch to recurrence and under QAT; with other logging and validations on the way.
+    """
+    number = signal.SIGINT if step == 8 else signal.SIGTERM
+    with h.after_step(step, lambda trainer: os.kill(os.getpid(), number)):
+        code, console = h.run_switching(tmp_path, data, val_loss_every=5, train_log_every=2)
+    assert code == 75 and f"stopping_early: {number.name} " in console
+    (kept,) = (tmp_path / "checkpoints/k").iterdir()
+    assert kept.name == f"step{h.events(tmp_path, 'stop')[0]['step']:08d}"
+    assert step < int(kept.name[4:]) <= step + 3
+    assert not (tmp_path / "k.ptz").exists()
+    code, console = h.run_switching(tmp_path, data, resume=True, checkpoint_every=1e-6,
+                                    val_loss_every=7)
+    assert code == 0 and "resumed: 1" in console
+    assert [e["step"] for e in h.events(tmp_path, "resume")] == [int(kept.name[4:])]
+    assert len(h.events(tmp_path, "checkpoint")) >= 2
+    assert len(list((tmp_path / "checkpoints/k").iterdir())) == 2  # CHECKPOINT_KEEP
+    logged = {e["step"] for e in h.events(tmp_path, "train")}
+    assert (tmp_path / "k.ptz").read_bytes() == (undisturbed[0] / "k.ptz").read_bytes()
+    assert h.state_of(tmp_path, 24) == undisturbed[1] and 24 in logged
+
+
+def flip_a_bit(path):
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+CHECKPOINT_DAMAGE = {  # what is done to the newest checkpoint, and whether the log names it
+    "bit in the shard": (lambda folder: flip_a_bit(folder / "rank0"), True),
+    "bit in the commit": (lambda folder: flip_a_bit(next(folder.glob("commit.*"))), True),
+    "truncated": (lambda folder: os.truncate(folder / "rank0", 99), True),
+    "no shard": (lambda folder: (folder / "rank0").unlink(), True),
+    "another's shard": (lambda folder: shutil.copy(
+        min(folder.parent.iterdir()) / "rank0", folder / "rank0"), True),
+    "no commit": (lambda folder: next(folder.glob("commit.*")).unlink(), False),
+    "torn file": (lambda folder: [next(folder.glob("commit.*")).unlink(), (
+        folder / "rank0").rename(folder / "rank0.77.tmp")], False),
+}
+
+
+@pytest.mark.parametrize("damage", CHECKPOINT_DAMAGE)
+def test_the_one_before_a_damaged_checkpoint(damage, tmp_path):
+    """Whatever is wrong with the newest one, the one before is loaded, and the log says so."""
+    runtime, passed_over = h.runtime(), []
+    runtime.log.event = lambda *_, reason: passed_over.append(reason)
+    kept = t.Checkpoints(h.config(checkpoint_path=str(tmp_path)), runtime, "data")
+    for steps in (3, 6):
+        kept.write({"weight": np.full(99, steps, np.float32)}, dict(steps=steps))
+    assert kept.load()[0] == dict(steps=6)
+    action, named = CHECKPOINT_DAMAGE[damage]
+    action(kept.root / "step00000006")
+    state, arrays = kept.load()
+    assert state == dict(steps=3) and (arrays["weight"] == 3).all()
+    assert [kept.root.name in reason for reason in passed_over] == [True] * named
+    assert t.Checkpoints(h.config(checkpoint_path=str(tmp_path / "x")), runtime, "").load() == (
+        {}, {})
+
+
+@pytest.mark.parametrize("wrong, lag", [("loss", 1), ("gradient", 2)])
+def test_non_finite_keeps_the_last_checkpoint(wrong, lag, tmp_path, data, monkeypatch, capsys):
+    """Exit code 1, the step is named, and no checkpoint or artifact holds what came of it.
+
+    Also where, as on CUDA, the host learns of a loss two steps later.
+    """
+    backward, init = t.Trainer.backward, t.Trainer.__init__
+
+    def lagging(trainer, *arguments):
+        init(trainer, *arguments)
+        trainer.lag = lag
+
+    monkeypatch.setattr(t.Trainer, "__init__", lagging)
+
+    def broken(trainer, x, y):
+        loss = backward(trainer, x, y)
+        if trainer.steps == 9 and trainer.clock.steps:
+            if wrong == "loss":
+                return loss * math.nan
+            trainer.model.blocks[0].attn.out.weight.grad[0, 0] = math.inf
+        return loss
+
+    monkeypatch.setattr(t.Trainer, "backward", broken)
+    code, _ = h.run_switching(tmp_path, data, checkpoint_every=1e-6)
+    error = capsys.readouterr().err
+    assert code == 1 and "at step 10: the run diverged" in error
+    assert not (tmp_path / "k.ptz").exists()
+    newest = max((tmp_path / "checkpoints/k").iterdir()).name
+    assert newest == "step00000009" and "the last checkpoint is of step 9" in error
+    for kind, _, raw in h.state_of(tmp_path, 9).values():
+        if kind == np.float32:
+            assert np.isfinite(np.frombuffer(raw, np.float32)).all()
+    if wrong == "loss":
+        monkeypatch.setattr(t.Trainer, "backward", backward)
+        assert h.run_switching(tmp_path, data, resume=True)[0] == 0
+
+
+def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, data, monkeypatch, undisturbed):
+    """The run goes on with a warning, and the last checkpoint stays; a later one succeeds."""
+    fsync, seen, looks = os.fsync, [], []
+
+    def failing(descriptor):
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if name.startswith(("rank", "commit")):
+            seen.append(name.partition(".")[0])
+            if 4 <= len(seen) <= 6:  # the second commit, then shards
+                raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with h.after_step(3, lambda trainer: looks.extend(
+            sorted(p.name for p in trainer.checkpoints.root.iterdir()))):
+        code, console = h.run_switching(tmp_path, data, checkpoint_every=1e-6)
+    assert code == 0 and console.count("warning: no checkpoint at step:") == 3
+    assert seen[3:6] == ["commit", "rank0", "rank0"]
+    assert "No space left on device; nothing was replaced" in console
+    assert len(looks) == 1 and not list(tmp_path.rglob("*.tmp"))
+    h.check_same_run(tmp_path, undisturbed, resumed=False)
+
+# ---------------------------------------------------------- the ten published checks, at full width
 
 
 def test_preflight_01_imports(tmp_path):
@@ -974,6 +1472,32 @@ def test_preflight_02_hyperparameters():
     assert c.train_batch_tokens // c.train_seq_len % 8 == 0 == c.val_batch_size % (8 * 2048)
     for preset in t.PRESETS:
         assert t.contradictions(t.Config.from_env({"PRESET": preset}, cuda=True)) == []
+
+
+@pytest.fixture(scope="module")
+def full():
+    """The record model at full width: its initial weights, then two steps on a tiny batch."""
+    c = h.config(h.RECORD, compressor="zlib", quant="rtn", n_int6_layers=4)
+    torch.manual_seed(c.seed)
+    model = t.GPT(c, h.table(1254).is_boundary, h.runtime())
+    model.set_phase(t.Phase(recur=True))
+    with torch.no_grad():
+        for base, repeat in model.repeats():
+            repeat.copy_(base)
+    initial = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = t.Optimizer(model, c, h.runtime())
+    ids = torch.randint(1254, (1, 97), generator=torch.Generator().manual_seed(1))
+    losses, norms = [], []
+    for _ in range(2):
+        model.zero_grad()
+        loss = model(ids[:, :-1], ids[:, 1:]).mean()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip_norm)))
+        optimizer.step(torch.zeros(1), 1.0, 0.92)
+        losses.append(float(loss.detach()))
+    with torch.no_grad():
+        losses.append(float(model(ids[:, :-1], ids[:, 1:]).mean()))
+    return SimpleNamespace(config=c, model=model, initial=initial, losses=losses, norms=norms)
 
 
 def test_preflight_03_model_creation(full):
@@ -1118,535 +1642,3 @@ def test_preflight_10_weight_distribution(full):
             step = full.config.matrix_lr * math.sqrt(max(1, p.size(0) / p.size(1)) / sides[1])
             assert 0.2 * step < rms < 2.5 * step, (name, rms / step)  # the batch has low rank
             assert 2e-4 < p.std() < 0.1, name
-
-
-def test_compiles_to_one_graph_for_each_phase():
-    """fullgraph, no recompilation on the second pass, and the result of the eager model."""
-    from torch._dynamo.testing import CompileCounter
-
-    counter = CompileCounter()
-    eager, compiled = h.compile_phases(counter)
-    assert counter.frame_count == len(h.PHASES)
-    assert not torch._dynamo.utils.counters["graph_break"]
-    for (a, ga), (b, gb) in zip(eager, compiled, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-        torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
-    assert len({float(a) for a, _ in eager}) == 4  # the phases are different functions
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_sdpa_equals_softmax(groups):
-    """sdpa is causal grouped-query attention in our layout."""
-    q, k, v = h.matrices((2, 9, 4, 8), (2, 9, groups, 8), (2, 9, groups, 8))
-    torch.testing.assert_close(t.sdpa(q, k, v), ref.softmax_attention(q, k, v), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_segmenter_agrees_with_the_page_on_random_vocabularies(seed):
-    rng = random.Random(seed)
-    for _ in range(20):
-        check_random_vocabulary(rng)
-
-
-def check_random_vocabulary(rng: random.Random) -> None:
-    """One vocabulary and thirty documents: the page's ids, lossless, whatever stands beside."""
-    atoms = rng.sample(ref.ATOMS, 6) + [b" ", b"a", bytes([rng.randrange(256)])]
-    tokens = [ref.drawn(rng, atoms, 7) for _ in range(rng.randrange(13))] + [b" a", b" aa", b"."]
-    tokens += [token[:rng.randint(1, len(token))] for token in tokens for _ in range(4)]
-    entries = [bytes([k]) for k in range(256)] + tokens
-    documents = [ref.drawn(rng, tokens + atoms, 12) for _ in range(30)] + [rng.randbytes(30), b""]
-    vocabulary = R.load_vocabulary(R.vocabulary_yaml(entries), "random.yaml")
-    engine, slow = R.ScyllaEngine(vocabulary), ref.Segmenter(entries)
-    block = engine.encode_documents(documents)
-    for k, document in enumerate(documents):
-        ids = block.ids[block.starts[k]:block.starts[k + 1]].tolist()
-        assert ids == [vocabulary.bos_id, *slow.encode(document)]
-        assert b"".join(entries[identity] for identity in ids[1:]) == document
-        assert engine.segmenter.encode(document) == ids[1:]
-
-
-@pytest.mark.parametrize(("vocabulary", "vectors"), [
-    (h.ROOT / "tests" / "vectors" / "ours.yaml", h.ROOT / "tests" / "vectors" / "ours.jsonl"),
-    *(pytest.param(h.SHARED / "data" / "scylla.yaml", h.SHARED / "vectors" / name,
-                   marks=h.needs_shared)
-      for name in ("scylla1254.jsonl", "scylla1254_spdec.jsonl"))], ids=lambda path: path.name)
-def test_vectors_id_for_id(vocabulary, vectors, tmp_path):
-    """A text's ids are the stored ones, and the trainer's table counts its bytes exactly.
-
-    A lone byte is one byte: the published table counted three, and BPB came out 5 % too good.
-    """
-    engine = R.ScyllaEngine(R.load_vocabulary(vocabulary))
-    R.put_tokenizer(SimpleNamespace(path=tmp_path, put=Path.write_bytes), engine)
-    table = t.load_byte_table(h.config(data_path=str(tmp_path)))
-    for line in vectors.read_text().splitlines():
-        vector = json.loads(line)
-        text, stream = base64.b64decode(vector["text_b64"]), [engine.bos_id, *vector["ids"]]
-        assert engine.segmenter.encode(text) == vector["ids"], vector["name"]
-        assert table.count(stream[:-1], stream[1:]).sum() == len(text), vector["name"]
-
-
-@pytest.mark.parametrize("engine", ["vocab", "sp-model"])
-def test_trainer_calls_these_shards_exact(engine, tmp_path):
-    """Shards, byte table and manifest satisfy the audit; a manifest one byte off does not."""
-    texts, out = h.texts(30), tmp_path / "out"
-    documents = tmp_path / "documents.jsonl"
-    h.write_documents(documents, texts)
-    source = tmp_path / ("v.yaml" if engine == "vocab" else "v.model")
-    source.write_bytes(h.sentencepiece_model() if engine == "sp-model" else R.vocabulary_yaml(
-        [bytes([k]) for k in range(256)] + h.TOKENS))
-    assert R.main(["--docs", str(documents), f"--{engine}", str(source), "--split", "val",
-                   "--output-dir", str(out), "--workers", "1"]) == 0
-    config = h.config(data_path=str(out))
-    val = t.load_validation(config, t.load_byte_table(config))
-    assert val.audit == "exact" and len(val.ids) == len(val.bytes) + 1
-    if engine == "vocab":
-        assert val.bytes.sum() == sum(len(text.encode()) for text in texts)
-        assert val.vocab_sha256 == t.sha256_file(source)
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert val.bytes.sum() == manifest["totals"]["val"]["source_bytes"]
-    next(iter(manifest["shards"].values()))["source_bytes"] += 1
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(t.RunError, match="byte audit failed"):
-        t.load_validation(config, t.load_byte_table(config))
-
-
-def check_mode(mode, seed=0, places=(20, 37, 66), sums=(), **settings):
-    """All conditions on one process; the sums only at some places, as they take V runs each."""
-    ids = h.short_stream(seed=seed)
-    score = functools.partial(h.score, mode, **settings)
-    nats, events, _ = score(ids)
-    assert len(nats) == len(ids) - 1 and np.isfinite(nats).all()
-    length = h.config(**(h.SHORT | settings)).eval_seq_len
-    ref.condition_4([(nats, events)], len(nats))
-    ref.condition_3([(nats, events)], length, len(nats))
-    ref.condition_1(score, ids, places)
-    ref.condition_2(score, ids, sums)
-    return nats, events
-
-
-@pytest.mark.parametrize("settings", h.PLANS, ids=["sliding", "plain", "uneven"])
-@pytest.mark.parametrize("mode", h.MODES)
-def test_every_mode_is_legal(mode, settings):
-    """The four conditions; the events that they are about did happen."""
-    sums = (58,) if settings == h.PLANS[-1] and mode != "ttt" else ()  # V runs; ngram_ttt has both
-    nats, events = check_mode(mode, sums=sums, **settings)
-    kinds = Counter(event[0] for event in events)
-    chunks = math.ceil(74 / h.config(**(h.SHORT | settings)).ttt_chunk_tokens)
-    assert kinds["read"] == kinds["count"] == (chunks if "ngram" in mode else 0)
-    assert kinds["train"] == kinds["update"]
-    assert kinds["update"] >= 2 * (chunks - 1) if "ttt" in mode else kinds["update"] == 0
-    # the last chunk is not trained on
-    last = max((s for event in events if event[0] == "train" for s in event[1]), default=0)
-    assert last < 74 - (74 % h.config(**(h.SHORT | settings)).ttt_chunk_tokens)
-
-
-@pytest.mark.parametrize("settings", [*h.PLANS, dict(val_batch_size=32), dict(eval_stride=5)])
-def test_ttt_without_learning_rate_is_sliding(settings):
-    """Bit for bit, on any processor: the batches are the same; with a rate the scores differ."""
-    (nats, events, _), (moved, _, _) = (
-        h.score("ttt", h.short_stream(), ttt_lr=lr, **settings) for lr in (0.0, 0.01))
-    sliding, plain, _ = h.score("sliding", h.short_stream(), **settings)
-    assert nats.tobytes() == sliding.tobytes() != moved.tobytes()
-    batches, same = ([event[1] for event in log if event[0] == "score"] for log in (events, plain))
-    assert batches == same and len(batches) > 3
-
-
-@pytest.mark.parametrize("settings", h.PLANS)
-def test_a_window_belongs_to_the_chunk_of_its_first_target(settings):
-    """What is scored before the n-th chunk is trained on: windows whose first target is in it."""
-    c, chunk, done = h.config(**(h.SHORT | settings)), 0, set()
-    _, events, _ = h.score("ttt", h.short_stream(), **(
-        settings | dict(ttt_epochs=1, ttt_batch_seqs=9)))
-    windows = next(event[1] for event in events if event[0] == "plan").tolist()
-    for event in events:
-        if event[0] == "score":
-            done |= set(event[1])
-        if event[0] == "update":
-            chunk += 1
-            assert done == {start for start, first in windows
-                            if start + first < chunk * c.ttt_chunk_tokens}
-    assert chunk == math.ceil(74 / c.ttt_chunk_tokens) - 1
-
-
-@pytest.mark.parametrize("freeze, frozen", [
-    (0, ""), (1, r"embed|bigram|smear|blocks\.0\."),
-    (2, r"embed|bigram|smear|blocks\.[01]\.|skip_weights"),
-    (3, r"embed|bigram|smear|blocks\.[012]\.|skip_weights|value\."),
-])  # fmt: skip
-@pytest.mark.parametrize("more", [dict(), dict(recur_untie_mlp=False), dict(tie_embeddings=False)])
-def test_frozen_is_frozen(freeze, frozen, more):
-    """Not a bit of what is frozen moves; everything else does; afterwards all is as before."""
-    ttt, c = h.ttt_trainer(num_layers=4, ve_layers=(2, 3), parallel_start_layer=3,
-                           recur_layers=(1, 2), ttt_freeze_blocks=freeze, **more)
-    assert ttt.model.config.num_layers // 2 == 2  # skips are added from layer 2 on
-    before = {n: p.detach().clone() for n, p in ttt.model.named_parameters()}
-    frozen = frozen.replace("|skip_weights", "" if freeze == 2 else "|skip_weights")
-    ttt.learn(0, [0, 24, 48, 74], torch.zeros(74))
-    for name, parameter in ttt.model.named_parameters():
-        still = bool(frozen and re.match(frozen, name))
-        assert torch.equal(parameter, before[name]) == still, name
-    ttt.model.load_state_dict(before, strict=False)
-    ttt.score()
-    for name, parameter in ttt.model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
-
-
-@pytest.mark.parametrize("order, chunk, vocab", [
-    (1, 10, 24), (2, 1, 24), (3, 24, 24), (5, 50, 24), (5, 1000, 24), (16, 20, 65536)])
-def test_ngram_is_witten_bell(order, chunk, vocab):
-    """Equal to a dictionary of contexts, ids up to 65,535 at order 16 included."""
-    ids = np.tile(h.short_stream(60), 4).astype(np.int64)
-    boundary = np.arange(vocab) == vocab - 1
-    ids = np.where(ids == h.SHORT_VOCAB - 1, vocab - 1,
-                   (ids * (vocab // h.SHORT_VOCAB)) % (vocab - 1))
-    cache, p = t.NgramCache(ids, boundary, order), []
-    for begin in range(0, len(ids) - 1, chunk):
-        part = slice(begin, min(begin + chunk, len(ids) - 1))
-        p.append(cache.probabilities(part))
-        cache.update(part)
-    wanted = ref.witten_bell(ids, boundary, order, chunk, vocab)
-    np.testing.assert_allclose(np.concatenate(p), wanted, rtol=1e-12)
-    assert len(set(wanted.round(9))) > 5 or chunk == 1000  # then nothing was counted in time
-
-
-@pytest.mark.parametrize("settings, headline", [
-    (dict(), "ttt"), (dict(ttt_enabled=False), "sliding"), (dict(ngram_enabled=True), "ngram"),
-    (dict(ngram_enabled=True, ttt_enabled=False), "ngram"),
-    (dict(eval_modes=("roundtrip", "ttt"), ttt_enabled=False), "roundtrip"),
-    (dict(eval_modes=("slot", "sliding"), slot_enabled=True), "sliding"),
-])
-def test_the_headline_follows_from_the_settings(settings, headline):
-    """n-gram, else TTT, else sliding, else roundtrip; slot never; worse scores or not."""
-    c, lines, runtime = h.config(**settings), [], h.runtime()
-    assert [mode for mode in c.modes if mode != "slot"][-1] == headline
-    runtime.log.line = lambda text, *_: lines.append(text)
-    labels = ["non_compliant_slot" if mode == "slot" else mode for mode in c.modes]
-    t.summarize(runtime, {}, {label: t.Score(100.0 + i * (label == headline), 50, 100, 2.0)
-                              for i, label in enumerate(labels)})
-    assert f"headline_mode: {headline}" in lines
-    assert f"{headline}_us_per_token_and_device: 40000.0" in lines
-
-
-def parse_setting(text):
-    """A setting's text as a value."""
-    if "," in text or text == "":
-        return tuple(int(part) for part in text.split(",") if part)
-    return float(text) if "." in text or "e" in text else int(text)
-
-
-@pytest.mark.parametrize("settings", [
-    dict(), dict(recur_untie_mlp=False, ve_layers=(3,)), dict(
-        tie_embeddings=False, iterations=2, compressor="rans", mlp_mult=8.0, n_int6_layers=0)])
-def test_independent_scorer(settings, made, tmp_path):
-    """NumPy alone, from the artifact's bytes, gives the roundtrip nats within 1e-4 per token.
-
-    Once all streams are rANS, the MLPs' with several lanes and models; else their codecs differ,
-    and the log names that of the largest.
-    """
-    with h.inside(tmp_path) as console:
-        t.run(h.config(data_path=str(made[1]), scores_path="s", artifact_path="x.ptz",
-                       eval_modes=("roundtrip",), matrix_lr=0.1, **settings))
-    streams = h.parts(tmp_path / "x.ptz")[0]["streams"]  # (name, codec, bytes, ...)
-    assert ({s[1] for s in streams} == {"rans"}) == ("compressor" in settings)
-    assert re.search(f"(?m)^{SERIALIZED}$", console.getvalue())[1] == max(
-        streams, key=lambda s: s[2])[1]
-    model, vocab, tensors = ref.read_artifact(tmp_path / "x.ptz")
-    c = {name.lower(): parse_setting(text) for name, text in model.items()}
-    c["ve_layers"], c["recur_layers"] = (  # lists even when of one entry, or none
-        value if isinstance(value, tuple) else (value,)
-        for value in (c["ve_layers"], c["recur_layers"]))
-    with np.load(made[1] / "tiny.meta.npz") as meta:
-        boundary = meta["is_boundary_token"]
-    stream = np.concatenate([np.fromfile(path, "<u2", offset=1024)
-                             for path in sorted(made[1].glob("fineweb_val_*.bin"))])
-    ids = stream[: 10 * 32 + 1].astype(np.int64)  # ten windows of EVAL_SEQ_LEN
-    logits = ref.scores(tensors, SimpleNamespace(**c), boundary, ids[:-1].reshape(10, 32),
-                        bool(c["recur_layers"])).reshape(320, vocab)
-    top = logits.max(-1)
-    nats = top + np.log(np.exp(logits - top[:, None]).sum(-1)) - logits[np.arange(320), ids[1:]]
-    dumped = h.score_files(tmp_path / "s")["roundtrip"]["nats"][:320]
-    assert np.abs(nats - dumped).max() < 1e-4 and dumped.std() > 0.01
-
-
-def test_gptq_is_its_definition():
-    """Blocks, order, batches and the one inversion change nothing against the plain algorithm."""
-    weight, hessian, scales, bits, _ = h.gptq_problem()
-    codes = t.gptq(weight, hessian, scales, bits)
-    for i in range(2):
-        want = ref.obq(weight[i], hessian[i], scales[i], 5)
-        assert (codes[i] != want).float().mean() < 2e-3  # fp32 ties
-        alone = t.gptq(*(a[i : i + 1] for a in (weight, hessian, scales, bits)))[0]
-        assert (codes[i] != alone).float().mean() < 2e-3
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_hessians_are_those_of_the_inputs(tied, monkeypatch):
-    """X^T X by hand for every matrix: shared by q, k, v; both passes; repeats their own; head."""
-    model = h.random_model(h.config(h.DEEP, tie_embeddings=tied))
-    ids, seen = h.ids((3, 16)), {}
-    names = {module: name for name, module in model.named_modules()}
-
-    def spied(forward):
-        def spy(self, x, *context):
-            for leaf in ("q", "k", "v") if isinstance(self, t.Attention) else ("",):
-                name = f"{names[self]}.{leaf}.weight".replace("..", ".")
-                seen.setdefault(name, []).append(x.detach().flatten(0, 1).double())
-            return forward(self, x, *context)
-        return spy
-
-    with monkeypatch.context() as patch, torch.no_grad():
-        for kind in (t.Linear, t.Attention):
-            patch.setattr(kind, "forward", spied(kind.forward))
-        hidden = model.hidden(ids).flatten(0, 1).double()
-    have = t.input_hessians(model, (ids,), h.runtime())
-    matrices = {n for n in seen if not n.endswith("proj.weight")}
-    head = "embed.weight" if tied else "head.weight"
-    assert set(have) == matrices | {head}
-    for name in matrices:
-        x = torch.cat(seen[name])
-        again = name.startswith(("blocks.2.attn", "blocks.3.attn"))
-        assert len(x) == ids.numel() * (1 + again), name
-        torch.testing.assert_close(have[name].double(), x.mT @ x, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(have[head].double(), hidden.mT @ hidden, rtol=1e-4, atol=1e-4)
-    shares = [t.input_hessians(model, part, h.runtime()) for part in ((ids[:1],), ids[1:].split(1))]
-    for name in have:
-        torch.testing.assert_close(shares[0][name] + shares[1][name], have[name], rtol=1e-4,
-                                   atol=1e-3)
-    assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-def test_calibration_reads_on(make_trainer):
-    """Hessians of the averaged weights, on the sequences after the last step; none for rtn."""
-    trainer = make_trainer(iterations=3, recur_start_step=1.0, gptq_calibration_seqs=8)
-    trainer.run()
-    last = [p.clone() for p in trainer.params]
-    weights, hessians = trainer.finish()
-    assert weights == "ema" and len(hessians) == 6 * 6 + 2 * 2 + 1
-    assert not any(map(torch.equal, last, trainer.params))
-    (event,) = h.trainer_events(trainer, "calibration")
-    assert event["train_ms"] == trainer.clock.elapsed_ms
-    ids = np.stack([trainer.loader.sequence(4 * 3 + i)[:-1] for i in range(8)])
-    want = t.input_hessians(trainer.model, (torch.from_numpy(ids.astype(np.int64)),),
-                            trainer.runtime)
-    for name in want:
-        torch.testing.assert_close(hessians[name], want[name], rtol=1e-4, atol=1e-4)
-    plain = make_trainer(max_wallclock_seconds=60.0, iterations=1, quant="rtn")
-    plain.run()
-    assert plain.reserve_ms == 0 and plain.finish() == ("ema", {})
-
-
-def test_the_fit_lands_under_every_limit(fit_model, tmp_path):
-    """Random limits from far too small to far too large: never over, and what binds is used."""
-    c, model, hessians, code = fit_model
-    loosest = h.export(model, c, tmp_path, hessians)[0] - code
-    bound = 0
-    for share in [1.2, *np.random.default_rng(3).uniform(0.45, 1.05, 3)]:
-        limit = code + int(share * loosest)
-        total, lines, _ = h.export(model, replace(c, size_limit=limit), tmp_path, hessians)
-        assert share < 1.05 or "coarseness:0.0000" in lines[0]
-        assert total <= limit
-        if share < 0.99:
-            bound += 1
-            assert limit - total <= 0.01 * (limit - code), (share, lines)
-    assert bound >= 2
-    with pytest.raises(t.RunError, match="over SIZE_LIMIT"):
-        h.export(model, replace(c, size_limit=code + loosest // 20), tmp_path, hessians)
-    assert (tmp_path / "x.ptz.fp32").exists()
-
-
-@pytest.mark.parametrize("kind", h.CODES)
-def test_rans_is_exact(kind):
-    """decode(encode(x)) == x for every length around the borders of lanes and blocks."""
-    r = np.random.default_rng(1)
-    for n in (0, 1, 2, 255, 2049, 16385, *[140_001] * (kind in ("gaussian", "mixed"))):
-        raw = h.CODES[kind](n, r).astype(np.int8).tobytes()
-        data = t.rans_encode(raw)
-        assert t.rans_decode(data, n) == raw, n
-        for wrong in {n - 1, n + 1, 2 * n + 7} - {-1} if n < 9999 else ():
-            with contextlib.suppress(ValueError):
-                assert t.rans_decode(data, wrong) != raw  # never the same for another length
-
-
-def muons_step(params, muons, grads):
-    """One update from gradients whose mean over ranks is `grads`; returns the sum of squares."""
-    world = len(muons)
-    for rank, muon in enumerate(muons):
-        for p, g in zip(params[rank], grads, strict=True):
-            p.grad = g * (2 * (rank + 1) / (world + 1))
-        torch._foreach_copy_(muon.matrices(muon.grads, muon.stacks),  # before anybody reads them
-                             [p.grad for s in muon.stacks for p in s.params])
-    squares = sum(muon.reduce() for muon in muons)
-    for muon in muons:
-        muon.start(torch.full((1,), 1 / world), 0.9)
-    for muon in muons:
-        muon.finish(0.025)
-    return float(squares)
-
-
-def test_muon_of_several_ranks_is_muon_of_one():
-    """Means over ranks, momentum on its owner only, one reduction and one gather a step."""
-    c = h.config(h.DEEP, muon_wd=0.1, muon_row_norm=True)
-    calls, steps = [], [h.matrices(*h.SHAPES, seed=10 + step) for step in range(3)]
-    (alone, one), (several, three) = h.muons_of(c, 1, []), h.muons_of(c, 3, calls)
-    for grads in steps:
-        expected = sum(float(g.square().sum()) for g in grads)
-        assert muons_step(alone, one, grads) == pytest.approx(expected, rel=1e-4)
-        assert muons_step(several, three, grads) == pytest.approx(9 * expected, rel=1e-4)
-    assert calls == (["reduce"] * 3 + ["gather"] * 3) * 3
-    for params in several:
-        for ours, theirs, first in zip(params, alone[0], several[0], strict=True):
-            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
-            assert torch.equal(ours, first)  # every rank has the same bits
-    assert sum(int(muon.momentum.count_nonzero()) for muon in three) == sum(
-        math.prod(shape) for shape in h.SHAPES)  # on the owner and nowhere else
-
-
-def test_two_ranks_are_one(tmp_path, data):
-    """30 steps, recurrence inside: losses within 1e-5 relative, artifact within 0.2 %."""
-    h.compare_ranks(tmp_path, data, 2)
-
-
-@pytest.mark.parametrize("step", [8, 21])
-def test_a_signal_checkpoints_and_resume_goes_on(step, tmp_path, data, undisturbed):
-    """SIGTERM or SIGINT: exit code 75 at the next boundary; RESUME=1 ends bit-identical.
-
-    At the switch to recurrence and under QAT; with other logging and validations on the way.
-    """
-    number = signal.SIGINT if step == 8 else signal.SIGTERM
-    with h.after_step(step, lambda trainer: os.kill(os.getpid(), number)):
-        code, console = h.run_switching(tmp_path, data, val_loss_every=5, train_log_every=2)
-    assert code == 75 and f"stopping_early: {number.name} " in console
-    (kept,) = (tmp_path / "checkpoints/k").iterdir()
-    assert kept.name == f"step{h.events(tmp_path, 'stop')[0]['step']:08d}"
-    assert step < int(kept.name[4:]) <= step + 3
-    assert not (tmp_path / "k.ptz").exists()
-    code, console = h.run_switching(tmp_path, data, resume=True, checkpoint_every=1e-6,
-                                    val_loss_every=7)
-    assert code == 0 and "resumed: 1" in console
-    assert [e["step"] for e in h.events(tmp_path, "resume")] == [int(kept.name[4:])]
-    assert len(h.events(tmp_path, "checkpoint")) >= 2
-    assert len(list((tmp_path / "checkpoints/k").iterdir())) == 2  # CHECKPOINT_KEEP
-    logged = {e["step"] for e in h.events(tmp_path, "train")}
-    assert (tmp_path / "k.ptz").read_bytes() == (undisturbed[0] / "k.ptz").read_bytes()
-    assert h.state_of(tmp_path, 24) == undisturbed[1] and 24 in logged
-
-
-CHECKPOINT_DAMAGE = {  # what is done to the newest checkpoint, and whether the log names it
-    "bit in the shard": (lambda folder: flip_a_bit(folder / "rank0"), True),
-    "bit in the commit": (lambda folder: flip_a_bit(next(folder.glob("commit.*"))), True),
-    "truncated": (lambda folder: os.truncate(folder / "rank0", 99), True),
-    "no shard": (lambda folder: (folder / "rank0").unlink(), True),
-    "another's shard": (lambda folder: shutil.copy(
-        min(folder.parent.iterdir()) / "rank0", folder / "rank0"), True),
-    "no commit": (lambda folder: next(folder.glob("commit.*")).unlink(), False),
-    "torn file": (lambda folder: [next(folder.glob("commit.*")).unlink(), (
-        folder / "rank0").rename(folder / "rank0.77.tmp")], False),
-}
-
-
-def flip_a_bit(path):
-    """Flip one bit in the middle of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", CHECKPOINT_DAMAGE)
-def test_the_one_before_a_damaged_checkpoint(damage, tmp_path):
-    """Whatever is wrong with the newest one, the one before is loaded, and the log says so."""
-    runtime, passed_over = h.runtime(), []
-    runtime.log.event = lambda *_, reason: passed_over.append(reason)
-    kept = t.Checkpoints(h.config(checkpoint_path=str(tmp_path)), runtime, "data")
-    for steps in (3, 6):
-        kept.write({"weight": np.full(99, steps, np.float32)}, dict(steps=steps))
-    assert kept.load()[0] == dict(steps=6)
-    action, named = CHECKPOINT_DAMAGE[damage]
-    action(kept.root / "step00000006")
-    state, arrays = kept.load()
-    assert state == dict(steps=3) and (arrays["weight"] == 3).all()
-    assert [kept.root.name in reason for reason in passed_over] == [True] * named
-    assert t.Checkpoints(h.config(checkpoint_path=str(tmp_path / "x")), runtime, "").load() == (
-        {}, {})
-
-
-def test_the_clock_stands_still_and_goes_on(make_trainer, monkeypatch):
-    """A slow checkpoint costs no training time; elapsed time and step times are carried over."""
-    write, written = t.Checkpoints.write, []
-
-    def slow(self, arrays, state):
-        time.sleep(0.6)
-        write(self, arrays, state)
-        written.append(state)
-
-    monkeypatch.setattr(t.Checkpoints, "write", slow)
-    trainer = make_trainer(iterations=6, checkpoint_every=1e-6)
-    trainer.run()
-    assert len(written) == 6 and trainer.clock.elapsed_ms < 600 * 5
-    assert written[-1]["elapsed_ms"] == trainer.clock.elapsed_ms
-    again = t.Trainer(trainer.model, trainer.loader, trainer.evaluator)
-    again.checkpoints, again.optimizer = trainer.checkpoints, t.Optimizer(
-        trainer.model, trainer.config, trainer.runtime)
-    again.resume()
-    assert again.clock.elapsed_ms == trainer.clock.elapsed_ms and again.clock.steps == 6
-    assert list(again.clock.recent) == list(trainer.clock.recent)
-    assert (again.phase, again.average.snapshots) == (trainer.phase, trainer.average.snapshots)
-
-
-@pytest.mark.parametrize("wrong, lag", [("loss", 1), ("gradient", 2)])
-def test_non_finite_keeps_the_last_checkpoint(wrong, lag, tmp_path, data, monkeypatch, capsys):
-    """Exit code 1, the step is named, and no checkpoint or artifact holds what came of it.
-
-    Also where, as on CUDA, the host learns of a loss two steps later.
-    """
-    backward, init = t.Trainer.backward, t.Trainer.__init__
-
-    def lagging(trainer, *arguments):
-        init(trainer, *arguments)
-        trainer.lag = lag
-
-    monkeypatch.setattr(t.Trainer, "__init__", lagging)
-
-    def broken(trainer, x, y):
-        loss = backward(trainer, x, y)
-        if trainer.steps == 9 and trainer.clock.steps:
-            if wrong == "loss":
-                return loss * math.nan
-            trainer.model.blocks[0].attn.out.weight.grad[0, 0] = math.inf
-        return loss
-
-    monkeypatch.setattr(t.Trainer, "backward", broken)
-    code, _ = h.run_switching(tmp_path, data, checkpoint_every=1e-6)
-    error = capsys.readouterr().err
-    assert code == 1 and "at step 10: the run diverged" in error
-    assert not (tmp_path / "k.ptz").exists()
-    newest = max((tmp_path / "checkpoints/k").iterdir()).name
-    assert newest == "step00000009" and "the last checkpoint is of step 9" in error
-    for kind, _, raw in h.state_of(tmp_path, 9).values():
-        if kind == np.float32:
-            assert np.isfinite(np.frombuffer(raw, np.float32)).all()
-    if wrong == "loss":
-        monkeypatch.setattr(t.Trainer, "backward", backward)
-        assert h.run_switching(tmp_path, data, resume=True)[0] == 0
-
-
-def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, data, monkeypatch, undisturbed):
-    """The run goes on with a warning, and the last checkpoint stays; a later one succeeds."""
-    fsync, seen, looks = os.fsync, [], []
-
-    def failing(descriptor):
-        name = os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if name.startswith(("rank", "commit")):
-            seen.append(name.partition(".")[0])
-            if 4 <= len(seen) <= 6:  # the second commit, then shards
-                raise OSError(28, "No space left on device")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", failing)
-    with h.after_step(3, lambda trainer: looks.extend(
-            sorted(p.name for p in trainer.checkpoints.root.iterdir()))):
-        code, console = h.run_switching(tmp_path, data, checkpoint_every=1e-6)
-    assert code == 0 and console.count("warning: no checkpoint at step:") == 3
-    assert seen[3:6] == ["commit", "rank0", "rank0"]
-    assert "No space left on device; nothing was replaced" in console
-    assert len(looks) == 1 and not list(tmp_path.rglob("*.tmp"))
-    h.check_same_run(tmp_path, undisturbed, resumed=False)

@@ -455,3 +455,26 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_checkpoint(two_checkpoints,
     assert f"passed over: checkpoints/k/{newest.name}" in console
     assert [path.name for path in (folder / "checkpoints/k").iterdir()] == ["step00000024"]
     h.check_same_run(folder, undisturbed)
+
+
+def test_the_clock_stands_still_and_goes_on(make_trainer, monkeypatch):
+    """A slow checkpoint costs no training time; elapsed time and step times are carried over."""
+    write, written = t.Checkpoints.write, []
+
+    def slow(self, arrays, state):
+        time.sleep(0.6)
+        write(self, arrays, state)
+        written.append(state)
+
+    monkeypatch.setattr(t.Checkpoints, "write", slow)
+    trainer = make_trainer(iterations=6, checkpoint_every=1e-6)
+    trainer.run()
+    assert len(written) == 6 and trainer.clock.elapsed_ms < 600 * 5
+    assert written[-1]["elapsed_ms"] == trainer.clock.elapsed_ms
+    again = t.Trainer(trainer.model, trainer.loader, trainer.evaluator)
+    again.checkpoints, again.optimizer = trainer.checkpoints, t.Optimizer(
+        trainer.model, trainer.config, trainer.runtime)
+    again.resume()
+    assert again.clock.elapsed_ms == trainer.clock.elapsed_ms and again.clock.steps == 6
+    assert list(again.clock.recent) == list(trainer.clock.recent)
+    assert (again.phase, again.average.snapshots) == (trainer.phase, trainer.average.snapshots)

@@ -235,3 +235,57 @@ def test_exclusive_attention_is_orthogonal():
     removed = y - out
     along = (removed * own).sum(-1, keepdim=True) * own
     torch.testing.assert_close(removed, along, atol=1e-5, rtol=0)
+
+
+def test_layer_plan_record():
+    """The record plan, run by run: order, stores, skips in reverse, lanes."""
+    c = h.config(h.RECORD)
+    off, on = t.layer_plan(c, False), t.layer_plan(c, True)
+    assert [r.layer for r in off] == list(range(11))
+    assert [r.layer for r in on] == [0, 1, 2, 3, 4, 5, 4, 5, 6, 7, 8, 9, 10]
+    assert [r.repeat for r in on] == [None] * 6 + [0, 1] + [None] * 5
+    assert [r.layer for r in on if r.store] == [0, 1, 2, 3, 4]
+    assert not any(r.store or r.skip is not None for r in on if r.repeat is not None)
+    assert [(r.layer, r.skip) for r in on if r.skip is not None] == [
+        (5, 0), (6, 1), (7, 2), (8, 3), (9, 4)]
+    for plan in (off, on):
+        assert [r.layer for r in plan if r.lanes] == [7, 8, 9, 10]
+        stack, pairs = [], []
+        for r in plan:
+            if r.skip is not None:
+                pairs.append((r.layer, stack.pop()))
+            if r.store:
+                stack.append(r.layer)
+        assert pairs == [(5, 4), (6, 3), (7, 2), (8, 1), (9, 0)] and not stack
+
+
+def test_initial_values():
+    """The table of GPT's docstring, and orthogonality of q, k, v and up."""
+    c = h.config(h.DEEP, tie_embeddings=False, tied_embed_init_std=0.005, qk_gain_init=1.7)
+    model = h.random_model(c, seed=None, vocab=4000)
+    p = {n: x.detach() for n, x in model.named_parameters()}
+    assert abs(p["embed.weight"].std() / 0.005 - 1) < 0.02 and p["embed.weight"].mean() < 1e-3
+    assert abs(p["value.table.weight"].std() / 0.01 - 1) < 0.03
+    assert torch.equal(p["bigram.scale"], torch.tensor([0.05]))
+    assert torch.equal(p["value.scale"], torch.tensor([0.1]))
+    for name, x in p.items():
+        leaf = name.removesuffix(".weight").split(".")[-1]
+        if leaf in ("q", "k", "v", "up"):
+            small = x if x.size(0) <= x.size(1) else x.T
+            torch.testing.assert_close(small @ small.T, torch.eye(len(small)), atol=1e-5, rtol=0)
+        elif leaf in ("out", "down", "gate", "head") or name == "value.proj.weight":
+            assert not x.any(), name
+        elif leaf in ("attn_scale", "mlp_scale", "route", "skip_weights", "layer_scale"):
+            assert torch.equal(x, torch.ones_like(x)), name
+        elif leaf in ("resid_mix", "resid_mix_mlp"):
+            assert x[0].eq(1).all() and x[1].eq(0).all(), name
+        elif leaf == "lane_merge":
+            assert x.item() == 0.5
+        elif leaf == "q_gain":
+            assert torch.equal(x, torch.full_like(x, 1.7))
+        else:
+            assert name.startswith(("embed", "bigram", "value")), name
+    ids = h.ids()
+    starts = torch.from_numpy(h.table().is_boundary)[ids]
+    assert not model.bigram(ids, starts).any()  # adds nothing at the start of training
+    assert all(x.dtype == torch.float32 for x in p.values())

@@ -125,3 +125,19 @@ def test_credits_are_one_table():
     for row in h.tool("generated").credits():
         for name in row.get("when", {}):
             assert name in names, name
+
+
+def test_loading_executes_nothing():
+    """No pickle, no torch.load, no eval or exec anywhere in the file."""
+    tree = ast.parse((h.ROOT / "train_gpt.py").read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    imported = {alias.name for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    assert not {"eval", "exec", "__import__"} & names
+    assert not {"pickle", "marshal", "shelve", "dill"} & (names | imported)
+    calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    assert not {"torch.load", "torch.save"} & calls and "eval" not in attributes
+    pickles = [k.value.value for n in ast.walk(tree) if isinstance(n, ast.Call)
+               for k in n.keywords if k.arg == "allow_pickle"]
+    assert pickles and not any(pickles)

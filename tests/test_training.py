@@ -469,3 +469,40 @@ def test_recurrence_due():
     assert t.recurrence_due(50, 0, c)
     assert t.recurrence_due(0, 0, replace(c, recur_start_step=0.0))
     assert not t.recurrence_due(99, 9e9, replace(c, recur_start_step=0.0, recur_layers=()))
+
+
+def test_repeats_untouched_without_gradients():
+    """Before recurrence the optimizer moves every parameter except the repeats' MLPs."""
+    c = h.config(h.DEEP, muon_wd=0.3)
+    model = h.random_model(c, recur=False)
+    optimizer = t.Optimizer(model, c, h.runtime())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    ids = h.ids((4, 17))
+    for _ in range(2):
+        model.zero_grad()
+        model(ids[:, :-1], ids[:, 1:]).mean().backward()
+        optimizer.step(torch.zeros(1), 1.0, 0.9)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("repeat_mlps"), name
+
+
+def test_calibration_reads_on(make_trainer):
+    """Hessians of the averaged weights, on the sequences after the last step; none for rtn."""
+    trainer = make_trainer(iterations=3, recur_start_step=1.0, gptq_calibration_seqs=8)
+    trainer.run()
+    last = [p.clone() for p in trainer.params]
+    weights, hessians = trainer.finish()
+    assert weights == "ema" and len(hessians) == 6 * 6 + 2 * 2 + 1
+    assert not any(map(torch.equal, last, trainer.params))
+    (event,) = h.trainer_events(trainer, "calibration")
+    assert event["train_ms"] == trainer.clock.elapsed_ms
+    ids = np.stack([trainer.loader.sequence(4 * 3 + i)[:-1] for i in range(8)])
+    want = t.input_hessians(trainer.model, (torch.from_numpy(ids.astype(np.int64)),),
+                            trainer.runtime)
+    for name in want:
+        torch.testing.assert_close(hessians[name], want[name], rtol=1e-4, atol=1e-4)
+    plain = make_trainer(max_wallclock_seconds=60.0, iterations=1, quant="rtn")
+    plain.run()
+    assert plain.reserve_ms == 0 and plain.finish() == ("ema", {})
+
+# ------------------------------------------------------------------------------------- quantization
