@@ -30,6 +30,7 @@ def test_every_setting_is_read_from_its_variable():
         assert type(values[f.name]) is type(f.default)
     assert t.parse_settings({"RECUR_LAYERS": " 4, 5 "}, [])["recur_layers"] == (4, 5)
     assert t.parse_settings({"RECUR_LAYERS": ""}, [])["recur_layers"] == ()
+    assert t.parse_settings({"EVAL_MODES": "ttt, slot,"}, [])["eval_modes"] == ("ttt", "slot")
     for text, value in {"1": True, "0": False, "true": True, "False": False}.items():
         assert t.parse_settings({"SWA_ENABLED": text}, [])["swa_enabled"] is value
 
@@ -177,8 +178,8 @@ def test_settings_table_shows_defaults_demo_and_choices():
         demo = t.show(t.PRESETS["demo"][f.name]) if f.name in t.PRESETS["demo"] else ""
         assert row[:3] == [f.name.upper(), t.show(f.default), demo] and len(row) == 4 and row[3]
         assert all(choice in row[3] for choice in f.metadata["choices"])
-    assert [t.show(value) for value in (786432, (4, 5), (), 1e-8, 0.1 + 0.2, True, None)] == [
-        "786432", "4,5", "", "1e-08", "0.30000000000000004", "1", "auto"]
+    assert [t.show(value) for value in (7, (4, 5), (), 1e4, 1e-8, 0.1 + 0.2, True, None)] == [
+        "7", "4,5", "", "10000", "1e-08", "0.30000000000000004", "1", "auto"]
 
 
 def see_model(c, made):
