@@ -16,19 +16,19 @@ import harness as h
 import train_gpt as t
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(magic=1), "magic 1 version 1, expected 20240520 version 1"),
-    (dict(version=7), "magic 20240520 version 7, expected 20240520 version 1"),
-    (dict(count=99), "1224 bytes, but the 99 tokens of its header take 1222"),
-    (dict(count=101), "1224 bytes, but the 101 tokens of its header take 1226"),
-    (dict(count=-100), "1224 bytes, but the -100 tokens"),
-])  # fmt: skip
-def test_bad_shards_are_refused_by_name(change, message, tmp_path):
+def test_bad_shards_are_refused_by_name(tmp_path):
     """Wrong magic, version or count: the file, what is wrong, what to do."""
-    path = h.write_shard(tmp_path / "bad_shard.bin", **(dict(tokens=range(100)) | change))
-    with pytest.raises(t.RunError, match=re.escape(message)) as caught:
-        t.open_shard(path)
-    assert str(path) in str(caught.value)
+    path = tmp_path / "bad_shard.bin"
+    for change, message in (
+            (dict(magic=1), "magic 1 version 1, expected 20240520 version 1"),
+            (dict(version=7), "magic 20240520 version 7, expected 20240520 version 1"),
+            (dict(count=99), "1224 bytes, but the 99 tokens of its header take 1222"),
+            (dict(count=101), "1224 bytes, but the 101 tokens of its header take 1226"),
+            (dict(count=-100), "1224 bytes, but the -100 tokens")):
+        h.write_shard(path, range(100), **change)
+        with pytest.raises(t.RunError, match=re.escape(message)) as caught:
+            t.open_shard(path)
+        assert str(path) in str(caught.value)
 
 
 def test_empty_shards_change_nothing(tmp_path):
@@ -116,45 +116,37 @@ def test_byte_table_from_meta(tmp_path):
     assert table.count(previous, ids).tolist() == [1, 2, 2, 0, 3]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(base_bytes=None), dict(has_leading_space=None), dict(is_boundary_token=None),
-    dict(vocab_size=None), dict(vocab_size=h.VOCAB - 1), dict(base_bytes=np.ones(h.VOCAB + 1)),
-])  # fmt: skip
-def test_bad_meta_is_refused_by_name(changes, tmp_path):
-    """A missing array or lengths that do not fit."""
-    path = h.write_meta(tmp_path / "bad.meta.npz", h.table(), **changes)
-    with pytest.raises(t.RunError, match="bad.meta.npz"):
-        t.table_from_meta(path)
-
-
-def test_damaged_meta_is_refused_by_name(tmp_path):
-    """Garbage, nothing, and a file cut or changed anywhere."""
-    path = h.write_meta(tmp_path / "bad.meta.npz", h.table())
-    data = bytearray(path.read_bytes())
-    for damaged in (b"", b"garbage", bytes(data[:-30]), bytes(data[: len(data) // 2])):
-        path.write_bytes(damaged)
+def test_bad_meta_is_refused_by_name(tmp_path):
+    """A missing array, lengths that do not fit, garbage, and a file cut or changed anywhere."""
+    path, about = tmp_path / "bad.meta.npz", h.table()
+    data = bytearray(h.write_meta(path, about).read_bytes())
+    damaged = [b"", b"garbage", bytes(data[:-30]), bytes(data[: len(data) // 2])]
+    data[400] ^= 255  # within the values of base_bytes: the CRC of the zip member
+    for change in (
+            dict(base_bytes=None), dict(has_leading_space=None), dict(is_boundary_token=None),
+            dict(vocab_size=None), dict(vocab_size=h.VOCAB - 1),
+            dict(base_bytes=np.ones(h.VOCAB + 1))):
+        damaged.append(h.write_meta(path, about, **change).read_bytes())
+    for bad in (*damaged, bytes(data)):
+        path.write_bytes(bad)
         with pytest.raises(t.RunError, match="bad.meta.npz"):
             t.table_from_meta(path)
-    data[400] ^= 255  # within the values of base_bytes: the CRC of the zip member
-    path.write_bytes(bytes(data))
-    with pytest.raises(t.RunError, match="bad.meta.npz"):
-        t.table_from_meta(path)
 
 
-@pytest.mark.parametrize("settings, files, message", [
-    ({}, [], "no single tokenizer: none in"),
-    ({}, ["a.meta.npz", "b.meta.npz"], "a.meta.npz,.*b.meta.npz"),
-    (dict(tokenizer_path="{}/no.model"), [], "no.model; set TOKENIZER_PATH"),
-    (dict(tokenizer_path="{}/no.vocab"), [], "no.meta.npz; set TOKENIZER_PATH"),
-    (dict(vocab_size=301), ["a.meta.npz"], "VOCAB_SIZE=301 but .*a.meta.npz has 300 ids"),
-])  # fmt: skip
-def test_missing_or_ambiguous_tokenizers_are_refused(settings, files, message, tmp_path):
+def test_missing_or_ambiguous_tokenizers_are_refused(tmp_path):
     """Which files were found and which setting decides."""
-    for name in files:
-        h.write_meta(tmp_path / name, h.table())
-    settings = {k: v.format(tmp_path) if isinstance(v, str) else v for k, v in settings.items()}
-    with pytest.raises(t.RunError, match=message):
-        t.load_byte_table(h.config(data_path=str(tmp_path), **settings))
+    for n, (settings, files, message) in enumerate([
+            ({}, [], "no single tokenizer: none in"),
+            ({}, ["a.meta.npz", "b.meta.npz"], "a.meta.npz,.*b.meta.npz"),
+            (dict(tokenizer_path="no.model"), [], "no.model; set TOKENIZER_PATH"),
+            (dict(tokenizer_path="no.vocab"), [], "no.meta.npz; set TOKENIZER_PATH"),
+            (dict(vocab_size=301), ["a.meta.npz"], "VOCAB_SIZE=301 but .*a.meta.npz has 300 ids")]):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for name in files:
+            h.write_meta(folder / name, h.table())
+        with pytest.raises(t.RunError, match=message):
+            t.load_byte_table(h.config(data_path=str(folder), **settings))
 
 
 def test_tokenizers_are_found_where_the_settings_say(tmp_path):
@@ -228,51 +220,22 @@ def test_byte_table_of_a_sentencepiece_model(tmp_path):
     assert table.base_bytes[lone] == 0 and table.has_leading_space[lone]
 
 
-def test_sentencepiece_models_without_a_lone_space_are_refused(tmp_path):
-    """Their counts would be wrong; the message names U+2581."""
+def test_useless_sentencepiece_models_are_refused_by_name(tmp_path):
+    """Without a piece for a lone U+2581 their counts would be wrong; a file that is no model."""
     path = trained_sentencepiece(tmp_path, lone_space=False)
     with pytest.raises(t.RunError, match=r"sp0\.model: has no piece for a lone U\+2581"):
         t.table_from_sentencepiece(path)
-
-
-def test_damaged_sentencepiece_models_are_refused_by_name(tmp_path):
-    """A file that is no model is the user's mistake, not a traceback."""
-    pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     path = tmp_path / "bad.model"
     path.write_bytes(b"this is no model")
     with pytest.raises(t.RunError, match="bad.model"):
         t.table_from_sentencepiece(path)
 
 
-def test_real_text_is_counted_exactly_and_scored(tmp_path):
-    """120 real FineWeb documents as SP1024 shards: exact bytes, then a tiny run to its scores."""
-    folder = h.SHARED / "data"
-    model, documents = folder / "fineweb_1024_bpe.model", folder / "fineweb_docs.jsonl"
-    if not (model.exists() and documents.exists()):
-        pytest.skip(f"no real data: {documents} is not there")
-    texts = [json.loads(line)["text"] for line in documents.read_text("utf-8").splitlines()]
-    assert len(texts) == 120
-    _, _, source = check_sentencepiece(model, texts, tmp_path)
-    config = h.config(data_path=str(tmp_path), tokenizer_path=str(model), val_tokens_limit=20000,
-                      run_id="real", train_seq_len=128, eval_seq_len=128, eval_stride=64,
-                      train_batch_tokens=2048, val_batch_size=8192, iterations=12)
-    with h.inside(tmp_path) as console:
-        t.run(config)
-    bpb = dict(re.findall(r"(final_int\S+_exact) \S+ val_bpb:(\S+)", console.getvalue()))
-    assert 0.5 < float(bpb["final_int6_sliding_window_exact"]) < 8
-    assert bpb["final_int8_zlib_roundtrip_exact"] == bpb["final_int6_sliding_window_exact"]
-    counted = re.search(r"byte_audit:partial bytes:(\d+)", console.getvalue())
-    assert 40000 < int(counted[1]) < source
-
-
-@pytest.mark.parametrize("file", ["scylla.meta.npz", "candidate.meta.npz"])
-def test_published_byte_tables_load(file):
+@h.needs_shared
+def test_published_byte_tables_load():
     """The byte tables that circulate are read as they are."""
-    path = h.SHARED / "data" / file
-    if not path.exists():
-        pytest.skip(f"no published table: {path} is not there")
-    table = t.table_from_meta(path)
-    assert len(table.base_bytes) == {"scylla": 1254, "candidate": 998}[file.split(".")[0]]
+    for name, ids in (("scylla", 1254), ("candidate", 998)):
+        assert len(t.table_from_meta(h.SHARED / "data" / f"{name}.meta.npz").base_bytes) == ids
 
 
 def test_bad_documents_and_bad_manifests_stop_the_run(tmp_path):
@@ -287,19 +250,6 @@ def test_bad_documents_and_bad_manifests_stop_the_run(tmp_path):
         (data / "manifest.json").write_text(text)
         with pytest.raises(t.RunError, match=r"manifest\.json: no manifest of retokenize_scylla"):
             h.audit(data)
-
-
-@pytest.mark.parametrize("limit", [1, 2])
-def test_the_shortest_validation(limit, tmp_path):
-    """Two tokens make one target; one makes none and is refused."""
-    data = h.dataset(tmp_path)
-    if limit == 1:
-        assert "VAL_TOKENS_LIMIT=1" in h.problems(h.environ(val_tokens_limit=limit))
-    else:
-        config = h.config(data_path=str(data), val_tokens_limit=limit)
-        evaluator = t.Evaluator(h.runtime(), config, h.audit(data, val_tokens_limit=limit))
-        score, nats = evaluator.score(lambda x, y: y.float(), 32)
-        assert score.tokens == len(nats) == 1
 
 
 @h.needs_shared
