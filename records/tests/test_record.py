@@ -14,6 +14,7 @@ import pytest
 
 import harness as h
 import make_record
+import pack
 import rules
 import runs as reader
 import train_gpt as t
@@ -46,17 +47,18 @@ def edit(path, pattern, new):
     path.write_text(text)
 
 
-def submission(folder, **changes):
-    """Change submission.json; a__b is b inside a, None removes, a function is given all of it."""
-    path = folder / "submission.json"
-    about = json.loads(path.read_text())
-    for name, value in changes.items():
-        *inside, last = name.split("__")
-        place = functools.reduce(dict.__getitem__, inside, about)
-        place[last] = value(about) if callable(value) else value
-        if value is None:
-            del place[last]
-    path.write_text(json.dumps(about))
+def claim(**changes):
+    """A fault: submission.json says else; a__b is b inside a, None removes, a function sees all."""
+    def act(folder):
+        about = json.loads((folder / "submission.json").read_text())
+        for name, value in changes.items():
+            *inside, last = name.split("__")
+            place = functools.reduce(dict.__getitem__, inside, about)
+            place[last] = value(about) if callable(value) else value
+            if value is None:
+                del place[last]
+        (folder / "submission.json").write_text(json.dumps(about))
+    return act
 
 
 @pytest.fixture
@@ -66,7 +68,7 @@ def record(made_folder, tmp_path, monkeypatch):
     for each in folder.glob("*.log"):
         edit(each, "\nworld_size:1 ", "\nworld_size:8 ")
         edit(each, r"device:cpu x\d+ ", "device:NVIDIA H100 80GB HBM3 ")
-    submission(folder, track="track_10min_16mb", hardware="8 x NVIDIA H100 80GB HBM3")
+    claim(track="track_10min_16mb", hardware="8 x NVIDIA H100 80GB HBM3")(folder)
     edit(folder / "README.md", "track_non_record_16mb", "track_10min_16mb")
     edit(folder / "README.md", r"1 x cpu x\d+", "8 x NVIDIA H100 80GB HBM3")
     known = rules.published()
@@ -187,11 +189,6 @@ def log(pattern, new, name=LOG):
     return lambda f: edit(f / name, pattern, new)
 
 
-def claim(**changes):
-    """A fault: submission.json says something else."""
-    return lambda f: submission(f, **changes)
-
-
 def gone(*names):
     """A fault: files are missing."""
     return lambda f: [(f / name).unlink() for name in names]
@@ -209,11 +206,10 @@ def twin(pattern, new):
 
 
 def recount(folder):
-    """A fault: the byte table counts one id's bytes otherwise."""
+    """A fault: the byte table counts other bytes."""
     with np.load(folder / "scylla.meta.npz") as meta:
         arrays = dict(meta)
-    arrays["base_bytes"][65] += 1
-    np.savez(folder / "scylla.meta.npz", **arrays)
+    np.savez(folder / "scylla.meta.npz", **arrays | {"base_bytes": arrays["base_bytes"] + 1})
 
 
 BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of what it finds
@@ -292,16 +288,15 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     **{f"SLOT's {name}": (every(claim(**{name: 0.9}), log(
         "\nlegal_ttt ", r"\nslot non_compliant val_loss:1 val_bpb:0.9\g<0>")), "compliance", (
         f"{LOG}: a non_compliant score")) for name in ("val_bpb", "seed_results__42__val_bpb")},
-    "a headline that saw its targets": (log(
-        r"(?s)\nfinal_int6_roundtrip .* (val_loss:\S+ val_bpb:\S+\n)\Z",
-        r"\nslot non_compliant \g<1>\g<0>"), "compliance", f"{LOG}: a non_compliant score"),
+    "SLOT's headline": (log(r"(?s)\nlegal_ttt .* (val_loss:\S+ val_bpb:\S+\n)\Z", (
+        r"\nslot non_compliant \1\g<0>")), "compliance", f"{LOG}: a non_compliant score"),
     "SLOT in the claims": (claim(seed_results__42__slot_bpb=1.0), "compliance", "submission.json"),
     "counted bytes": (log("\nbyte_audit:exact bytes:", r"\g<0>9"), "denominator", "val_bpb"),
     "a promise in compliance": (claim(compliance__code="TBD"), "schema", "compliance.code: 'TBD'"),
     "a promise not kept": (claim(compliance__code=False), "schema", "compliance.code: False"),
     "no hash": (claim(seed_results__42__artifact_sha256="0"), "schema", "seed 42: artifact_sha256"),
-    "no curves": (gone("curves.png"), "evidence", "curves.png: missing"),
-    "no requirements": (gone("requirements.txt"), "evidence", "requirements.txt: missing"),
+    **{f"no {name}": (gone(name), "evidence", f"{name}: missing")
+       for name in ("requirements.txt", "curves.png", "manifest.json")},
     "empty curves": (lambda f: (f / "curves.png").write_text(""), "evidence", "curves.png: empty"),
     "another vocabulary": (lambda f: edit(f / "tiny.yaml", "a", "b"), "ledger", "manifest"),
     "no vocabulary": (lambda f: (f / "tiny.yaml").unlink(), "ledger", "manifest.json"),
@@ -311,8 +306,10 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
                                           '"byte_exact": false'), "ledger", "manifest.json"),
     "a bad document": (log('"bad_documents": 0', '"bad_documents": 7', "manifest.json"), "ledger",
                        "manifest.json: totals of"),
-    "totals of other shards": (log(r'("val": {[^}]*"source_bytes": )', r"\g<1>9", "manifest.json"),
-                               "ledger", "manifest.json: totals of val"),
+    "other bytes in all": (log(r'("val": {[^}]*"source_bytes": )', r"\g<1>9", "manifest.json"),
+                           "ledger", "manifest.json: totals of val"),
+    "other ids in all": (log(r'("train": {[^}]*"tokens": )', r"\g<1>9", "manifest.json"),
+                         "ledger", "manifest.json: totals of train"),
     "no totals": (log('"totals"', '"total"', "manifest.json"), "ledger", "manifest.json: totals"),
     "no byte table": (gone("scylla.meta.npz"), "byte table", "meta.npz: no byte table"),
     "another byte table": (recount, "byte table", "scylla.meta.npz: counts other bytes"),
@@ -320,6 +317,8 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     "an invented headline": (log(LAST, "1.00000000"), "headline", f"{LOG}: ends with"),
     "another mode's headline": (log("\n(headline_mode:) ttt", r"\n\1 sliding"), "headline", LOG),
     "log of other code": (log("\ncode_sha256:", r"\g<0>0"), "code text", f"{LOG}: of code with"),
+    "damaged code": (lambda f: (f / "train_gpt.py").write_bytes(pack.pack("a = 1\n") + b"#"),
+                     "code text", "train_gpt.py: "),
     "other source in the log": (log(r"def main\(", "def man("), "code text", f"{LOG}: begins with"),
     "bytes not proven": (log("\nbyte_audit:exact", "\nbyte_audit:no"), "audit", f"{LOG}: byte_"),
     "bytes of another text": (log('"source_bytes": ', r"\g<0>1", "manifest.json"), "audit", LOG),
@@ -328,9 +327,10 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     "bytes differ by seed": (log("\nbyte_audit:exact bytes:", r"\g<0>1"), "audit", "train_seed<k>"),
     **{f"another {name}": (claim(**{name: value}), "generated", "submission.json: " + name.replace(
         "__", ".")) for name, value in {
-        "val_loss_std": 0.5, "seeds": [42], "extra": 1, "date": "2030-01-02x",
+        "val_loss_std": 0.5, "seeds": [42], "extra": 1, "headline_mode": None,
         "track": "track_non_record_16mb", "compliance__training_seconds_max": 599.0,
         "seed_results__42__ttt_bpb": 1.25, "seed_results__42__artifact_sha256": "0"}.items()},
+    "no date": (claim(date="2030-01-02x"), "generated", "submission.json: date '2030"),
     "another name": (claim(name="Huge"), "generated", "submission.json: date and name make"),
     **{f"no line {line} in README": (log(rf"\n{re.escape(line)}.*", "", "README.md"), "generated", (
         f"README.md: does not hold the line '{line}")) for line in ("**", "| mean", "## Attri")},
@@ -368,10 +368,9 @@ def test_no_field_is_optional(record):
 
 
 FIELD_LOG = (
-    "model_params:123\nworld_size:8 grad_accum_steps:1\nseed:7\n"
+    "model_params:123\nworld_size:8 grad_accum_steps:1\nseed:7\nCode size: 100 bytes\n"
     "stopping_early: wallclock_cap train_time:599000ms step:4000/20000\n"
-    "Code size: 100 bytes\nSerialized model int6+zlib: 15000000 bytes\n"
-    "Total submission size int6+zlib: 15000100 bytes\n"
+    "Serialized model int6+zlib: 15000000 bytes\nTotal submission size int6+zlib: 15000100 bytes\n"
     "final_int6_sliding_window_exact val_loss:1.95000000 val_bpb:1.15000000\n"
     "final_int6_sliding_window val_loss:1.9500 val_bpb:1.1500 eval_time:90000ms\n")
 
@@ -388,13 +387,13 @@ def field_folder(folder, logs, **claims):
 
 
 @pytest.mark.parametrize(("rule", "old", "new", "claims"), [
-    (None, "7", "7", {}), ("sizes", "zlib: 15000100", "zlib: 25000100", {}),
+    (None, "", "", {}), ("sizes", "zlib: 15000100", "zlib: 25000100", {}),
     ("code", "Code size: 1", "Code size: 2", {}), ("seeds", "seed:7", "seed:8", {}),
     ("clock", "599000ms", "600001ms", {}), ("evaluation clock", "90000ms", "601000ms", {}),
     ("hardware", "size:8", "size:4", {}), ("complete", "sliding_window", "x", {}),
-    ("means", "7", "7", dict(val_bpb=1.148)), ("sizes", "7", "7", dict(bytes_total=16_000_001)),
-    ("submission", "7", "7", dict(author=None)),
-    ("compliance", "7", "7", dict(blurb="scored by two-pass evaluation")),
+    ("clock", "", "", dict(seed_results={"9": dict(train_time_ms=600_001)})),
+    ("means", "", "", dict(val_bpb=1.148)), ("sizes", "", "", dict(bytes_total=16_000_001)),
+    ("submission", "", "", dict(author=None)), ("compliance", "", "", dict(blurb="two-pass")),
 ])
 def test_rules_bind_everybody(rule, old, new, claims, tmp_path):
     """A folder in the field's dialect: only our own rules break; a fault breaks its rule too."""
@@ -428,7 +427,7 @@ def test_miscounted_bytes_are_flagged(lines, claims, said, tmp_path):
     dict(seed_results__42__steps="many"), dict(attribution=3)])
 def test_verify_reads_what_strangers_write(change, record):
     """Values of any kind, and files that are no text: a finding, never a traceback."""
-    submission(record, **change)
+    claim(**change)(record)
     (record / "README.md").write_bytes(b"\xff\xfe")
     (record / "manifest.json").write_text('{"tokenizer": "scylla", "totals": {"val": 3}}')
     names = {finding.rule.name for finding in rules.verify(record)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ import urllib.parse
 import pytest
 
 import harness as h
-import retokenize_scylla as R
 import train_gpt as t
 
 
@@ -92,11 +90,8 @@ def hub(tmp_path):
     model, shards = tmp_path / "fineweb_1024_bpe.model", tmp_path / "sp"
     model.write_bytes(h.sentencepiece_model())
     for seed, (split, count) in enumerate((("train", 200), ("val", 12))):
-        documents = tmp_path / f"{split}.jsonl"
-        h.write_documents(documents, h.texts(count, seed))
-        assert R.main(["--docs", str(documents), "--sp-model", str(model), "--split", split,
-                       "--output-dir", str(shards), "--workers", "1", "--shard-tokens",
-                       "5000"]) == 0
+        documents = h.write_documents(tmp_path / f"{split}.jsonl", h.texts(count, seed))
+        h.retokenized(documents, model, split, shards, "--shard-tokens", "5000")
     hub = type("Hub", (HubHandler,), dict(cut=set(), wrong=set(), asked=[], starts=[], files={
         f"datasets/datasets/fineweb10B_sp1024/{p.name}": p.read_bytes()
         for p in shards.glob("*.bin")} | {
@@ -150,20 +145,25 @@ def test_script_from_bare_machine_to_folder(hub, tmp_path):
     environ, hub = hub
     vocabulary = tmp_path / "repo" / "deep" / "tiny.yaml"
     vocabulary.parent.mkdir(parents=True)
-    vocabulary.write_bytes(R.vocabulary_yaml([bytes([k]) for k in range(256)] + h.TOKENS))
+    vocabulary.write_bytes(h.vocabulary())
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path / "repo")]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "v"],
                     ["update-ref", "refs/pull/1/head", "HEAD"]):
         subprocess.run([*git, *command], check=True)
-    tiny = {k.upper(): t.show(v) for k, v in h.TINY.items() if k != "train_log_every"}
+    tiny = {name: value for name, value in h.environ().items() if name not in (
+        "TRAIN_LOG_EVERY", "RUN_ID", "DATA_PATH", "ARTIFACT_PATH")}  # the script's own business
     environ |= tiny | dict(
         PRESET="demo", AUTHOR="A", GITHUB_ID="a", SHARDS="2", SEEDS="7 8", NPROC="2",
         DATA_DIR=str(tmp_path / "work"), RECORDS=str(tmp_path / "records"), PYTHON=sys.executable,
         VOCAB_REPO=str(tmp_path / "repo"), VOCAB_REF="refs/pull/1/head",
-        VOCAB_SHA256=t.sha256_file(vocabulary), PREFLIGHT="-k file_keeps_its_shape",
+        VOCAB_SHA256=t.sha256_file(vocabulary), PREFLIGHT="-k lr_scale",
         RECUR_START_STEP="0.3", ITERATIONS="6", OMP_NUM_THREADS="1")
-    command = ["bash", str(h.ROOT / "run_8xh100.sh")]
-    done = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
+
+    def script(**more):
+        return subprocess.run(["bash", h.ROOT / "run_8xh100.sh"], capture_output=True, text=True,
+                              env=h.clean_environ(**environ | more))
+
+    done = script()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = next((tmp_path / "records" / "track_non_record_16mb").iterdir())
     about = json.loads((folder / "submission.json").read_text())
@@ -174,7 +174,7 @@ def test_script_from_bare_machine_to_folder(hub, tmp_path):
     assert re.search("all_reduce of .* GB/s\nGO: there is no yardstick", done.stdout)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}
     asked = len(hub.asked)
-    again = subprocess.run(command, env=os.environ | environ, capture_output=True, text=True)
+    again = script()
     assert again.returncode == 0 and len(times) > 5, again.stderr
     assert asked == len(hub.asked)
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}
@@ -182,18 +182,14 @@ def test_script_from_bare_machine_to_folder(hub, tmp_path):
     modes = [set(re.findall(r"\n(\w+)_exact ", text)) for text in (
         smoke, next(tmp_path.rglob("logs/seed7.txt")).read_text())]
     assert modes[0] == modes[1] >= {"legal_ttt"}
-    more = subprocess.run(command, env=os.environ | environ | dict(SEEDS="7 8 9"),
-                          capture_output=True, text=True)  # a third seed: the folder is in its way
+    more = script(SEEDS="7 8 9")  # a third seed: the folder is in its way
     assert more.returncode == 1 and "exists" in more.stderr and "RECORD_NAME" in more.stderr
     shutil.rmtree(folder)
-    more = subprocess.run(command, env=os.environ | environ | dict(SEEDS="7 8 9"),
-                          capture_output=True, text=True)
+    more = script(SEEDS="7 8 9")
     assert more.returncode == 0, more.stderr
     assert json.loads((folder / "submission.json").read_text())["seeds"] == [7, 8, 9]
     shard = next((tmp_path / "work" / "scylla").glob("fineweb_train_*.bin"))
     shard.unlink()  # other data: no finished seed counts
-    other = subprocess.run(command, env=os.environ | environ | dict(
-        DATA_PATH=str(shard.parent), PREFLIGHT="--help", RECORD_NAME="Other"),
-        capture_output=True, text=True)
+    other = script(DATA_PATH=str(shard.parent), PREFLIGHT="--help", RECORD_NAME="Other")
     assert other.returncode == 0, other.stderr
     assert len([*(tmp_path / "work" / "runs").iterdir()]) == 2
