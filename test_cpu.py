@@ -117,8 +117,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import asdict, replace
@@ -1440,22 +1438,23 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, data, monkeypatch
 
 
 def test_preflight_01_imports(tmp_path):
-    """The import needs torch and numpy only, opens no socket, writes and prints nothing."""
+    """The import needs torch and numpy only; no network, file, output, thread or seed of its own."""
     code = """
-import socket, sys
+import os, socket, sys, threading
 import numpy, torch
 def refuse(*a, **k): raise SystemExit("network at import")
 socket.socket.connect = refuse
-before = set(sys.modules)
+def state(): return (threading.active_count(), torch.initial_seed(), dict(os.environ),
+                     torch.get_num_threads(), torch.get_float32_matmul_precision(),
+                     torch.cuda.is_initialized(), torch.distributed.is_initialized())
+modules, before = set(sys.modules), state()
 import train_gpt
-new = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert state() == before
+new = {name.partition(".")[0] for name in set(sys.modules) - modules}
 print(sorted(new - set(sys.stdlib_module_names) - {"train_gpt", "torch", "numpy"}))
+assert not {"sentencepiece", "numba", "zstandard", "resource"} & set(sys.modules)
 """
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    env |= {"PYTHONPATH": str(Path(t.__file__).parent), "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True,
-                          capture_output=True, timeout=120, check=False)
+    done = h.python(["-c", code], tmp_path, dict(PYTHONPATH=str(h.ROOT), OMP_WAIT_POLICY="passive"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import operator
 import zlib
 from dataclasses import replace
@@ -199,3 +200,48 @@ def test_corruptions(all_codecs, tmp_path, count):
                   data[:a] + random.bytes(b - a + 1) + data[b + 1 :]][n % 5]
         cases += [((n, a, b), broken)] * (broken != data)
     assert not_refused(tmp_path / "broken.ptz", cases) == {}
+
+
+def forged_header(header, random):
+    """A header with one thing wrong, and what it was."""
+    header = json.loads(json.dumps(header))
+    numbers = [0, -1, 1, 2**31, 2**40, 10**18, 2.5, None, "7", [], {}, True]
+    values = [*numbers, "rans", "lzma", "zlib", "zstd", "attn", "scales", "../x", "\x00"]
+    spot = header
+    path = []
+    while isinstance(spot, (dict, list)) and spot:
+        keys = sorted(spot) if isinstance(spot, dict) else range(len(spot))
+        path.append((spot, keys[int(random.integers(len(keys)))]))
+        spot = spot[path[-1][1]]
+        if random.random() < 0.08:
+            break
+    holder, key = path[-1]
+    holder[key] = values[int(random.integers(len(values)))]
+    return header, f"{[k for _, k in path]} = {holder[key]!r}"
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_forgeries(all_codecs, tmp_path, count):
+    """Changed headers, and changed streams with their CRC made right: under the old digest none
+    is ever scored."""
+    whole, header, body = all_codecs
+    path, random = tmp_path / "forged.ptz", np.random.default_rng(5)
+    digest, done = whole.read_bytes()[10:42], 0
+    while done < count:
+        changed, data = header, bytearray(body)
+        if done % 3:
+            changed, what = forged_header(header, random)
+            if json.dumps(changed) == json.dumps(header):
+                continue
+        else:
+            what, changed = "stream", json.loads(json.dumps(header))
+            sizes = [s[2] for s in changed["streams"]]
+            which = int(random.integers(len(sizes)))
+            start, size = sum(sizes[:which]), sizes[which]
+            data[start + int(random.integers(size))] ^= 1 << int(random.integers(8))
+            changed["streams"][which][4] = zlib.crc32(data[start : start + size])
+        done += 1
+        h.forge(path, changed, bytes(data), digest)
+        with pytest.raises(t.ArtifactError, match=r"forged\.ptz"):
+            h.load_tiny(path)
+            pytest.fail(what)

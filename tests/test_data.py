@@ -277,3 +277,21 @@ def test_bytes_of_every_real_document_are_exact(engine, tmp_path):
             begins, [*begins[1:], len(ids)], strict=True)]
     counted = np.add.reduceat(np.append(0, dump["bytes"]), begins)
     assert counted.tolist() == [len(text.encode()) for text in texts]
+
+
+def test_first_id_is_context_only(tmp_path):
+    """If the stream does not start with a boundary, its first bytes are not in the denominator."""
+    data = h.dataset(tmp_path)
+    path = data / "fineweb_val_000000.bin"
+    ids = np.fromfile(path, "<u2")[512:]
+    ids[0] = 5  # three bytes
+    h.write_shard(path, ids)
+    source = h.source_bytes(ids, h.table())
+    h.edit_manifest(data, lambda m: m["shards"][path.name].update(source_bytes=source))
+    second = np.fromfile(data / "fineweb_val_000001.bin", "<u2")[512:]
+    total = source + h.source_bytes(second, h.table())
+    audited = h.audit(data)
+    assert audited.audit == "exact" and int(audited.bytes.sum()) == total - 3
+    with h.inside(tmp_path) as console:
+        t.run(h.config(data_path=str(data), iterations=1, eval_modes=("roundtrip",)))
+    assert f"byte_audit:exact bytes:{total - 3} (the first id is context only" in console.getvalue()

@@ -200,7 +200,7 @@ def test_full_width_export(tmp_path, capsys):
         sys.path[:0] = [{str(h.ROOT)!r}, {str(h.ROOT / 'tests')!r}]
         import numpy as np, torch, train_gpt as t, harness as h
         torch.set_num_threads(2)
-        c = t.Config(artifact_path="full.ptz", train_seq_len=256, eval_seq_len=256)
+        c = h.config(h.RECORD, artifact_path="full.ptz", train_seq_len=256, eval_seq_len=256)
         V = 1254
         runtime = h.runtime()
         runtime.on_first_rank = lambda work: work()
