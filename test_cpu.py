@@ -1438,7 +1438,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, data, monkeypatch
 
 
 def test_preflight_01_imports(tmp_path):
-    """The import needs torch and numpy only; no network, file, output, thread or seed of its own."""
+    """The import needs torch and numpy only: no network, file, output, thread or seed."""
     code = """
 import os, socket, sys, threading
 import numpy, torch
