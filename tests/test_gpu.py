@@ -7,7 +7,6 @@ starts at zero is filled, so that every gradient is there to be compared.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import subprocess
@@ -18,16 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_gpt as t  # noqa: E402
+import harness as h
+import train_gpt as t
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch sees no CUDA GPU on this machine")]
 
 V = 640
-SMALL = dict(
+SMALL = h.RECORD | dict(
     num_layers=4, model_dim=256, num_heads=4, num_kv_heads=2, bigram_vocab_size=512, bigram_dim=64,
     ve_dim=64, ve_layers=(2, 3), xsa_last_n=2, parallel_start_layer=3, recur_layers=(1, 2),
     train_seq_len=512, eval_seq_len=512, train_batch_tokens=8192, val_batch_size=8192,
@@ -54,9 +51,7 @@ def shards(tmp_path_factory) -> Path:
         ids = random.integers(1, V, count).astype("<u2")
         ids[1::2] = ids[::2] % 50 + 1  # something to learn
         ids[::777] = 0
-        head = np.zeros(256, "<i4")
-        head[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, count
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(head.tobytes() + ids.tobytes())
+        h.write_shard(folder / f"fineweb_{split}_000000.bin", ids)
     np.savez(folder / "toy.meta.npz", base_bytes=np.full(V, 3), vocab_size=V,
              has_leading_space=np.zeros(V, bool), is_boundary_token=np.arange(V) == 0)
     return folder
@@ -243,15 +238,14 @@ def test_whole_run_and_its_artifact_in_another_process(gpu, shards, tmp_path):
 
     def run(run_id: str, **settings: str) -> dict[str, np.ndarray]:
         done = subprocess.run(
-            [sys.executable, ROOT / "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+            [sys.executable, h.SCRIPT], cwd=tmp_path, capture_output=True, text=True,
             env=os.environ | text | dict(RUN_ID=run_id, SCORES_PATH=run_id) | settings)
         print(done.stdout[-3000:], done.stderr[-3000:])
         assert done.returncode == 0
         return {mode: np.load(tmp_path / run_id / f"{mode}.npz")["nats"]
                 for mode in ("roundtrip", "sliding", "ttt")}
 
-    first, log = run("first"), (tmp_path / "logs" / "first.jsonl").read_text().splitlines()
-    machine = next(e for e in map(json.loads, log) if e["event"] == "machine")
+    first, (machine,) = run("first"), h.events(tmp_path, "machine", "first")
     text |= dict(ATTENTION=machine["attention"].split()[0], MLP_KERNEL=machine["mlp"].split()[0])
     again = run("again", LOAD_ARTIFACT="a.ptz", TTT_LR="0")
     for mode in ("roundtrip", "sliding"):
