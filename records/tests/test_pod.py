@@ -233,7 +233,8 @@ def test_the_script_counts_the_gpus_to_use(tmp_path):
 
 def test_the_script_says_what_is_missing(tmp_path):
     """It stops before any work, with the remedy."""
-    pod, fetch = Pod(tmp_path), dict(DATA_PATH="", SHARDS="1", VOCAB_REPO="/no/such")  # would fail
+    pod = Pod(tmp_path)
+    fetch = dict(TRACK="track_non_record_16mb", DATA_PATH="", SHARDS="1", VOCAB_REPO="/no/such")
     machine = "a record runs on 8 ranks on H100s, not on {}.* set TRACK=track_non_record_16mb"
     refusals = [
         (dict(SHARDS="abc"), "SHARDS=abc: must be a whole number"),
