@@ -169,7 +169,6 @@ TEXT = ["The cat sat on the mat, and the dog was not amused at all.",
         " leading and trailing ", "line", "a b c d e f g h i j", "don't stop 3.14159 %"] * 20
 
 
-@functools.cache
 def trained_sentencepiece(folder, lone_space=True):
     """A SentencePiece model trained on a few lines, with a piece for a lone space or without."""
     spm = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
@@ -180,34 +179,14 @@ def trained_sentencepiece(folder, lone_space=True):
         input=str(text), model_prefix=str(prefix), vocab_size=400, model_type="bpe",
         byte_fallback=True, hard_vocab_limit=False, minloglevel=2, character_coverage=0.98,
         pad_id=0, bos_id=1, eos_id=2, unk_id=3, add_dummy_prefix=lone_space)
-    return prefix.with_suffix(".model")
-
-
-def check_sentencepiece(path, documents, folder):
-    """Shards of documents: counted bytes equal the bytes of the decoded text, document by one."""
-    spm = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
-    sp, table = spm.SentencePieceProcessor(model_file=str(path)), t.table_from_sentencepiece(path)
-    encoded = [sp.encode(document) for document in documents]
-    sizes = [len(sp.decode(ids).encode("utf-8")) for ids in encoded]
-    for ids, size in zip(encoded, sizes, strict=True):
-        ids = np.array([sp.bos_id(), *ids])
-        assert int(table.count(ids[:-1], ids[1:]).sum()) == size
-    stream = np.concatenate([[sp.bos_id(), *ids] for ids in encoded])
-    shard = h.write_shard(folder / "fineweb_val_000000.bin", stream)
-    h.write_shard(folder / "fineweb_train_000000.bin", stream)
-    manifest = dict(tokenizer=dict(byte_exact=True, sha256=t.sha256_file(path)),
-                    shards={shard.name: dict(source_bytes=sum(sizes), bad_documents=0)})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    config = h.config(data_path=str(folder), tokenizer_path=str(path))
-    validation = t.load_validation(config, table)
-    assert validation.audit == "exact" and int(validation.bytes.sum()) == sum(sizes)
-    return table, sp, sum(sizes)
+    path = prefix.with_suffix(".model")
+    return path, spm.SentencePieceProcessor(model_file=str(path))
 
 
 def test_byte_table_of_a_sentencepiece_model(tmp_path):
     """Byte pieces 1, control and unknown 0 and boundary; counts equal the decoded text."""
-    path = trained_sentencepiece(tmp_path)
-    table, sp, _ = check_sentencepiece(path, [s for s in TEXT if s == s.strip()], tmp_path)
+    path, sp = trained_sentencepiece(tmp_path)
+    table = t.table_from_sentencepiece(path)
     for i in range(sp.vocab_size()):
         if i < 4:
             assert table.is_boundary[i] and not table.base_bytes[i]
@@ -218,11 +197,20 @@ def test_byte_table_of_a_sentencepiece_model(tmp_path):
                 sp.id_to_piece(i).replace("\u2581", " ").encode())
     lone = sp.piece_to_id("\u2581")
     assert table.base_bytes[lone] == 0 and table.has_leading_space[lone]
+    encoded = [[sp.bos_id(), *sp.encode(text)] for text in TEXT if text == text.strip()]
+    sizes = [len(sp.decode(ids).encode("utf-8")) for ids in encoded]
+    for ids, size in zip(map(np.array, encoded), sizes, strict=True):
+        assert int(table.count(ids[:-1], ids[1:]).sum()) == size
+    shard = h.write_shard(tmp_path / "fineweb_val_000000.bin", np.concatenate(encoded))
+    (tmp_path / "manifest.json").write_text(json.dumps(dict(
+        tokenizer=dict(byte_exact=True), shards={shard.name: dict(source_bytes=sum(sizes))})))
+    val = t.load_validation(h.config(data_path=str(tmp_path), tokenizer_path=str(path)), table)
+    assert val.audit == "exact" and int(val.bytes.sum()) == sum(sizes)
 
 
 def test_useless_sentencepiece_models_are_refused_by_name(tmp_path):
     """Without a piece for a lone U+2581 their counts would be wrong; a file that is no model."""
-    path = trained_sentencepiece(tmp_path, lone_space=False)
+    path, _ = trained_sentencepiece(tmp_path, lone_space=False)
     with pytest.raises(t.RunError, match=r"sp0\.model: has no piece for a lone U\+2581"):
         t.table_from_sentencepiece(path)
     path = tmp_path / "bad.model"

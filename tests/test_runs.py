@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import fields
 
-import numpy as np
 import pytest
 
 import harness as h
@@ -63,35 +62,9 @@ def test_the_summary_is_a_block_for_grep(script_run):
 
 
 @pytest.mark.slow
-def test_two_ranks_do_what_one_does(made, tmp_path):
-    """torchrun with gloo: same losses and score, one log, sizes and scores of one."""
-    environ = h.environ(data_path=str(made[1]), artifact_path="made.ptz", run_id="made")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = h.python([*launch, h.ROOT / "train_gpt.py"], tmp_path,
-                    environ | {"SCORES_PATH": "scores", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    np.testing.assert_allclose(h.losses(tmp_path), h.losses(made[0]), atol=1e-4)
-    norms = [h.losses(folder, key="grad_norm") for folder in (tmp_path, made[0])]
-    np.testing.assert_allclose(*norms, rtol=1e-2)  # of the global gradient, not of a share
-    scores = [dict(re.findall(r"(final_\S+_exact) val_loss:\S+ val_bpb:(\S+)", text))
-              for text in (done.stdout, made[3])]
-    assert set(scores[0]) == set(scores[1])
-    for name in scores[0]:
-        assert abs(float(scores[0][name]) - float(scores[1][name])) < 1e-3
-    assert "world_size:2 grad_accum_steps:1" in done.stdout
-    assert done.stdout.count("final_int8_zlib_roundtrip_exact") == 1
-    assert len(h.losses(tmp_path)) == 8 and len(list((tmp_path / "logs").iterdir())) == 2
-    files = h.score_files(tmp_path / "scores")
-    for arrays in files.values():
-        assert (arrays["nats"] > 0).all()  # no target was left to the other rank
-
-
-@pytest.mark.slow
-def test_two_ranks_stop_together_on_an_error(made, tmp_path):
+def test_two_ranks_stop_together_on_an_error(data, tmp_path):
     """Over SIZE_LIMIT: every rank ends, with exit code 1 and the message."""
-    environ = h.environ(data_path=str(made[1]), size_limit=1000, iterations=1)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = h.python([*launch, h.ROOT / "train_gpt.py"], tmp_path, environ)
+    done = h.run_ranks(tmp_path, 2, h.environ(data_path=str(data), size_limit=1000, iterations=1))
     assert done.returncode == 1 and "bytes over SIZE_LIMIT=1000" in done.stderr
 
 
