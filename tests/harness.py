@@ -507,9 +507,9 @@ def run_ranks(folder: Path, ranks: int, variables: dict) -> subprocess.Completed
 
 def start_script(folder: Path, variables: dict, *launch: str) -> subprocess.Popen:
     """A running script, whose output goes to `console` in its folder."""
-    launch = launch if launch and launch[-1].endswith(".py") else (*launch, str(SCRIPT))
     with open(folder / "console", "ab") as console:
-        return start(["-u", *launch], folder, variables, stdout=console, stderr=subprocess.STDOUT)
+        return start(["-u", *launch, SCRIPT], folder, variables, stdout=console,
+                     stderr=subprocess.STDOUT)
 
 
 def wait_for(folder: Path, pattern: str, process: subprocess.Popen, seconds: float = 60) -> None:
