@@ -158,10 +158,14 @@ def test_the_published_lossy_vocabulary_is_recognised():
 
 
 def test_lossy_yaml_is_refused_with_its_reasons():
+    """Each thing that loses bytes is named."""
     data = R.vocabulary_yaml([bytes([k]) for k in range(200)])
-    data = data.replace(b"capcode: 0", b"capcode: 2").replace(b"charset: none", b"charset: utf-8")
+    for right, wrong in ((b"capcode: 0", b"capcode: 2"), (b"charset: none", b"charset: utf-8"),
+                         (b'normalization: "none"', b'normalization: "nfd"')):
+        assert right in data
+        data = data.replace(right, wrong)
     vocabulary = R.load_vocabulary(data, "half.yaml")
-    for reason in ("capcode 2", "charset utf-8", "no token for 56 of the 256"):
+    for reason in ("capcode 2", "charset utf-8", "normalization nfd", "no token for 56 of the 256"):
         assert reason in vocabulary.lossy
     with pytest.raises(R.InputError, match="half.yaml: refused"):
         R.make_engine(vocabulary, allow_lossy=False)

@@ -1,0 +1,647 @@
+"""Defects of one line that somebody could make, each with the test that must notice it.
+
+    python tests/mutants.py                     all of them; run again after a stop, it goes on
+    python tests/mutants.py --only Muon "SPEC"  those whose names have one of the words
+    python tests/mutants.py --list --jobs 2
+
+By hand, in no tier of the tests. Each mutant is applied to a copy of the repository, and its tests
+alone are run there. What came of it is kept in .cache/mutants.json until the mutant, the file that
+it changes or the files of its tests change. Tests are found by name, whatever file they are in.
+Exit code 1 if a mutant survives, no longer applies, or has a test that fails without it.
+
+Names that begin with SPEC are the defects of SPEC section 11; its last ones, the sizes of the code
+and of its functions, are no line that one could change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN, TOOL, RULES = "train_gpt.py", "retokenize_scylla.py", "records/rules.py"
+ALL_USE = (".pytest.ini", "tests/harness.py", "tests/references.py", "records/tests/conftest.py")
+TIMEOUT = 900  # seconds for the tests of a mutant, on a machine that others load
+
+
+class Mutant(NamedTuple):
+    """A defect: `old`, which a file has once, becomes `new`, and `tests` fail.
+
+    Without tests `why` says that the change has no effect.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str | tuple[str, ...]
+    why: str = ""
+
+
+M = Mutant
+MUTANTS = (
+    # SPEC section 11
+    M("SPEC: a lone byte of SentencePiece counts as 3", TRAIN, '["." if model.is_byte(i)',
+      r'["\ufffd" if model.is_byte(i)', "test_byte_table_of_a_sentencepiece_model"),
+    M("SPEC: a lone byte of TokenMonster counts as 3", TOOL,
+      "np.array([len(token) for token in self.tokens], dtype=np.int16)",
+      "np.array([len(token.decode(errors='replace').encode()) for token in self.tokens])",
+      "test_trainer_calls_these_shards_exact[vocab]"),
+    M("SPEC: a lossy vocabulary is accepted", TOOL, "if not allow_lossy:", "if False:",
+      "test_lossy_yaml_is_refused_with_its_reasons"),
+    M("SPEC: recurrence has no step at which it starts", TRAIN,
+      "return bool(c.recur_layers) and reached >= c.recur_start_step",
+      "return bool(c.recur_layers)", "test_recurrence_due"),
+    M("SPEC: repeats start from weights of their own", TRAIN, "self.copy_to_repeats()", "pass",
+      "test_recurrence_switch"),
+    M("SPEC: repeats are always INT5", TRAIN, '"repeat", "muon", True, 6, 1.4',
+      '"repeat", "muon", True, 5, 1.4', "test_the_table_decides_bits"),
+    M("SPEC: repeats are kept in bf16", TRAIN, "self.to(runtime.device)",
+      "self.to(runtime.device).repeat_mlps.bfloat16()", "test_initial_values"),
+    M("SPEC: matrices are orthogonalised in a block of rows for each rank", TRAIN,
+      "update = newton_schulz(update, self.config.muon_backend_steps)",
+      "update = torch.cat([newton_schulz(u, self.config.muon_backend_steps) for u in "
+      "update.chunk(self.runtime.world, 1)], 1)", "test_muon_of_several_ranks_is_muon_of_one"),
+    M("SPEC: route is twice in one group", TRAIN,
+      "alike.setdefault(param_spec(name, c)[:3], []).append(parameter)",
+      'alike.setdefault(param_spec(name, c)[:3], []).extend([parameter] * (1 + ("route" in name)))',
+      "test_each_parameter_in_one_group"),
+    M("SPEC: late QAT touches what is stored as fp16", TRAIN,
+      "bits if phase.qat and bits <= 8 else 0", "min(bits, 8) if phase.qat else 0",
+      "test_qat_forward_is_the_quantized_model"),
+    M("SPEC: TTT freezes vectors and scalars only", TRAIN,
+      "p.requires_grad_(first_layer(name, model.config) >= self.config.ttt_freeze_blocks)",
+      "p.requires_grad_(first_layer(name, model.config) >= self.config.ttt_freeze_blocks or "
+      "name.endswith('weight'))", "test_frozen_is_frozen"),
+    M("SPEC: SWA's snapshots are collected and discarded", TRAIN,
+      "swa = self.swa if self.snapshots else []", "swa = []", "test_swa_mean_of_snapshots"),
+    M("SPEC: clipping by the norm of gradients before their reduction", TRAIN,
+      "norm = (squares + small.square().sum()).sqrt() / world",
+      "norm = torch.stack([p.grad.norm() for p in self.small + self.muon.moved if p.grad is not "
+      "None]).norm().view(1)", "test_clipping_on_the_global_gradient"),
+    M("SPEC: the last window scores some targets twice", TRAIN, "length - np.diff(ends, prepend=0)",
+      "np.where(ends > length, length - stride, 0)",
+      "test_every_target_is_scored_once_with_the_longest_context"),
+    M("SPEC: SmearGate crosses documents", TRAIN, "self.smear(x, starts)",
+      "self.smear(x, torch.zeros_like(starts).index_fill(1, ids.new_zeros(1), True))",
+      "test_document_boundaries"),
+    M("SPEC: the bigram crosses documents", TRAIN, "self.bigram(ids, starts))",
+      "self.bigram(ids, torch.zeros_like(starts).index_fill(1, ids.new_zeros(1), True)))",
+      "test_document_boundaries"),
+    M("SPEC: RoPE is rescaled beyond a length of 1024", TRAIN, "frequencies = c.rope_base ** (",
+      "frequencies = (c.rope_base * max(1, length / 1024)) ** (",
+      "test_rope_is_the_formula_at_every_length"),
+    M("SPEC: RoPE has 1024 positions", TRAIN, "rope_table(max(c.train_seq_len, c.eval_seq_len), c)",
+      "rope_table(1024, c)", "test_rope_is_the_formula_at_every_length"),
+    M("SPEC: the loader reads in order", TRAIN, "return random.permutation(self.ends[-1]),",
+      "return np.arange(self.ends[-1]),", "test_an_epoch_is_a_permutation_of_blocks_of_all_shards"),
+    M("SPEC: training has the whole cap, without a reserve", TRAIN,
+      "1e3 * c.max_wallclock_seconds - CLOCK_RESERVE_MS if", "1e3 * c.max_wallclock_seconds if",
+      "test_lr_scale"),
+    M("SPEC: training stops after the step that passes the cap", TRAIN,
+      "clock.expected_ms(step + self.lag) + self.reserve_ms > usable_ms(c)",
+      "clock.elapsed_ms + self.reserve_ms > usable_ms(c)", "test_every_step_follows_its_schedules"),
+    M("SPEC: a record may train for 600.1 s", RULES, "run.train_ms > CAP_MS:",
+      "run.train_ms > CAP_MS + 500:", "test_rules_bind_everybody"),
+    M("SPEC: over the size limit there is a warning only", TRAIN,
+      'raise RunError(f"Total submission size', 'runtime.log.line(f"Total submission size',
+      "test_over_the_size_limit"),
+    M("SPEC: every mode's score has the headline's name", TRAIN,
+      'log.line(f"{name}_exact val_loss:', 'log.line(f"final_int8_zlib_roundtrip_exact val_loss:',
+      "test_log_lines_are_the_public_patterns"),
+    # settings
+    M("a default is changed", TRAIN, "matrix_lr: float = setting(0.025,",
+      "matrix_lr: float = setting(0.03,", "test_preflight_02_hyperparameters"),
+    M("settings that contradict each other pass", TRAIN,
+      "problems += contradictions(config)\n        require", "require",
+      "test_all_problems_are_reported_at_once"),
+    M("lanes may start in the encoder half", TRAIN, "(layers // 2 <= lanes <= layers,",
+      "(0 <= lanes <= layers,", "test_contradictions_are_named"),
+    M("a resumed run may change what it trains with", TRAIN, "|train_log_every|", r"|train_\w+|",
+      "test_what_changes_no_weight_may_change"),
+    # ranks
+    M("shares leave the last items out", TRAIN,
+      "slice(count * self.rank // self.world, count * (self.rank + 1) // self.world)",
+      "slice(count // self.world * self.rank, count // self.world * (self.rank + 1))",
+      "test_every_target_is_scored_once_with_the_longest_context"),
+    # what CUDA alone shows
+    M("CUDA computes in fp16", TRAIN, "torch.bfloat16 if self.cuda else",
+      "torch.float16 if self.cuda else", "test_cuda_computes_in_bf16_and_a_cpu_in_fp32"),
+    M("the softcap is computed in bf16", TRAIN, "F.linear(h, weight.to(h.dtype)).float() / cap)",
+      "(F.linear(h, weight.to(h.dtype)) / cap).float())",
+      "test_softcap_and_loss_are_computed_in_fp32"),
+    M("FlashAttention-3 is named, another one runs", TRAIN,
+      'return flash_attention_3 if backend == "flash_attention_3" else sdpa', "return sdpa",
+      "test_the_attention_that_is_named_is_called"),
+    M("every rank takes the first GPU", TRAIN, 'listed[int(environ["LOCAL_RANK"])]', "listed[0]",
+      "test_a_rank_computes_on_the_gpu_of_its_local_rank"),
+    M("micro-batches of 80 GB on every GPU", TRAIN, "min(1.0, memory / 75e9)", "1.0",
+      "test_micro_batches_fit_the_memory_of_a_gpu"),
+    M("the host runs ahead by four steps", TRAIN, "self.lag = 2 if", "self.lag = 4 if",
+      "test_two_steps_at_most_are_in_flight"),
+    # data
+    M("a shard may be longer than its header says", TRAIN, "size == SHARD_HEADER + 2 * count",
+      "size >= SHARD_HEADER + 2 * count", "test_truncated_shards_are_refused_at_every_length"),
+    M("an id as large as the vocabulary passes", TRAIN, "require(top < vocab_size",
+      "require(top <= vocab_size", "test_ids_out_of_range_name_the_file"),
+    M("every epoch has the same order", TRAIN, "default_rng((self.seed, epoch))",
+      "default_rng((self.seed, 0))", "test_an_epoch_is_a_permutation_of_blocks_of_all_shards"),
+    M("all ranks read the same sequences", TRAIN, "in range(self.slice.start, self.slice.stop)]",
+      "in range(self.slice.stop - self.slice.start)]",
+      "test_every_rank_count_sees_the_same_global_batch"),
+    M("what was read ahead is taken for any step", TRAIN, "if coming == step else", "if True else",
+      "test_batches_depend_on_seed_and_step_only"),
+    # bytes
+    M("a leading space counts after a boundary too", TRAIN,
+      "(self.has_leading_space[ids] & ~self.is_boundary[previous])", "self.has_leading_space[ids]",
+      "test_byte_audit_states"),
+    M("a model without a lone space is accepted", TRAIN,
+      r'require(model.piece_to_id("\u2581") != model.unk_id(),', "require(True,",
+      "test_useless_sentencepiece_models_are_refused_by_name"),
+    M("a byte count may be off by a little", TRAIN, "require(source in (None, counted) and",
+      "require((source is None or abs(source - counted) < 10) and",
+      "test_byte_audit_stops_the_run"),
+    M("a part of the text is audited as exact", TRAIN, '"partial" if limit < len(ids) else "exact"',
+      '"exact"', "test_byte_audit_states"),
+    M("a lossy tokenizer's bytes are exact", TRAIN, 'if not tokenizer.get("byte_exact"):',
+      "if not tokenizer:", "test_byte_audit_states"),
+    M("the first id's bytes are scored", TRAIN, "counted = int(table.base_bytes[ids[0]]) + int(",
+      "counted = int(", "test_first_id_is_context_only"),
+    # model
+    M("the hash does not wrap at 32 bits", TRAIN, "ids.to(torch.int32)", "ids.to(torch.int64)",
+      "test_bigram_rows_int32"),
+    M("XSA on one layer less", TRAIN, "layer >= c.num_layers - c.xsa_last_n",
+      "layer > c.num_layers - c.xsa_last_n", "test_forward_equals_reference"),
+    M("keys are not rotated", TRAIN, "k = rotate(norm(k), rope, self.rope_dims // 2)",
+      "k = norm(k)", "test_forward_equals_reference"),
+    M("attention scores over K, not its root", TRAIN, "is_causal=True, enable_gqa=grouped)",
+      "is_causal=True, enable_gqa=grouped, scale=1 / q.size(-1))", "test_sdpa_equals_softmax"),
+    M("attention sees the future", TRAIN, "v, is_causal=True,", "v, is_causal=False,",
+      "test_causality_every_position"),
+    M("FlashAttention sees the future", TRAIN, "flash_attn_func(q, k, v, causal=True)",
+      "flash_attn_func(q, k, v, causal=False)", "test_flash_attention_3_dispatch"),
+    M("routes between lanes are swapped", TRAIN,
+      "lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m",
+      "lane_a + r[0] * a + r[1] * m, lane_m + r[2] * a + r[3] * m",
+      "test_forward_equals_reference"),
+    M("skips are added in the order in which they were stored", TRAIN, "* stored.pop()",
+      "* stored.pop(0)", "test_forward_equals_reference"),
+    M("repeats run with the MLPs of their bases", TRAIN,
+      "block.mlp if run.repeat is None else self.repeat_mlps[run.repeat]", "block.mlp",
+      "test_forward_equals_reference"),
+    M("the block is repeated after its first layer", TRAIN,
+      "i == max(c.recur_layers, default=None)", "i == min(c.recur_layers, default=None)",
+      "test_layer_plan_record"),
+    M("logits have no softcap", TRAIN,
+      "cap * torch.tanh(F.linear(h, weight.to(h.dtype)).float() / cap) +",
+      "F.linear(h, weight.to(h.dtype)).float() +", "test_forward_equals_reference"),
+    M("tables sum their gradients in bf16", TRAIN, "F.embedding(ids, self.values()).to(self.dtype)",
+      "F.embedding(ids, self.values().to(self.dtype))", "test_tables_sum_their_gradients_in_fp32"),
+    # optimization
+    M("Newton-Schulz: another second coefficient", TRAIN, "beta=-4.7750,", "beta=-4.7570,",
+      "test_muon_equals_formula"),
+    M("Muon without Nesterov", TRAIN, "update = grads.add_(buffer, alpha=momentum)",
+      "update = buffer", "test_muon_equals_formula"),
+    M("repeats do not get the momentum", TRAIN, "found[second].copy_(found[first])",
+      "found[second].copy_(found[second])", "test_recurrence_switch"),
+    M("vectors are decayed", TRAIN, "weight_decay=c.adam_wd * decay)", "weight_decay=c.adam_wd)",
+      "test_each_parameter_in_one_group"),
+    M("small projections are Muon's", TRAIN, '"projection", "scalar", True, 16',
+      '"projection", "muon", True, 16', "test_each_parameter_in_one_group"),
+    M("gradients of ranks are summed", TRAIN, ".clamp(max=1.0) / world", ".clamp(max=1.0)",
+      "test_clipping_on_the_global_gradient"),
+    M("micro-batches are summed", TRAIN, "loss = self.forward(x, y).mean() / self.accumulation",
+      "loss = self.forward(x, y).mean()", "test_accumulation_equals_larger_micro_batch"),
+    M("the EMA's decay is not warmed up", TRAIN,
+      "decay = min(self.config.ema_decay, (1 + step) / (10 + step))",
+      "decay = self.config.ema_decay", "test_ema_closed_form"),
+    # schedules, clock, loop
+    M("MIN_LR is a floor, not an end", TRAIN, "return c.min_lr + (1 - c.min_lr) * share",
+      "return max(c.min_lr, share)", "test_lr_scale"),
+    M("warmdown by steps although there is a clock", TRAIN, "if step_ms > 0:", "if False:",
+      "test_lr_scale"),
+    M("recurrence starts a step late", TRAIN, "reached >= c.recur_start_step",
+      "reached > c.recur_start_step", "test_recurrence_due"),
+    M("warmdown leaves no time for the calibration", TRAIN, "lr_scale(step, now + self.reserve_ms,",
+      "lr_scale(step, now,", "test_every_step_follows_its_schedules"),
+    M("schedules ignore the steps in flight", TRAIN, " + self.lag * self.facts.step_ms", "",
+      "test_every_step_follows_its_schedules"),
+    M("momentum is that of the next step", TRAIN, "scale, muon_momentum(step, c))",
+      "scale, muon_momentum(step + 1, c))", "test_every_step_follows_its_schedules"),
+    M("the average is that of the next step", TRAIN, "self.average.update(step, scale)",
+      "self.average.update(step + 1, scale)", "test_every_step_follows_its_schedules"),
+    M("the average is taken before the update", TRAIN,
+      "        facts = self.optimizer.step(facts, scale, muon_momentum(step, c))\n        "
+      "self.average.update(step, scale)\n",
+      "        self.average.update(step, scale)\n        facts = self.optimizer.step(facts, "
+      "scale, muon_momentum(step, c))\n", "test_every_step_follows_its_schedules"),
+    M("late QAT ends when the rate rises again", TRAIN, "self.phase.qat or scale <", "scale <",
+      "test_every_step_follows_its_schedules"),
+    M("a later step takes back that it is late", TRAIN, "late=self.facts.late + facts.late",
+      "late=facts.late", "test_every_step_follows_its_schedules"),
+    M("the time of a validation is training time", TRAIN,
+      "step_avg=train_ms / max(self.steps, 1))\n        self.clock.resume()",
+      "step_avg=train_ms / max(self.steps, 1))", "test_every_step_follows_its_schedules"),
+    M("no time is kept for the calibration", TRAIN,
+      "self.reserve_ms = CALIBRATION_MARGIN * self.hessians()[1]", "self.hessians()",
+      "test_every_step_follows_its_schedules"),
+    M("the steps of the warm-up stay in the weights", TRAIN,
+      "torch._foreach_copy_(self.params, saved)\n        if c.quant", "pass\n        if c.quant",
+      "test_warm_up_changes_nothing"),
+    M("the warm-up reads validation tokens", TRAIN,
+      "self.backward(*self.random_tokens(self.accumulation, random))",
+      "self.backward(*self.evaluator.tokens(np.arange(9), self.micro_seqs * self.accumulation))",
+      "test_warm_up_sees_no_validation_token"),
+    M("calibration is outside the clock", TRAIN, "self.clock.elapsed_ms += milliseconds", "pass",
+      "test_every_step_follows_its_schedules"),
+    M("calibration on the first sequences of training", TRAIN,
+      "self.steps * self.loader.batch_seqs", "0", "test_calibration_reads_on"),
+    M("weights that are not averaged are exported", TRAIN,
+      "weights, hessians = self.average.store(), {}", 'weights, hessians = "ema", {}',
+      "test_calibration_reads_on"),
+    M("an infinite gradient passes", TRAIN, "math.isfinite(facts.loss + facts.grad_norm)",
+      "math.isfinite(facts.loss)", "test_non_finite_keeps_the_last_checkpoint"),
+    # quantization
+    M("one code too many", TRAIN, "return 2 ** (bits - 1) - 1", "return 2 ** (bits - 1)",
+      "test_qat_grid_is_the_stored_grid"),
+    M("QAT has scales in fp32", TRAIN,
+      "(scales.half().view(torch.int16) & 0x7FFF).view(torch.float16).float()", "scales.abs()",
+      "test_qat_grid_is_the_stored_grid"),
+    M("QAT's gradient is that of rounding", TRAIN, "return weight + (round_to_grid(",
+      "return 0 * weight + weight.detach() + (round_to_grid(", "test_qat_grid_is_the_stored_grid"),
+    M("QAT has no steps of the fit", TRAIN,
+      "fake_quantize(self.weight, self.qat_bits, self.qat_step)",
+      "fake_quantize(self.weight, self.qat_bits)", "test_qat_computes_with_what_is_stored"),
+    M("INT6 layers are the first ones only", TRAIN,
+      'not edge <= int(match["layer"]) < c.num_layers - edge', 'not edge <= int(match["layer"])',
+      "test_the_table_decides_bits"),
+    M("GPTQ goes by ascending diagonal", TRAIN, "dim=1, descending=True, stable=True)",
+      "dim=1, descending=False, stable=True)", "test_gptq_is_its_definition"),
+    M("GPTQ is damped by 10 %", TRAIN, "hessian / mean + 0.01 * eye", "hessian / mean + 0.1 * eye",
+      "test_gptq_is_its_definition"),
+    M("GPTQ makes up for nothing beyond its block", TRAIN, "upper[:, start:stop, stop:], alpha=-1)",
+      "upper[:, start:stop, stop:], alpha=0)", "test_gptq_is_its_definition"),
+    M("second passes are not calibrated", TRAIN, "total.addmm_(x.mT, x)", "total.copy_(x.mT @ x)",
+      "test_hessians_are_those_of_the_inputs"),
+    M("weights that are not finite are exported", TRAIN, "require(torch.isfinite(tensor).all(), f",
+      "require(True, f", "test_values_that_are_not_finite_are_not_exported"),
+    M("the fit does not count the code", TRAIN, "return CODE_BYTES + path.stat().st_size",
+      "return path.stat().st_size", "test_over_the_size_limit"),
+    M("the fit takes the coarser half", TRAIN, "if bytes_at(middle) <= room else",
+      "if bytes_at(middle) > room else", "test_the_fit_lands_under_every_limit"),
+    M("the fit keeps wide steps at INT6", TRAIN, "return 5 if free and wide else bits,",
+      "return bits,", "test_fixed_bits_are_honoured"),
+    # artifact
+    M("the digest is not compared", TRAIN, "(body, *raw.values()))).digest() == digest,",
+      "(body, *raw.values()))).digest(),", "test_a_flipped_byte_is_damage"),
+    M("the CRC of a stream is not compared", TRAIN, "require(zlib.crc32(packed) == crc and 0 <",
+      "require(0 <", "test_a_tampered_header_is_refused"),
+    M("a file is renamed before it is on the disk", TRAIN, "os.fsync(stream.fileno())", "pass",
+      "test_writing_is_renamed_when_whole"),
+    M("rANS: lanes spill at another bound", TRAIN, "frequency[place] << (32 - RANS_BITS)",
+      "frequency[place] << (31 - RANS_BITS)", "test_rans_is_exact"),
+    M("rANS: what follows its end is ignored", TRAIN,
+      "if done != len(words) or (state != RANS_LEAST).any():", "if (state != RANS_LEAST).any():",
+      "test_rans_refuses_what_it_cannot_have_made"),
+    M("an artifact fits any vocabulary of its size", TRAIN, "require(made_for == ours,",
+      "require(made_for[0] == ours[0],", "test_artifacts_of_another_vocabulary_are_refused"),
+    M("repeats that never ran are stored", TRAIN, "if not model.recur:", "if False:",
+      "test_a_run_that_ends_before_recurrence_stores_no_repeats"),
+    M("a checkpoint may hold pickles", TRAIN, "np.load(io.BytesIO(data), allow_pickle=False)",
+      "np.load(io.BytesIO(data), allow_pickle=True)", "test_loading_executes_nothing"),
+    # evaluation
+    M("a window's context is scored again", TRAIN,
+      "nats[start + first : start + self.length] = row[first:]",
+      "nats[start : start + self.length] = row", "test_scores_belong_to_their_tokens"),
+    M("BPB in nats", TRAIN, "return self.nats / math.log(2) / self.bytes",
+      "return self.nats / self.bytes", "test_score_arithmetic"),
+    M("dumped ids are one place off", TRAIN, "ids=self.val.ids[1:], nats",
+      "ids=self.val.ids[:-1], nats", "test_dumped_scores_recompute_the_result"),
+    M("the headline is the best score", TRAIN,
+      "max(scores.keys() & set(EVAL_MODES), key=EVAL_MODES.index)",
+      "min(scores.keys() & set(EVAL_MODES), key=lambda mode: scores[mode].bpb)",
+      "test_the_headline_follows_from_the_settings"),
+    M("SLOT is a mode like others", TRAIN, 'label = name if mode == "slot" else mode',
+      "label = mode", "test_slot_is_labelled_everywhere"),
+    M("SLOT fits all of its window", TRAIN, "h + shift.to(h.dtype))[:, -c.eval_stride :]",
+      "h + shift.to(h.dtype))", "test_slot_fits_the_last_stride_of_its_batch"),
+    # n-gram cache
+    M("n-grams cross documents", TRAIN, "np.where(reach >= k - 1, number + 1, 0)",
+      "np.where(places >= k - 1, number + 1, 0)", "test_ngram_is_witten_bell"),
+    M("the cache counts a chunk before it is scored", TRAIN,
+      "cached = np.exp(-nats[part].astype(float)), cache.probabilities(part)",
+      "cached = np.exp(-nats[part].astype(float)), cache.update(part) or cache.probabilities(part)",
+      "test_every_mode_is_legal[ngram_sliding-sliding]"),
+    # test-time training
+    M("a chunk is trained on before all of it is scored", TRAIN,
+      "np.searchsorted(windows.sum(1), edges)",
+      "np.searchsorted(windows[:, 0] + self.length, edges)",
+      "test_every_mode_is_legal[ttt-sliding]"),
+    M("the next chunk is trained on", TRAIN, "begin, end = edges[number : number + 2]",
+      "begin, end = edges[number], edges[min(number + 2, last + 1)]",
+      "test_every_mode_is_legal[ttt-sliding]"),
+    M("TTT has no momentum", TRAIN, "torch.optim.SGD(self.params, c.ttt_lr, c.ttt_momentum)",
+      "torch.optim.SGD(self.params, c.ttt_lr)", "test_every_setting_does_something"),
+    M("TTT's cosine does not come to its end", TRAIN, "math.pi * number / max(last, 1)",
+      "math.pi * number / (last + 1)", "test_training_is_the_formula"),
+    M("TTT's gradients stay on their rank", TRAIN,
+      "self.runtime.all_reduce_packed([p.grad for p in self.params])", "pass",
+      "test_training_is_the_formula"),
+    M("TTT trains on targets twice", TRAIN, "np.arange(length) >= first[:, None])",
+      "np.arange(length) >= 0 * first[:, None])", "test_training_is_the_formula"),
+    M("TTT leaves its weights to the next mode", TRAIN,
+      "torch._foreach_copy_(self.params, saved)\n        return scored",
+      "pass\n        return scored", "test_frozen_is_frozen"),
+    # checkpoints, signals
+    M("a signal does not end the run", TRAIN, "torch.tensor([late, bool(runtime.signal),",
+      "torch.tensor([late, False,", "test_a_signal_checkpoints_and_resume_goes_on"),
+    M("a damaged checkpoint is loaded", TRAIN, "require(zlib.crc32(data) == crc, f",
+      "require(True, f", "test_the_one_before_a_damaged_checkpoint"),
+    M("a checkpoint of other settings is loaded", TRAIN, "require(not differ, f", "require(True, f",
+      "test_foreign_checkpoints_are_refused_by_name"),
+    M("a step that diverged is kept", TRAIN, "self.read_facts(self.steps)  #", "#",
+      "test_non_finite_keeps_the_last_checkpoint"),
+    M("recurrence starts again on resume", TRAIN, 'self.phase = Phase(*state["phase"])', "pass",
+      "test_a_signal_checkpoints_and_resume_goes_on"),
+    M("the EMA starts anew on resume", TRAIN, "weight=self.params, ema=average.ema,",
+      "weight=self.params,", "test_a_signal_checkpoints_and_resume_goes_on"),
+    M("a resumed run begins with no facts of its clock", TRAIN, 'Facts(*state["facts"]), state[',
+      "Facts(), state[", "test_a_resumed_run_goes_by_the_clock_of_the_whole_run"),
+    M("each rank judges its own shard", TRAIN, "problem = max(runtime.gather(problem))",
+      "problem = (runtime.gather(problem), problem)[1]",
+      "test_a_shard_damaged_on_one_rank_is_damage_for_all"),
+    M("random state is not restored", TRAIN, 'torch.set_rng_state(own["rng"])', "pass", (),
+      "a step draws nothing, and a resumed run has drawn the same initial weights before"),
+    # segmenter
+    M("no point for a homogeneous token", TOOL, "len(token) + bool(flags & HOMOGENEOUS) +",
+      "len(token) +", "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("no penalty for a broken word", TOOL, "value -= 103 * (table[candidate, FLAGS]",
+      "value -= 0 * (table[candidate, FLAGS]",
+      "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("a pair as long as the token is a little worse", TOOL, "100 if pair < size else 10000", "100",
+      "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("of equal pairs the last is chosen", TOOL, "if value > best:", "if value >= best:",
+      "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("a word that a letter follows is not broken", TOOL, "scores[:, LETTER_CLASS] -= 3 *",
+      "scores[:, LETTER_CLASS] -= 0 *",
+      "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("one whole word is cut before a space", TOOL,
+      "and not (word and classes[text[after]] == SPACE_CLASS)", "and True",
+      "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("the longest token forgets its fall-back", TOOL,
+      "longest[state] = token_at.get(state, longest[fallback[state]])",
+      "longest[state] = token_at.get(state, 0)",
+      "test_segmenter_agrees_with_the_page_on_random_vocabularies"),
+    M("priorities 7 and 8 are swapped", TOOL, "return 7 if left in WHITE_SPACE else 8",
+      "return 8 if left in WHITE_SPACE else 7", "test_fields_of_the_page"),
+    M("of equal alternatives the shorter is the first", TOOL, "slots.sort(reverse=True)",
+      "slots.sort(key=lambda slot: (-slot[0], slot[1]))", "test_alternatives_that_are_cut_alike"),
+    M("of equal alternatives the shorter is kept", TOOL, "key=lambda slot: slot[0])",
+      "key=lambda slot: (slot[0], -slot[1]))", "test_alternatives_that_are_cut_alike"),
+    M("half of the tokens make a class", TOOL, "2 * counts.max(axis=1) > counts.sum(axis=1)",
+      "2 * counts.max(axis=1) >= counts.sum(axis=1)", "test_fields_of_the_page"),
+    # vocabularies and SentencePiece's table
+    M("a vocabulary may lack bytes", TOOL, "    if missing:", "    if False:",
+      "test_lossy_yaml_is_refused_with_its_reasons"),
+    M("a vocabulary may normalise its text", TOOL, ', "normalization": "none"}', "}",
+      "test_lossy_yaml_is_refused_with_its_reasons"),
+    M("overlong UTF-8 is text", TOOL, "step[0, 0xC2:0xE0] = 1", "step[0, 0xC0:0xE0] = 1",
+      "test_table_equals_sp_decode_on_random_ids"),
+    # shards and the ledger
+    M("documents that decode differently are written", TOOL, "if block.bad.any():", "if False:",
+      "test_wrong_segmentation_is_never_published"),
+    M("a document ends with its shard", TOOL, "*_continuation(paths, index, bos)]", "]",
+      "test_shards_with_documents_across_borders"),
+    M("a missing shard is passed over", TOOL, "if follows(before, path) is False:", "if False:",
+      "test_bad_shards_are_refused_by_name_"),
+    M("BOS is no boundary", TOOL, "boundary[engine.bos_id] = True", "pass",
+      "test_shards_with_documents_across_borders"),
+    M("a finished shard is not read again", TOOL,
+      'and file_sha256(self.path / name) == entry["sha256"])', ")",
+      "test_restart_skips_what_is_finished_and_redoes_the_rest"),
+    M("a shard that is made again stays in the manifest", TOOL,
+      "self.folder.forget(name)\n            self.folder.publish", "self.folder.publish",
+      "test_manifest_is_right_when_a_redo_is_killed"),
+    M("a shard is renamed before it is on the disk", TOOL, "os.fsync(file.fileno())", "pass",
+      "test_killed_at_any_point_ends_byte_identical"),
+    M("a lossy tokenizer is called exact", TOOL, '"byte_exact": engine.status == "exact"',
+      '"byte_exact": True', "test_allow_lossy_states_what_is_wrong"),
+    # rules of a record
+    M("rule evaluation clock: no cap", RULES, "(run.eval_seconds or 0) > CAP_EVAL_SECONDS", "False",
+      "test_rules_bind_everybody"),
+    M("rule seeds: two are enough", RULES, "len(logged) < RECORD_SEEDS", "len(logged) < 2",
+      "test_verify_names_each_fault[seeds]"),
+    M("rule duplicates: the same losses twice", RULES, "if twin != run.path.name:", "if False:",
+      "test_verify_names_each_fault[duplicates]"),
+    M("rule means: any mean", RULES, "not same(claimed, mean)", "False",
+      "test_verify_names_each_fault[means]"),
+    M("rule compliance: SLOT's score", RULES,
+      "if any(same(c, bad) for c in claimed for bad in tainted):", "if False:",
+      "test_verify_names_each_fault[compliance]"),
+    M("rule audit: bytes that are not proven", RULES, 'if run.audit != "exact":',
+      "if not run.audit:", "test_verify_names_each_fault[audit]"),
+    M("rule ledger: no vocabulary at all", RULES, "if digest is None or digest !=", "if digest !=",
+      "test_verify_names_each_fault[ledger]"),
+    M("rule denominator: 5 % are nothing", RULES, "elif factor and abs(factor - 1) > 1e-3:",
+      "elif factor and abs(factor - 1) > 0.1:", "test_miscounted_bytes_are_flagged"),
+)
+
+
+# ------------------------------------------------------------------------------------- running
+
+
+@functools.cache
+def file_of(test: str) -> str:
+    """The test file that defines a test."""
+    found = [path for path in (ROOT / "test_cpu.py", *ROOT.glob("tests/test_*.py"),
+                               *ROOT.glob("records/tests/test_*.py"))
+             if f"\ndef {test}(" in path.read_text(encoding="utf-8")]
+    if len(found) != 1:
+        raise LookupError(f"{len(found)} tests have the name {test}")
+    return str(found[0].relative_to(ROOT))
+
+
+def nodes(mutant: Mutant) -> list[str]:
+    """The tests of a mutant as pytest names them."""
+    names = [mutant.tests] if isinstance(mutant.tests, str) else mutant.tests
+    return [f"{file_of(name.partition('[')[0])}::{name}" for name in names]
+
+
+def key_of(about: Mutant | str, *files: str) -> str:
+    """SHA-256 of a mutant or test, of some files and of what all tests share."""
+    texts = [(ROOT / name.partition("::")[0]).read_bytes() for name in (*files, *ALL_USE)]
+    return hashlib.sha256(repr((about, texts)).encode()).hexdigest()
+
+
+def copy_repository(folder: Path) -> Path:
+    """A copy of the files that git knows or would take in, with ../shared beside it."""
+    names = subprocess.run(["git", "ls-files", "-zco", "--exclude-standard"], cwd=ROOT,
+                           capture_output=True, check=True, text=True).stdout.split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / "repo" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / "repo" / name)
+    if (ROOT.parent / "shared").is_dir():
+        (folder / "shared").symlink_to((ROOT.parent / "shared").resolve())
+    return folder / "repo"
+
+
+def start_worker(folders: Any) -> None:
+    """Take one of the copies, and load once what all tests load."""
+    global FOLDER
+    FOLDER = folders.get()
+    os.environ |= dict(OMP_NUM_THREADS="1", COLUMNS="250", CUDA_VISIBLE_DEVICES="")
+    for name in ("pytest", "numpy", "torch._dynamo", "numba", "sentencepiece"):
+        with contextlib.suppress(ImportError):
+            __import__(name)
+
+
+def be_pytest(output: Any, arguments: list[str]) -> None:
+    """End this process as pytest, in the copy."""
+    code = 3
+    try:
+        import pytest
+
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.setsid()
+        os.chdir(FOLDER)
+        sys.path[0] = str(FOLDER)  # as for python -m pytest
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+        code = int(pytest.main(["-q", "-p", "no:cacheprovider", *arguments]))
+        sys.stdout.flush()
+    finally:
+        os._exit(code)
+
+
+def run_tests(*arguments: str) -> tuple[int, str]:
+    """pytest's exit code (-1: it took too long) and output, in a fork of this process."""
+    with tempfile.TemporaryFile("w+") as output:
+        process, end = os.fork(), time.monotonic() + TIMEOUT
+        if not process:
+            be_pytest(output, [*arguments])
+        try:
+            while (done := os.waitpid(process, os.WNOHANG))[0] == 0 and time.monotonic() < end:
+                time.sleep(0.05)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, signal.SIGKILL)
+        output.seek(0)
+        return os.waitstatus_to_exitcode(done[1]) if done[0] else -1, output.read()
+
+
+def try_tests(tests: list[str]) -> dict[str, str]:
+    """What each of some tests does without a mutant: passed, skipped or failed."""
+    code, output = run_tests("-rA", "--tb=no", *tests)
+    lines = re.findall(r"(?m)^(PASSED|FAILED|ERROR) (.*)$", output)
+    states = {}
+    for test in tests:
+        ends = {end for end, name in lines if re.match(re.escape(test) + r"(?:$| - |\[)", name)}
+        states[test] = "failed" if code not in (0, 1) or ends - {"PASSED"} else (
+            "passed" if ends else "skipped")
+    return states
+
+
+def try_mutant(mutant: Mutant) -> tuple[str, str]:
+    """What the tests of a mutant do with it, and their first failure."""
+    path = FOLDER / mutant.file
+    text, stamp = path.read_text(encoding="utf-8"), path.stat().st_mtime_ns
+    mutated = text.replace(mutant.old, mutant.new)
+    path.write_text(mutated, encoding="utf-8")
+    os.utime(path, (0, zlib.crc32(mutated.encode())))  # Python's and Numba's caches go by it
+    code, output = run_tests("-x", "--tb=line", *nodes(mutant))
+    path.write_text(text, encoding="utf-8")
+    os.utime(path, ns=(stamp, stamp))
+    failed = re.findall(r"(?m)^(?:FAILED|ERROR) .*? - (.*)$", output)
+    return ({0: "SURVIVED", 1: "killed"}.get(code, f"BROKEN, exit code {code}"),
+            (failed or output.strip().splitlines() or [""])[-1])
+
+
+def outcome(mutant: Mutant, kept: dict[str, Any]) -> tuple[str, str]:
+    """State of a mutant by what is known, and a note; "open" if it is to be tried."""
+    count = (ROOT / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+    if count != 1:
+        return "NO LONGER APPLIES", f"{mutant.file} has it {count} times"
+    if not mutant.tests:
+        return "no effect", mutant.why
+    try:
+        tests = nodes(mutant)
+    except LookupError as error:
+        return "NO LONGER APPLIES", str(error)
+    if known := kept.get(key_of(mutant, mutant.file, *tests)):
+        return known
+    states = {kept.get(key_of(test, TRAIN, TOOL, RULES, test)) for test in tests}
+    return ("FAILS WITHOUT IT" if "failed" in states else "skipped" if "skipped" in states
+            else "open"), ", ".join(tests)
+
+
+def run(mutants: list[Mutant], jobs: int, cache: Path) -> int:
+    """Try what is not known yet, keep what is sure, sum up; returns how many are not well."""
+    kept: dict[str, Any] = json.loads(cache.read_text()) if cache.exists() else {}
+
+    def keep(news: dict[str, Any]) -> None:
+        kept.update(news)
+        sure = {k: v for k, v in kept.items() if v == "passed" or v[0] in ("killed", "SURVIVED")}
+        cache.parent.mkdir(exist_ok=True)
+        cache.with_suffix(".tmp").write_text(json.dumps(sure, indent=0))
+        cache.with_suffix(".tmp").replace(cache)
+
+    def unknown() -> list[Mutant]:
+        return [mutant for mutant in mutants if outcome(mutant, kept)[0] == "open"]
+
+    fork, files = multiprocessing.get_context("fork"), defaultdict(list)
+    for test in {test for mutant in unknown() for test in nodes(mutant)}:
+        if key_of(test, TRAIN, TOOL, RULES, test) not in kept:
+            files[test.partition("::")[0]].append(test)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
+        folders = fork.SimpleQueue()
+        for number in range(jobs):
+            folders.put(copy_repository(Path(scratch, str(number))))
+        with fork.Pool(jobs, start_worker, (folders,)) as pool:
+            for states in pool.imap_unordered(try_tests, files.values()):  # without a mutant
+                keep({key_of(test, TRAIN, TOOL, RULES, test): s for test, s in states.items()})
+            tried = unknown()
+            for mutant, result in zip(tried, pool.imap(try_mutant, tried), strict=True):
+                keep({key_of(mutant, mutant.file, *nodes(mutant)): result})
+                print(f"{result[0]}: {mutant.name}  [{result[1]}]", flush=True)
+    ends = [(*outcome(mutant, kept), mutant.name) for mutant in mutants]
+    for state, note, name in ends:
+        if state != "killed":
+            print(f"{state}: {name}  [{note}]")
+    print(len(ends), "mutants:", dict(Counter(state for state, _, _ in ends)))
+    return sum(state not in ("killed", "no effect", "skipped") for state, _, _ in ends)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Run the mutants of tests/mutants.py.")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="mutants whose names have one")
+    parser.add_argument("--list", action="store_true", help="print them and run nothing")
+    parser.add_argument("--jobs", type=int, default=1, help="tests at once (1)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # workers and copies go as well
+    chosen = [m for m in MUTANTS if any(word in m.name for word in options.only or [""])]
+    if options.list:
+        print(*(f"{m.name}  [{m.file}: {m.tests or m.why}]" for m in chosen), sep="\n")
+        return 0
+    return int(run(chosen, options.jobs, ROOT / ".cache" / "mutants.json") > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
