@@ -26,7 +26,7 @@ def test_row_quantiles_are_torch_quantiles():
 
 
 def test_row_scales_are_the_least_squares_candidates():
-    """Each row takes the quantile with the smallest error, as it will be stored: in fp16."""
+    """Each row takes the quantile with the smallest error in fp16, or a given step of its own."""
     weight = h.hard_rows()
     for bits in range(2, 9):
         largest, best = 2 ** (bits - 1) - 1, np.full(len(weight), np.inf)
@@ -41,6 +41,8 @@ def test_row_scales_are_the_least_squares_candidates():
         have = (t.round_to_grid(weight, scales, bits) * scales - weight).double().square().sum(1)
         np.testing.assert_allclose(have.numpy(), best, rtol=1e-3, atol=1e-30)
         assert torch.equal(t.round_to_grid(weight, scales, bits)[6], torch.zeros(700))
+        wider = (0.3 * weight.std(1, correction=0, keepdim=True)).half().float()
+        assert torch.equal(t.row_scales(weight, bits, 0.3), scales.maximum(wider))
 
 
 def test_settings_change_the_bits_of_what_they_name():
