@@ -62,10 +62,12 @@ def test_what_is_no_artifact_is_refused(small_artifact, tmp_path):
     h.forge(path, *h.parts(small_artifact))
     t.read_artifact(str(path))  # a forger who changes nothing is not noticed
     cuts = [*range(30), *np.linspace(30, len(data) - 1, 60).astype(int)]
+    header, body = h.parts(small_artifact)
+    bomb = b" " * (1 << 25) + json.dumps(header).encode()
     headers = [b"", b"[]", b"7", b"null", b"{}", b"{", b"\xff\xfe", b"NaN", b"[" * 200000,
-               b'{"a":' * 200000, b" " * (1 << 25)]  # the last three: nested, and a bomb
+               b'{"a":' * 200000, bomb]
     assert not_refused(path, [*((size, data[:size]) for size in cuts), ("longer", data + b"\0"),
-                              *((text[:6], forged(path, text, b"")) for text in headers)]) == {}
+                              *((text[:6], forged(path, text, body)) for text in headers)]) == {}
     for magic in (b"PROTEUS 1\n", b"PROTEUS 4\n", b"PROTEUS\nxy", b"PK\3\4......"):
         path.write_bytes(magic + data[10:])
         message = h.refused(path, lambda: t.read_artifact(str(path)))
@@ -121,6 +123,10 @@ def test_streams_that_do_not_decompress_are_refused(tmp_path):
             h.forge(path, header, data)
             message = h.refused(path, lambda: t.read_artifact(str(path)))
             assert f"a {codec} stream is damaged" in message, (codec, data)
+        for size in (0, -1, 1 << 32):  # before anything is unpacked
+            header["streams"][0][2:] = len(whole), size, zlib.crc32(whole)
+            h.forge(path, header, whole)
+            assert f"not of {size} bytes" in h.refused(path, lambda: t.read_artifact(str(path)))
     with pytest.raises(t.ArtifactError, match="'rot13' is unknown or not installed"):
         t.decompress(b"", "rot13", 4)
 
@@ -181,6 +187,9 @@ def test_rans_refuses_what_it_cannot_have_made():
     for size in (1 << 29, 1 << 40):
         with pytest.raises(t.ArtifactError, match="a rans stream is damaged"):
             t.decompress(data, "rans", size)
+    short = t.rans_encode(b"\1\2\1\2")  # it ends with the state of its lane
+    with pytest.raises(t.ArtifactError, match="its end does not fit"):
+        t.decompress(short[:-4] + bytes([short[-4] ^ 1]) + short[-3:], "rans", 4)
     for bad in (b"", data[:4], data[:40], data[:-2], data + b"\0\0", b"\xff" + data[1:],
                 data[:1] + b"\xff\xff\xff\xff" + data[5:], b"\0" + data[1:]):
         with pytest.raises(t.ArtifactError):
