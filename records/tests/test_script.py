@@ -156,7 +156,7 @@ def test_script_from_bare_machine_to_folder(hub, tmp_path):
         PRESET="demo", AUTHOR="A", GITHUB_ID="a", SHARDS="2", SEEDS="7 8", NPROC="2",
         DATA_DIR=str(tmp_path / "work"), RECORDS=str(tmp_path / "records"), PYTHON=sys.executable,
         VOCAB_REPO=str(tmp_path / "repo"), VOCAB_REF="refs/pull/1/head",
-        VOCAB_SHA256=t.sha256_file(vocabulary), PREFLIGHT="-k lr_scale",
+        VOCAB_SHA256=t.sha256_file(vocabulary), PREFLIGHT="-k preflight_05",
         RECUR_START_STEP="0.3", ITERATIONS="6", OMP_NUM_THREADS="1")
 
     def script(**more):
