@@ -206,7 +206,8 @@ class Architecture:
             canvas.text(MARGIN, lanes[0], "two lanes: each\nsublayer writes\nto both")
         start = (f"step {t.show(c.recur_start_step)}" if c.recur_start_step >= 1 else
                  f"{100 * c.recur_start_step:g} % of the run")
-        again = (f"From {start} on, layers {', '.join(map(str, c.recur_layers))} run again as one block"
+        layers = ", ".join(map(str, c.recur_layers))
+        again = (f"From {start} on, layers {layers} run again as one block"
                  + ", with MLPs of their own" * c.recur_untie_mlp + ".")
         for n, text in enumerate((*REMARKS, *[again] * bool(c.recur_layers))):
             canvas.text(25, self.y(-1) + 60 + 45 * n, text, ha="left")
