@@ -117,7 +117,7 @@ def test_what_is_imported_is_required():
     paths = [path for pattern in ("*.py", "tests/*.py", "records/*.py", "records/tests/*.py")
              for path in h.ROOT.glob(pattern) if not path.stem.endswith("_run")]  # stand-in's torch
     known = required | sys.stdlib_module_names | {path.stem for path in paths} | {
-        "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # torch's, and optional
+        "PIL", "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # others', optional
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [
