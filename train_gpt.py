@@ -1463,7 +1463,7 @@ class ParamSpec(NamedTuple):
 
 # The one table of all parameters, first match wins: pattern, kind, optimizer, decay, bits, step.
 # Steps are reverse water-filling, (measured loss per weight and squared step) ** -1/2: what the
-# last bytes buy is then the same in every class (records/quantization.py sensitivity).
+# last bytes buy is then the same in every class (records/studies/quantization.py steps).
 PARAM_TABLE = (
     (r"embed\.weight", "embed", "embed", True, 8, 0.1),
     (r"(bigram|value)\.table\.weight", "embed", "embed", True, 8, 0.7),

@@ -30,7 +30,7 @@ def test_the_documents_name_tests_that_exist():
              *h.ROOT.glob("records/tests/test_*.py")]
     names = [name for path in files
              for name in re.findall(r"(?m)^def test_(\w+)", path.read_text())]
-    for path in (h.ROOT / "README.md", h.ROOT / "records" / "README.md"):
+    for path in (h.ROOT / "README.md", *h.ROOT.glob("docs/*.md"), *h.ROOT.glob("records/*.md")):
         for wanted in re.findall(r"pytest [^`|]*-k (\w+)", path.read_text("utf-8")):
             assert any(wanted in name for name in names), (path.name, wanted)
 
@@ -65,7 +65,7 @@ def test_imports_are_torch_numpy_and_the_standard_library():
 def test_what_is_imported_is_required():
     """requirements.txt names every package that a test or a tool imports."""
     required = set(re.findall(r"(?m)^(\w+)", (h.ROOT / "requirements.txt").read_text()))
-    paths = [path for pattern in ("*.py", "tests/*.py", "records/*.py", "records/tests/*.py")
+    paths = [path for pattern in ("*.py", "tests/*.py", "records/*.py", "records/*/*.py")
              for path in h.ROOT.glob(pattern) if not path.stem.endswith("_run")]  # stand-in's torch
     known = required | sys.stdlib_module_names | {path.stem for path in paths} | {
         "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # torch's, and optional
