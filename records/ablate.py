@@ -10,7 +10,8 @@ that "against": {name: baseline} names. Optional: "seeds_of": {name: n} gives a 
 first n seeds. "{root}" in a value is this repository. All runs use the copy of train_gpt.py
 that the first one made, each in a folder of its own, with an equal share of the processor cores,
 pinned where the system can, and where there are GPUs with one of them. A run whose log holds a
-summary is not repeated. Results worth keeping are copied to records/plans/results/<plan>.json.
+summary is not repeated. results.json is copied to records/plans/results/<plan>.json to be kept:
+only then may a document quote figures of the plan. docs/studies.md has the plans and their tables.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import queue
+import signal
 import statistics
 import subprocess
 import sys
@@ -107,14 +110,18 @@ def run_one(folder: Path, settings: dict[str, str], slot: Slot) -> dict:
     return done
 
 
-def keep_code(out: Path) -> None:
-    """Copy train_gpt.py beside the runs; runs that another version began are an error."""
+def keep_code(out: Path) -> str:
+    """Copy train_gpt.py beside the runs; runs that another version began are an error.
+
+    Returns the first twelve digits of its SHA-256.
+    """
     code, kept = (ROOT / "train_gpt.py").read_bytes(), out / "train_gpt.py"
     out.mkdir(parents=True, exist_ok=True)
     if not any(out.glob("*/logs")):
         kept.write_bytes(code)
     elif kept.read_bytes() != code:
         raise SystemExit(f"{out} holds runs of another train_gpt.py; remove it or give --out")
+    return hashlib.sha256(code).hexdigest()[:12]
 
 
 def tasks_of(plan: dict, out: Path) -> list[tuple[str, Path, dict[str, str]]]:
@@ -152,18 +159,30 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
 
 def results_text(results: dict[str, list[dict]]) -> str:
     """What a table is made of, as JSON, a line a run; it is small enough to keep with the plan."""
-    keys = (*SCORES, "bytes_total", "steps", "train_ms", "seconds_eval")
+    keys = (*SCORES, "bytes_total", "steps", "train_ms", "seconds_eval", "train_gpt")
     lines = [f' "{name}": [\n  ' + ",\n  ".join(
         json.dumps({key: run[key] for key in keys if key in run}) for run in runs) + "\n ]"
              for name, runs in results.items()]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def change_text(ours: list[float], base: list[float]) -> str:
+    """Mean of the differences, seed by seed, with its 95 % interval by Student's t.
+
+    It is bold where the interval leaves out zero. One seed has no interval.
+    """
+    change = sample([a - b for a, b in zip(ours, base, strict=False)])
+    if change.interval is None:
+        return f"{change.mean:+.4f}"
+    text = f"{change.mean:+.4f} +- {change.interval:.4f}"
+    return f"**{text}**" if abs(change.mean) > change.interval else text
+
+
 def table(results: dict[str, list[dict]], against: dict[str, str] | None = None) -> str:
     """Markdown: means over the seeds, and the roundtrip's spread and change against a baseline.
 
-    The change, seed by seed, has its 95 % interval (Student's t of the differences); one without
-    zero is bold. The baseline is the first variant, or what `against` names.
+    The baseline is the first variant, or what `against` names. Where there are more scores than
+    the roundtrip's, a second table has the change from each score to the next.
     """
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
@@ -175,11 +194,7 @@ def table(results: dict[str, list[dict]], against: dict[str, str] | None = None)
         baseline = [run["roundtrip_bpb"] for run in results[other]]
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run["roundtrip_bpb"] for run in runs]
-        change = sample([ours - base for ours, base in zip(finals, baseline, strict=False)])
-        text = f"{change.mean:+.4f}"
-        if change.interval is not None:
-            text += f" +- {change.interval:.4f}"
-            text = f"**{text}**" if abs(change.mean) > change.interval else text
+        text = change_text(finals, baseline)
         steps = statistics.fmean(run["steps"] for run in runs)
         milliseconds = statistics.fmean(run["train_ms"] for run in runs)
         rows.append([name, len(runs), *means, f"{max(finals) - min(finals):.4f}"
@@ -187,7 +202,21 @@ def table(results: dict[str, list[dict]], against: dict[str, str] | None = None)
                      figures.mean_of((run["bytes_total"] for run in runs), ".0f"),
                      f"{steps:.0f}", f"{milliseconds / steps:.0f}",
                      figures.mean_of((run.get("seconds_eval") for run in runs), ".0f")])
-    return figures.markdown(head, rows)
+    tables = [figures.markdown(head, rows)]
+    if len(present) > 2:
+        tables.append(score_to_score(results, present))
+    return "\n\n".join(tables)
+
+
+def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
+    """Markdown: by variant, the change from each of `scores` to the next, as change_text gives."""
+    pairs = list(zip(scores, scores[1:], strict=False))
+    names = {s: s.removesuffix("_bpb").replace("_", "-") for s in scores}
+    rows = [[variant, *(change_text([run[new] for run in runs], [run[old] for run in runs])
+                        if all(old in run and new in run for run in runs) else None
+                        for old, new in pairs)] for variant, runs in results.items()]
+    return figures.markdown(["variant", *(f"{names[new]} against {names[old]}, 95 %"
+                                          for old, new in pairs)], rows)
 
 
 def read_json(path: Path) -> dict:
@@ -218,8 +247,9 @@ def main() -> int:
             state = "done" if summary_of(folder) else "to run"
             print(f"{folder.name}: {state}, {plan['variants'][variant] or 'the base'}")
         return 0
-    keep_code(out)
-    results = run_plan(plan, out, options.jobs)
+    code = keep_code(out)
+    results = {variant: [run | {"train_gpt": code} for run in runs]
+               for variant, runs in run_plan(plan, out, options.jobs).items()}
     text = table(results, plan.get("against"))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     (out / "results.json").write_text(results_text(results), encoding="utf-8")
@@ -228,4 +258,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "records"))
+sys.path.insert(0, str(ROOT / "records" / "studies"))
 
 import cost_model  # noqa: E402
 
@@ -159,7 +159,7 @@ def budgets(tmp_path_factory) -> dict[str, cost_model.Budget]:
 
 @pytest.mark.parametrize("phase", BUDGETS)
 def test_bytes_of_a_step(budgets, phase):
-    """Kernels and GB by `records/cost_model.py --budget`: at most 2 % over where they stood."""
+    """Kernels and GB of `cost_model.py --budget`: at most 2 % over where they stood."""
     made, (kernels, gigabytes) = budgets[phase], BUDGETS[phase]
     print(f"{phase}: {made.kernels} kernels, {made.gigabytes():.2f} GB, {made.parts}")
     assert 0 < made.kernels < 1.02 * kernels

@@ -1,19 +1,19 @@
-"""The one-H100 protocol: one eighth of the record batch on one GPU, in one call of 8 minutes.
+"""The one-H100 protocol: one eighth of the record batch on one GPU, part after part.
 
-    python records/one_h100/run.py                    every part below, in order of worth
-    python records/one_h100/run.py --only profile         this part alone
-    python records/one_h100/run.py --rehearse             the same code on a CPU, tiny, no numbers
-    python records/one_h100/run.py report FOLDER          summary.json -> README.md and a table row
+    python records/one_h100/run.py --out DIR                   every part below, in this order
+    python records/one_h100/run.py --out DIR --only profile    this part alone
+    python records/one_h100/run.py --out DIR --rehearse        the same on a CPU, tiny, no numbers
+    python records/one_h100/run.py report DIR                  summary.json -> README.md
 
-    data        shards of the proxy corpus and of the FineWeb documents in --source, else the demo's
+    data        shards of the documents in --source, else of the demo's text
     tests       pytest -m gpu: compiled against eager, bf16 against fp32, attention, GPTQ, TTT
     steps       60 steps of the full model without and with recurrence, artifact, reload
     train       120 s against the clock with recurrence and late QAT, artifact, reload, every score
     profile     ms a step, and where they go, without and with recurrence
 
-The first three start side by side, since they mostly compile: `train` compiles the most, so its
-clock starts about when the others end. `profile` finds its graphs in the cache. As each part ends,
---out has its entry in summary.json and its logs in logs.tar.gz.
+Each part has the GPU to itself, and finds in the compiler's cache what the parts before it have
+compiled. With --limit SECONDS, the part that runs then is ended, and no other starts. As each part
+ends, --out has its entry in summary.json and its logs in logs.tar.gz.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -54,7 +55,6 @@ PARTS = {  # settings of train_gpt.py beside those of `settings`
     "train": dict(SIZE_LIMIT=64_000_000, MAX_WALLCLOCK_SECONDS=120, RECUR_START_STEP=0,
                   WARMDOWN_ITERS=800, TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
 }
-PROFILE_SECONDS = 50  # of the limit, kept for the profile
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",
     XSA_LAST_N=2, TRAIN_BATCH_TOKENS=1024, TRAIN_SEQ_LEN=128, EVAL_SEQ_LEN=128,
@@ -62,11 +62,12 @@ REHEARSAL = dict(  # demo width, four layers: every part and every phase in seco
 
 
 class Protocol:
-    """One call: its folder, until when it may run, and what it has found."""
+    """One run of it: its folder, until when it may take, and what it has found."""
 
     def __init__(self, options: argparse.Namespace, work: Path) -> None:
         self.options, self.out, self.work = options, options.out.resolve(), work
         self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "profile.json").unlink(missing_ok=True)  # of an earlier run
         self.deadline = time.monotonic() + options.limit
         self.shards = self.work / "shards"
         code = Path(t.__file__).read_bytes()
@@ -84,40 +85,33 @@ class Protocol:
         given = dict(pair.split("=", 1) for pair in self.options.set)
         return {k: str(v) for k, v in (base | own | dict(DATA_PATH=self.shards) | given).items()}
 
-    def start(self, name: str, command: list[str], settings: dict[str, str]) -> subprocess.Popen:
-        """Start a part; what it prints goes to work/<name>.log."""
+    def run(self, name: str, command: list[str], settings: dict[str, str]) -> None:
+        """Run a part until it ends or time is up, and keep what it has said.
+
+        What it prints goes to work/<name>.log.
+        """
+        if time.monotonic() > self.deadline:
+            print(f"[{name}] not started: time is up", flush=True)
+            return
         names = {field.name.upper() for field in fields(t.Config)}
         kept = {k: v for k, v in os.environ.items() if k not in names}  # a stray one cannot matter
         if self.options.rehearse:
             kept |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        print(f"[{name}] started, {self.deadline - time.monotonic():.0f} s left", flush=True)
-        self.summary["parts"][name] = dict(settings=settings, started=time.time())
+        print(f"[{name}] started", flush=True)
+        part = self.summary["parts"][name] = dict[str, Any](settings=settings)
+        began = time.monotonic()
         with open(self.work / f"{name}.log", "w", encoding="utf-8") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self.work, process_group=0,
                 env=kept | {"PYTHONUNBUFFERED": "1"} | settings)
-
-    def finish(self, running: dict[str, subprocess.Popen], seconds: float = 600.0) -> None:
-        """Wait for parts, `seconds` at most, and keep what each has said as it ends."""
-        until = min(time.monotonic() + seconds, self.deadline)
-        while running:
-            for name, process in list(running.items()):
-                if process.poll() is None and time.monotonic() > until:
-                    self.summary["parts"][name]["timed_out"] = True
-                    for number in (signal.SIGTERM, signal.SIGKILL):
-                        with contextlib.suppress(ProcessLookupError):
-                            os.killpg(process.pid, number)
-                        time.sleep(2)
-                    process.wait()
-                if process.poll() is not None:
-                    self.conclude(name, running.pop(name).returncode)
-            time.sleep(0.2)
-
-    def conclude(self, name: str, exit_code: int) -> None:
-        """Enter a part that has ended into the summary."""
-        part = self.summary["parts"][name]
+            try:
+                process.wait(self.deadline - began)
+            except subprocess.TimeoutExpired:
+                part["timed_out"] = True
+            finally:  # after Ctrl-C too
+                end(process)
         text = (self.work / f"{name}.log").read_text("utf-8", "replace")
-        seconds = round(time.time() - part.pop("started"), 1)
+        exit_code, seconds = process.returncode, round(time.monotonic() - began, 1)
         part |= dict(exit_code=exit_code, seconds=seconds, last_lines=text.splitlines()[-12:])
         events = self.work / "logs" / f"{name}.jsonl"
         if events.exists():
@@ -139,13 +133,13 @@ class Protocol:
                 entry.size = len(data)
                 archive.addfile(entry, io.BytesIO(data))
 
-    def train_gpt(self, name: str) -> subprocess.Popen:
-        """Start train_gpt.py as a part of PARTS."""
+    def train_gpt(self, name: str) -> None:
+        """Run train_gpt.py as a part of PARTS."""
         own = PARTS[name] | dict(RUN_ID=name, ARTIFACT_PATH=f"{name}.ptz")
         if name == "train":
             tokens = sum(len(t.open_shard(path)) for path in self.shards.glob("*_train_*.bin"))
             own["ITERATIONS"] = MOST_EPOCHS * tokens // int(self.settings()["TRAIN_BATCH_TOKENS"])
-        return self.start(name, [sys.executable, str(ROOT / "train_gpt.py")], self.settings(**own))
+        self.run(name, [sys.executable, str(ROOT / "train_gpt.py")], self.settings(**own))
 
     def data(self) -> None:
         """Shards for the other parts: of the documents in --source, else of the demo's text."""
@@ -161,10 +155,18 @@ class Protocol:
                         for split, docs in (("train", "proxy_train.jsonl.xz"),
                                             ("val", "fineweb_docs.jsonl"))]
         for number, command in enumerate(commands):
-            name = f"data{number}"
-            self.finish({name: self.start(name, command, {})})
+            self.run(f"data{number}", command, {})
         if not source:
             self.shards = self.work / "demo" / "scylla"
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process that still runs, with the processes that it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
 
 
 def machine() -> dict[str, Any]:
@@ -264,7 +266,7 @@ def classes_of(averages: Any, steps: int) -> dict[str, Any]:
 
 
 def report(folder: Path) -> None:
-    """README.md of a folder from its summary.json, and the row for the table of results."""
+    """Write README.md of a folder from its summary.json, and print it."""
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
     parts, lines = summary["parts"], [f"# One H100, {summary['date']}", ""]
     lines += [f"Machine: `{json.dumps(summary['machine'])}`. train_gpt.py has SHA-256 "
@@ -306,17 +308,17 @@ def run(options: argparse.Namespace) -> int:
 def run_parts(protocol: Protocol, options: argparse.Namespace) -> int:
     """The parts in turn."""
     protocol.data()
-    side = {}
     if "tests" in options.only:
-        side["tests"] = protocol.start("tests", [
+        protocol.run("tests", [
             sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rs",
             "-rP", "--durations=10", str(ROOT / "tests" / "test_gpu.py")], {})
-    side |= {name: protocol.train_gpt(name) for name in PARTS if name in options.only}
-    protocol.finish(side, protocol.deadline - time.monotonic() - PROFILE_SECONDS)
+    for name in PARTS:
+        if name in options.only:
+            protocol.train_gpt(name)
     if "profile" in options.only:
         command = [sys.executable, __file__, "profile", str(protocol.out), *options.inductor]
-        protocol.finish({"profile": protocol.start("profile", command, protocol.settings(
-            ITERATIONS=1000, WARMDOWN_ITERS=0, RECUR_START_STEP=900, RUN_ID="profile"))})
+        protocol.run("profile", command, protocol.settings(
+            ITERATIONS=1000, WARMDOWN_ITERS=0, RECUR_START_STEP=900, RUN_ID="profile"))
         found = protocol.out / "profile.json"
         if found.exists():
             protocol.summary["parts"]["profile"]["profile"] = json.loads(found.read_text("utf-8"))
@@ -339,9 +341,10 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--only", nargs="+", choices=every, default=every, metavar="PART", help="these parts")
     add("--rehearse", action="store_true", help="run on the CPU with a tiny model")
-    add("--out", type=Path, default=Path(__file__).parent / "out",
-        help="folder of the results (out, beside this file)")
-    add("--limit", type=float, default=480.0, help="seconds for all parts together (480)")
+    add("--out", type=Path, default=ROOT / "data" / "one_h100",
+        help="folder of the results (data/one_h100)")
+    add("--limit", type=float, default=math.inf, metavar="SECONDS",
+        help="for all parts together (no limit)")
     add("--source", type=Path, help="folder of proxy_train.jsonl.xz, fineweb_docs.jsonl and "
         "scylla.yaml; without it the demo's text is used")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of train_gpt.py")
@@ -350,4 +353,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main(sys.argv[1:]))

@@ -1,10 +1,11 @@
-"""records/one_h100/run.py: the protocol rehearsed, its time limits, and the committed results."""
+"""records/one_h100/run.py: the protocol rehearsed, its time limit, and the committed results."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -25,24 +26,42 @@ def run():
     return module
 
 
-def protocol(run, folder: Path, limit: float = 60.0):
+def protocol(run, folder: Path, limit: float = math.inf):
     """A protocol that has started nothing."""
     options = argparse.Namespace(rehearse=True, out=folder / "out", limit=limit, set=[], only=[])
     (folder / "work").mkdir()
     return run.Protocol(options, folder / "work")
 
 
-def test_a_part_that_takes_too_long_is_ended_and_kept(run, tmp_path):
-    """What it has printed is in the summary; a part beside it that ends is not touched."""
-    p = protocol(run, tmp_path)
+def test_a_part_that_takes_too_long_is_ended_and_kept(run, tmp_path, capfd):
+    """What each part has printed is in the summary; once time is up, no other part starts."""
+    p = protocol(run, tmp_path, 4.0)
     code = "import time; print('begun', flush=True); time.sleep({})"
     began = time.monotonic()
-    p.finish({name: p.start(name, [sys.executable, "-c", code.format(seconds)], {})
-              for name, seconds in (("slow", 60), ("quick", 0))}, 2.0)
+    for name, seconds in (("quick", 0), ("slow", 60), ("late", 0)):
+        p.run(name, [sys.executable, "-c", code.format(seconds)], {})
     parts = json.loads((p.out / "summary.json").read_text())["parts"]
-    assert time.monotonic() - began < 20 and parts["quick"]["exit_code"] == 0
+    assert time.monotonic() - began < 20 and [*parts] == ["quick", "slow"]
+    assert parts["quick"]["exit_code"] == 0 and "timed_out" not in parts["quick"]
     assert parts["slow"]["timed_out"] and parts["slow"]["last_lines"] == ["begun"]
-    assert "timed_out" not in parts["quick"] and (p.out / "logs.tar.gz").exists()
+    assert parts["slow"]["exit_code"] and (p.out / "logs.tar.gz").exists()
+    assert "[late] not started" in capfd.readouterr().out
+
+
+def test_an_interrupted_part_leaves_no_process(run, tmp_path, monkeypatch):
+    """Ctrl-C ends the part that runs, whose process has a group of its own."""
+    p, wait, started = protocol(run, tmp_path), subprocess.Popen.wait, []
+
+    def interrupted(process, timeout=None):
+        if process in started:
+            return wait(process, timeout)
+        started.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        p.run("long", [sys.executable, "-c", "import time; time.sleep(60)"], {})
+    assert started[0].poll() is not None
 
 
 def test_only_the_protocol_sets_what_is_run(run, tmp_path, monkeypatch):
@@ -50,7 +69,7 @@ def test_only_the_protocol_sets_what_is_run(run, tmp_path, monkeypatch):
     monkeypatch.setenv("MATRIX_LR", "9")
     p = protocol(run, tmp_path)
     code = "import os; print(os.environ.get('MATRIX_LR'), os.environ['SEED'])"
-    p.finish({"env": p.start("env", [sys.executable, "-c", code], {"SEED": "3"})})
+    p.run("env", [sys.executable, "-c", code], {"SEED": "3"})
     assert p.summary["parts"]["env"]["last_lines"] == ["None 3"]
     assert not {"MATRIX_LR"} & set(p.settings(**run.PARTS["steps"]))
 

@@ -1,12 +1,14 @@
-"""records/ablate.py and its plans, and the cost model."""
+"""records/ablate.py, its plans and what documents say of them; the cost model; --help."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,35 @@ import ablate
 import cost_model as cost
 import harness as h
 import train_gpt as t
+
+RECORDS = h.ROOT / "records"
+PLANS = {path.stem for path in RECORDS.glob("plans/*.json")}
+STUDIES = h.ROOT / "docs" / "studies.md"
+DOCUMENTS = [h.ROOT / "README.md", *sorted(h.ROOT.glob("docs/*.md")), *sorted(
+    path for pattern in ("*.md", "studies/*.md", "one_h100/README.md")
+    for path in RECORDS.glob(pattern))]
+SCRIPTS = [path for pattern in ("*.py", "one_h100/*.py", "studies/*.py")
+           for path in sorted(RECORDS.glob(pattern)) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_script_has_help(script, tmp_path):
+    """From any folder, without a path to find modules."""
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True,
+                          text=True, check=True)
+    assert done.stdout.startswith(f"usage: {script.name}") and not done.stderr
+
+
+@pytest.mark.parametrize("command", [
+    ["studies/cost_model.py"], ["ablate.py", "plans/slopes.json", "--table"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(command):
+    """`| head` ends a script that prints tables, and nothing is said of it."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, *command], cwd=RECORDS, stdout=write,
+                          stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert not done.stderr
 
 
 @pytest.mark.parametrize("recur", [False, True])
@@ -60,13 +91,13 @@ def test_cost_of_a_chain_counts_reads_and_writes():
 
 
 def test_cost_model_report_stands():
-    """The report's sums are the sums of its rows, and records/ quotes the script's own output."""
+    """The report's sums are the sums of its rows, and its page quotes the script's own output."""
     lines = cost.report(cost.record_model(h.config(h.RECORD), 1254), 98304, 8)
     rows = [line.split(" | ") for line in lines if re.match(r"\| [a-zE\*]", line)]
     floors = [float(row[3]) for row in rows if len(row) == 5 and re.match(r"[\d.]+$", row[3])]
     sums = [float(row[3].strip("*")) for row in rows if row[0] == "| **sum**"]
     assert len(sums) == 2 and sum(floors) == pytest.approx(sum(sums), abs=0.2)
-    assert "\n".join(lines) in (h.ROOT / "records" / "README.md").read_text(encoding="utf-8")
+    assert "\n".join(lines) in (RECORDS / "studies" / "cost_model.md").read_text("utf-8")
 
 
 def test_ablation_table_and_plans():
@@ -98,18 +129,81 @@ def test_ablation_table_and_plans():
             t.Config.from_env(texts, cuda=True)
 
 
-def test_ablation_results_are_the_tables(capsys, monkeypatch):
-    """Every table of kept results stands in records/README.md as `--table` prints it."""
-    text = (h.ROOT / "records" / "README.md").read_text()
-    results = sorted((h.ROOT / "records" / "plans" / "results").glob("*.json"))
-    assert results
-    for path in results:
-        plan = h.ROOT / "records" / "plans" / path.name
-        monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--table"])
-        assert ablate.main() == 0
-        printed = capsys.readouterr().out
-        assert printed in text, path.name
-        assert {*json.loads(path.read_text())} == {*json.loads(plan.read_text())["variants"]}
+def test_changes_from_score_to_score():
+    """Where there are several modes, a second table: seed by seed, a dash where a score is not."""
+    runs = {"full": [dict(post_ema_bpb=1.0, roundtrip_bpb=1.25, ttt_bpb=tuned, bytes_total=1,
+                          steps=1, train_ms=1) for tuned in (1.0, 0.75)]}
+    runs["half"] = [{k: v for k, v in run.items() if k != "ttt_bpb"} for run in runs["full"][:1]]
+    second = ablate.table(runs).split("\n\n")[1].splitlines()
+    assert second[0] == ("| variant | roundtrip against post-ema, 95 % "
+                         "| ttt against roundtrip, 95 % |")
+    assert second[2:] == [
+        f"| full | **+0.2500 +- 0.0000** | -0.3750 +- {12.7062 * 0.125:.4f} |",
+        "| half | +0.2500 | - |"]
+    assert "\n\n" not in ablate.table({"half": runs["half"]})
+
+
+def printed(plan: str, capsys, monkeypatch) -> str:
+    """What `--table` prints of a plan's kept results; empty without any."""
+    if not (RECORDS / "plans" / "results" / f"{plan}.json").exists():
+        return ""
+    monkeypatch.setattr(sys, "argv", ["ablate", str(RECORDS / "plans" / f"{plan}.json"),
+                                      "--table"])
+    assert ablate.main() == 0
+    return capsys.readouterr().out
+
+
+def sections(text: str) -> dict[str, str]:
+    """Heading -> text of every `## ` section of a document."""
+    return dict(part.split("\n", 1) for part in re.split(r"(?m)^## ", text)[1:])
+
+
+def test_every_plan_has_a_section(capsys, monkeypatch):
+    """docs/studies.md has its command, and its table as `--table` prints it of kept results."""
+    kept = {path.stem: path for path in RECORDS.glob("plans/results/*.json")}
+    assert kept and {*kept} <= PLANS
+    found = sections(STUDIES.read_text("utf-8"))
+    for plan in PLANS:
+        assert f"records/ablate.py records/plans/{plan}.json" in found[plan]
+        assert printed(plan, capsys, monkeypatch) in found[plan], plan
+    for path in kept.values():
+        variants = json.loads((RECORDS / "plans" / path.name).read_text())["variants"]
+        assert {*json.loads(path.read_text())} == {*variants}
+
+
+def passages(text: str) -> Iterator[tuple[set[str], str]]:
+    """(plans that it names, what it says) of every passage of a document that names a plan.
+
+    A passage is a plan's own section, a row of a table without its first cell, which is a claim,
+    or a paragraph with the table after it. `plans/NAME.json` and a link to `#NAME` name a plan.
+    """
+    def named(passage: str) -> set[str]:
+        return {*re.findall(r"plans/(\w+)\.json", passage),
+                *re.findall(r"#(\w+)\)", passage)} & PLANS
+
+    for section in re.split(r"(?m)^## ", text):
+        own = {section.split("\n", 1)[0]} & PLANS
+        for block in [section] if own else re.split(r"\n\n(?!\|)", section):
+            rows = [line for line in block.splitlines() if line.startswith("|")]
+            if own or not any(map(named, rows)):
+                yield own | named(block), block
+            else:
+                yield from ((named(row), row.split("|", 2)[2]) for row in rows)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(h.ROOT)))
+def test_figures_of_plans_are_kept_results(document, capsys, monkeypatch):
+    """Figures (three decimals or more) beside a plan's name stand in its table of kept results.
+
+    A plan without kept results has no figures. Sentences with the number of a pull request quote
+    figures of others.
+    """
+    for plans, passage in passages(document.read_text("utf-8")):
+        tables = "".join(printed(plan, capsys, monkeypatch) for plan in plans)
+        ours = [sentence for sentence in re.split(r"(?<=[.;:])\s", passage)
+                if not re.search(r"#\d", sentence)]
+        figures = {*re.findall(r"\d\.\d{3,}", " ".join(ours))} if plans else set()
+        assert not {figure for figure in figures if figure not in tables}, (plans, passage)
 
 
 @pytest.mark.slow

@@ -1,21 +1,22 @@
 """What a training step costs at least: operations and bytes by part, and the floor they imply.
 
-    python records/cost_model.py                       the record model on one of eight GPUs
-    python records/cost_model.py --tokens 49152 --vocab-size 998
-    NUM_LAYERS=9 python records/cost_model.py          settings as in train_gpt.py
-    python records/cost_model.py --budget off on       what the compiler writes, and an estimate
+    python records/studies/cost_model.py                 the record model on one of eight GPUs
+    python records/studies/cost_model.py --tokens 49152 --vocab-size 998
+    NUM_LAYERS=9 python records/studies/cost_model.py    settings as in train_gpt.py
+    python records/studies/cost_model.py --budget off on    what the compiler writes, an estimate
 
 The model counts, it does not measure. Bytes are what must pass through device memory when each part
 is as well fused as torch.compile can make it - a matmul reads its inputs and writes its output, an
 elementwise chain reads what enters it and writes what leaves it, once each, bf16 activations, fp32
 master weights. Floor of a part: the larger of operations / peak and bytes / bandwidth. Kernels
 reach neither limit, so a step takes longer; how much longer is what a profile tells
-(records/one_h100/run.py speed). Eager PyTorch's bytes are counted operation by operation on
-tensors without memory, with RMSNorm as the sequence of operations that it is.
+(records/one_h100/run.py --only profile). Eager PyTorch's bytes are counted operation by operation
+on tensors without memory, with RMSNorm as the sequence of operations that it is.
 
-`--budget` compiles phases (off, on, qat_off, qat_on) for a stand-in of an H100 that computes
-nothing (the maintainers' ../shared/nullcuda) and counts the bytes that inductor's kernels would
-move. The estimate of a step adds up matrix products at 650 TFLOP/s, attention at the rates that
+`--budget` needs a stand-in for a CUDA driver that the authors have and this repository does not
+hold; without it the command ends with an error. It compiles phases (off, on, qat_off, qat_on) for
+that stand-in, which computes nothing, and counts the bytes that inductor's kernels would move. The
+estimate of a step adds up matrix products at 650 TFLOP/s, attention at the rates that
 FlashAttention-3's authors publish for head dimension 64, causal, T = 2048, the bytes at 87 % of the
 bandwidth (2.93 TB/s on an H100, what a copy reaches), 1 us for each launch and 2.5 ms for the
 optimizer. It ranks changes, and is no measurement.
@@ -28,6 +29,7 @@ import ast
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,22 +44,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_gpt  # noqa: E402
 
 # dense bf16 operations per second and bytes per second, NVIDIA's data sheets (SXM)
 GPUS = {"H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12)}
-PUBLISHED = (  # ms per step on 8xH100: recurrence off, on (SPEC section 10)
+PUBLISHED = (  # ms per step on 8xH100: recurrence off, on
     ("#549, no lanes, no recurrence", 83.5, None),
     ("#1019, XSA on all layers", 86.6, None),
     ("#1204, lanes and recurrence", 87.9, 104.0),
     ("#1274, Scylla-998", None, 102.1),
     ("#1855, other tokenizer", 96.0, 141.0),
-    ("ours, measured on one H100 ([one_h100](one_h100/README.md))", 79.7, 92.8),
+    ("ours, measured on one H100 ([one_h100](../one_h100/README.md))", 79.7, 92.8),
     ("our goal", 70.0, 81.0),
 )
-STANDIN = Path(__file__).resolve().parents[2] / "shared" / "nullcuda" / "run"
+STANDIN = Path(__file__).resolve().parents[3] / "shared" / "nullcuda" / "run"
 PRODUCTS, FORWARD, BACKWARD = 650e12, 350e12, 310e12  # operations a second that are reached
 REACHED, LAUNCH_MS, OPTIMIZER_MS = 2.93 / 3.35, 1e-3, 2.5
 BF16 = 2
@@ -291,7 +293,7 @@ def budget(phase: str, mlp_kernel: str, work: Path) -> Budget:
     c, tokens = train_gpt.Config(), 98304
     done = subprocess.run(
         [STANDIN, "budget", phase, "ATTENTION=cudnn", f"MLP_KERNEL={mlp_kernel}"], text=True,
-        cwd=Path(__file__).resolve().parents[1], check=True, stdout=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parents[2], check=True, stdout=subprocess.PIPE,
         env=os.environ | dict(NULLCUDA_WORK=str(work)))
     calls = ast.literal_eval(re.search(r"^calls (.*)$", done.stdout, re.M)[1])
     rows = re.findall(r"^ *\d+ +[\d.]+ +[\d.]+ +([\d.]+)  (.*)$", done.stdout, re.M)
@@ -347,7 +349,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.budget:
         if not STANDIN.exists():
-            parser.error(f"--budget compiles for a stand-in GPU, and there is none in {STANDIN}")
+            parser.error(f"--budget needs the authors' stand-in for a CUDA driver, and {STANDIN} "
+                         "is absent; the tables without --budget need none")
         with tempfile.TemporaryDirectory() as work:
             print("\n".join(budget_report(options.budget, Path(work))))
         return 0
@@ -359,4 +362,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

@@ -1,12 +1,13 @@
 """What rounding costs, class by class: the studies behind the steps of PARAM_TABLE.
 
-    SIZE_LIMIT=1 LATE_QAT_THRESHOLD=0 PRESET=demo ... python train_gpt.py   # keeps <artifact>.fp32
-    python records/quantization.py bits  --weights data/demo.int6.ptz.fp32   # one class at 3..8 bit
-    python records/quantization.py steps --weights ...   # loss per weight and squared step
-    python records/quantization.py gap   --weights ...   # rtn and gptq in equal bytes
-    python records/quantization.py cosine --weights ...  # how alike the layers' activations are
+    SIZE_LIMIT=1 LATE_QAT_THRESHOLD=0 PRESET=demo python train_gpt.py   # keeps <artifact>.fp32
+    Q="python records/studies/quantization.py"
+    $Q bits   --weights data/demo.int6.ptz.fp32     # one class at 3, 4, 5, 6 and 8 bits
+    $Q steps  --weights data/demo.int6.ptz.fp32     # loss per weight and squared step
+    $Q gap    --weights data/demo.int6.ptz.fp32     # rtn and gptq in equal bytes
+    $Q cosine --weights data/demo.int6.ptz.fp32     # how alike the layers' activations are
 
-The data is that of DATA_PATH; --tokens of the validation stream are scored, the same each time.
+The data is that of --data; --tokens of the validation stream are scored, the same each time.
 Every table is Markdown, BPB against the unquantized weights.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import signal
 import sys
 import time
 import types
@@ -24,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as t  # noqa: E402
@@ -205,4 +207,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

@@ -1,17 +1,18 @@
 """Bytes per token of vocabularies on documents, BOS not counted, every document decoded again.
 
-    python records/bytes_per_token.py --docs docs.jsonl --vocab a.yaml b.yaml --sp-model m.model
+    python records/studies/bytes_per_token.py --docs d.jsonl --vocab a.yaml --sp-model m.model
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import retokenize_scylla as tool  # noqa: E402
 
@@ -64,4 +65,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())
