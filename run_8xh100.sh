@@ -66,7 +66,10 @@ finish() {  # at every end, also after an error or a signal; the exit status sta
     printf '%12s  %s\n' "${times[@]}"
     echo "All of this output is in $log"
     exec >&3 2>&4
-    while kill -0 "$tee" 2> /dev/null; do sleep 0.05; done  # all of it is written
+    for _ in {1..100}; do  # until all is written; a process that was left behind may write on
+        kill -0 "$tee" 2> /dev/null || break
+        sleep 0.05
+    done
 }
 trap finish EXIT
 echo "This output also goes to $log${advice:+$'\n'$advice}"
