@@ -52,6 +52,15 @@ def test_a_document_names_what_there_is(path):
         assert any(wanted in name for name in names), wanted
 
 
+def test_the_documents_hold_the_rules():
+    """records/README.md has a row for each rule of `verify`, and no other."""
+    binds = {(0, 0): "everybody", (1, 0): "records", (0, 1): "`--strict`"}
+    rows = [f"| {rule.name} | {binds[rule.record, rule.strict]} | {rule.asks} |"
+            for rule in h.tool("rules").RULES]
+    text = (h.ROOT / "records" / "README.md").read_text(encoding="utf-8")
+    assert text.partition("| rule | binds |")[2].split("\n\n")[0].splitlines()[2:] == rows
+
+
 def commands(text: str) -> list[list[str]]:
     """The words of every command in the bash blocks of a Markdown text."""
     lines = "\n".join(re.findall(r"(?ms)^```bash\n(.*?)^```", text)).replace("\\\n", " ")
