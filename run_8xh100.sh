@@ -2,28 +2,81 @@
 # From a bare machine to a record folder: environment, shards, pre-flight, smoke test, one run for
 # each seed, the folder. Every stage skips what is done, so after any interruption run it again.
 #
-#   AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh                    the record, on 8xH100
+#   VOCAB=scylla.yaml AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh  the record, on 8xH100
 #   PRESET=demo AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh        the same in small, no GPU
 #
-# Set by environment (defaults): NPROC (all GPUs, else 1), NNODES (1) with NODE_RANK and
-# RDZV_ENDPOINT=host:port for several machines (run it on each), SEEDS (42 1337 2024), SHARDS (80),
-# DATA_DIR (data/record), DATA_PATH (ready shards: nothing is fetched), VOCAB (a vocabulary file;
-# else looked up in VOCAB_REPO at VOCAB_REF) with VOCAB_SHA256, RECORD_NAME, TRACK, RECORDS (the
-# folder of the tracks), AGAINST (a result to test against), PREFLIGHT (arguments of pytest),
-# PYTHON (an interpreter with everything installed), FA3_INDEX (a page of FlashAttention-3 wheels),
-# CUDA_VISIBLE_DEVICES (the GPUs to use; empty: the CPU), and any setting of train_gpt.py.
-# PRESET=demo without SHARDS or DATA_PATH takes the demo's own text.
+# It needs Linux, bash 4.4 and Python 3.11, or newer ones. Environment variables set it:
+#
+#   variable      default           meaning
+#   AUTHOR        required          your name, for submission.json
+#   GITHUB_ID     required          your GitHub handle, for submission.json
+#   VOCAB         required          vocabulary, a path or URL; not for the demo or with DATA_PATH
+#   VOCAB_SHA256  Scylla's          SHA-256 of VOCAB; set it for a vocabulary of your own
+#   PRESET        record            record, published, or demo, which brings a text of its own
+#   SEEDS         42 1337 2024      one run for each of them
+#   DATA_DIR      data/record       folder for all that is made: shards, runs, logs
+#   SP1024        download          the folder "data" that the challenge's download script filled
+#   SHARDS        80                training shards to use, of SP1024 or the download
+#   DATA_PATH     made              folder of re-tokenized shards; nothing is fetched then
+#   NPROC         all GPUs, else 1  processes on this machine
+#   NNODES        1                 machines; start the script on each of them, with
+#   NODE_RANK     0                 the number of the machine, from 0, and
+#   RDZV_ENDPOINT none              host:port of the first machine
+#   CUDA_VISIBLE_DEVICES  all       GPUs to use; empty for the CPU
+#   RECORD_NAME   PROTEUS           name in the folder's name; Demo for the demo
+#   TRACK         track_10min_16mb  track_non_record_16mb for the demo and every other run
+#   RECORDS       records           folder of the tracks
+#   ABOUT         none              file with a text on your idea, for the README of the folder
+#   AGAINST       none              result to test against: a published name, or a folder
+#   PRICE         3.00              dollars for one GPU and hour, for the estimate of the cost
+#   PYTHON        makes .venv       interpreter that has everything of requirements.txt
+#   FA3_INDEX     two pages         page of FlashAttention-3 wheels
+#   PREFLIGHT     none              arguments of pytest for the pre-flight
+#
+# Every setting of train_gpt.py can be set in the same way.
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 cd "$root"
-
-say() { printf '\n== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
+[[ $(uname) == Linux && $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 404 ]] || die "this script \
+needs Linux and bash 4.4 or newer, not $(uname) and bash $BASH_VERSION; train_gpt.py runs without it"
+DATA_DIR=${DATA_DIR:-data/record} node=${NODE_RANK:+_node$NODE_RANK}
+(mkdir -p "$DATA_DIR" && test -w "$DATA_DIR") 2> /dev/null ||
+    die "DATA_DIR=$DATA_DIR cannot be made or written to; set one that can"
+DATA_DIR=$(cd "$DATA_DIR" && pwd)
+log=$DATA_DIR/run_$(date +%Y-%m-%d_%H%M%S)$node.log
+advice=''
+if [[ ( -t 0 || -t 1 ) && -n ${SSH_CONNECTION:-} && -z ${TMUX:-}${STY:-} ]]; then
+    advice="note: the script ends if the ssh connection breaks; started inside tmux, it goes on"
+fi
+exec 3>&1 4>&2 > >(tee -ia "$log") 2>&1
+tee=$! current='' since=0 times=() complete=''
+export PYTHONUNBUFFERED=1  # what goes into a pipe is printed late otherwise
+stage() {  # the name of a stage that begins; the one before it has ended
+    local took="$(((SECONDS - since) / 60)) min $(((SECONDS - since) % 60)) s"
+    [[ -z $current ]] || { echo "-- $current: $took"; times+=("$took" "$current"); }
+    current=$1 since=$SECONDS
+    [[ -z $current ]] || printf '\n== %s\n' "$current"
+}
+finish() {  # at every end, also after an error or a signal; the exit status stays as it is
+    set +e
+    [[ -n $complete ]] || current="$current (stopped here)"
+    stage ''
+    printf '\nTime of each stage:\n'
+    printf '%12s  %s\n' "${times[@]}"
+    echo "All of this output is in $log"
+    exec >&3 2>&4
+    for _ in {1..100}; do  # until all is written; a process that was left behind may write on
+        kill -0 "$tee" 2> /dev/null || break
+        sleep 0.05
+    done
+}
+trap finish EXIT
+echo "This output also goes to $log${advice:+$'\n'$advice}"
 
-DATA_DIR=${DATA_DIR:-data/record} SEEDS=${SEEDS:-42 1337 2024} NNODES=${NNODES:-1}
+stage "1 machine and settings"
+SEEDS=${SEEDS:-42 1337 2024} NNODES=${NNODES:-1} PRICE=${PRICE:-3.00}
 VOCAB_SHA256=${VOCAB_SHA256:-a0177241aca1871f861fec49b7f1ee737d029e8e09e320b0efd5d5ea7bee5517}
-VOCAB_REPO=${VOCAB_REPO:-https://github.com/openai/parameter-golf}
-VOCAB_REF=${VOCAB_REF:-refs/pull/1314/head}
 devices=$(nvidia-smi -L 2>/dev/null || true)
 gpus=$(grep -c '^GPU' <<< "$devices" || true)
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then  # empty or -1 asks for the CPU
@@ -33,10 +86,10 @@ fi
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
 if [[ ${PRESET:-record} == demo ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
 TRACK=${TRACK:-track_${kind}_16mb} RECORD_NAME=${RECORD_NAME:-$name}
-demo_text=$([[ ${PRESET:-} == demo && -z ${SHARDS:-}${DATA_PATH:-} ]] && echo 1 || true)
+demo_text=''
+if [[ ${PRESET:-} == demo && -z ${SHARDS:-}${DATA_PATH:-}${SP1024:-} ]]; then demo_text=1; fi
 SHARDS=${SHARDS:-80}
-
-say "1 what is here: $gpus GPUs, $NPROC processes on $NNODES machines, seeds $SEEDS, $DATA_DIR"
+echo "$gpus GPUs, $NPROC processes on $NNODES machines, seeds $SEEDS"
 for name in NPROC NNODES SHARDS; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || die "$name=${!name}: must be a whole number above 0"
 done
@@ -44,12 +97,11 @@ done
     die "SEEDS=$SEEDS: must be different numbers with blanks between them, such as '42 1337 2024'"
 [[ $TRACK =~ ^track_(10min|non_record)_16mb$ ]] || die "TRACK=$TRACK: must be track_10min_16mb or \
 track_non_record_16mb"
-for name in DATA_PATH VOCAB; do
-    [[ -z ${!name:-} || -e ${!name} ]] || die "$name=${!name}: there is no such file; correct it, or \
-leave it out and the public one is fetched"
+[[ $PRICE =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "PRICE=$PRICE: must be dollars an hour, such as 3.00"
+for name in DATA_PATH SP1024 ABOUT VOCAB; do
+    [[ -z ${!name:-} || -e ${!name} || $name=${!name} == VOCAB=http?(s)://* ]] ||
+        die "$name=${!name}: there is no such file; correct it, or leave it out"
 done
-(mkdir -p "$DATA_DIR") 2>/dev/null || die "DATA_DIR=$DATA_DIR cannot be made; set one that can"
-DATA_DIR=$(cd "$DATA_DIR" && pwd)
 [[ -n ${AUTHOR:-} && -n ${GITHUB_ID:-} ]] || die "AUTHOR and GITHUB_ID are not set; they go into \
 submission.json: AUTHOR='Your Name' GITHUB_ID=handle $0"
 [[ $gpus -gt 0 || -n ${PRESET:-} ]] || die "nvidia-smi shows no GPU to use; run on 8xH100, or try \
@@ -63,16 +115,54 @@ if [[ $TRACK == track_10min_16mb ]]; then
     [[ $devices == *H100* && $((NPROC * NNODES)) == 8 ]] || die "a record runs on 8 ranks on H100s, \
 not on $((NPROC * NNODES)) on ${devices%%$'\n'*}; to run all the same, set TRACK=track_non_record_16mb"
 fi
+sp1024=${SP1024:-$DATA_DIR/datasets} vocabulary=$DATA_DIR/scylla.yaml
+data=$((1 + SHARDS * 42 / 100))  # GB: shards before and after re-tokenizing, and the runs
+count() { { compgen -G "$1/fineweb_train_*.bin" || true; } | wc -l; }
+if [[ -n ${DATA_PATH:-}$demo_text ]]; then
+    data=1
+elif [[ -n ${SP1024:-} ]]; then
+    sp1024=$(cd "$SP1024" && pwd) data=$((1 + SHARDS * 21 / 100))
+    have=$(count "$sp1024/datasets/fineweb10B_sp1024")
+    [[ $have -ge $SHARDS ]] || die "SP1024=$SP1024 has $have training shards in \
+datasets/fineweb10B_sp1024, SHARDS=$SHARDS are wanted; download more, or lower SHARDS"
+fi
+has_hash() { sha256sum -c --status <<< "$VOCAB_SHA256  $1" 2> /dev/null; }
+[[ -n ${VOCAB:-}${DATA_PATH:-}$demo_text ]] || has_hash "$vocabulary" || die "VOCAB is not set: give \
+the path or URL of the byte-exact revision of Scylla (a YAML file of 1254 ids, sha256 $VOCAB_SHA256, \
+in pull request 1314 of github.com/openai/parameter-golf), or make a vocabulary of your own with \
+retokenize_scylla.py --build-vocab and set VOCAB_SHA256 as well"
 room() {  # folder, GB, remedy
     local free
     free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }')
     [[ $free -ge $2 ]] || die "$1 has $free GB free, about $2 are needed; $3"
 }
-data=1  # GB; the runs take part of one
-[[ -n $demo_text || -n ${DATA_PATH:-} ]] || data=$((data + SHARDS * 42 / 100))
 room "$DATA_DIR" "$data" "set DATA_DIR to a larger disk, or lower SHARDS=$SHARDS"
+estimate() {  # minutes of each stage, were nothing done yet, and the cost
+    local environment=5 fetch=0 convert=0 smoke=10 each=$((14 + 80 / (NPROC * NNODES))) seeds
+    local price=$PRICE about="10 training, up to $((each - 14)) evaluation, 4 start and export"
+    seeds=$(wc -w <<< "$SEEDS")
+    [[ -z ${PYTHON:-} ]] || environment=0
+    [[ -n ${SP1024:-}${DATA_PATH:-}$demo_text ]] || fetch=$((SHARDS / 15 + 1))
+    [[ -n ${DATA_PATH:-}$demo_text ]] || convert=$((SHARDS / 12 / $(nproc) + 1))
+    if [[ ${PRESET:-} == demo ]]; then smoke=1 each=4 price=0 about="on two CPU cores"; fi
+    echo "An estimate of the time, not a measurement; what is done already is skipped:"
+    awk -v price="$price" -v gpus=$((NPROC * NNODES)) '{
+    minutes = $1; sum += minutes; $1 = ""; printf "%6d min %s\n", minutes, $0
+} END {
+    printf "%6d min  in all", sum
+    if (price) printf ", some %.0f dollars: %d GPUs at %s an hour each (PRICE; 3.00 is an " \
+                      "assumption)", sum / 60 * gpus * price, gpus, price
+    print ""
+}' <<< "$environment environment
+$fetch download of shards, at 50 MB/s
+$convert re-tokenizing, on $(nproc) cores
+2 pre-flight
+$smoke smoke test, with compilation
+$((seeds * each)) $seeds seeds, each $each minutes ($about)"
+}
+[[ $gpus == 0 && ${PRESET:-} != demo ]] || estimate  # a CPU takes days for a large model
 
-say "2 environment"
+stage "2 environment"
 list_settings() {  # of train_gpt.py, by an interpreter; wrong ones end the script, as does a torch
     # that does not see the GPUs
     LOCAL_WORLD_SIZE=$NPROC LOCAL_RANK=$((NPROC - 1)) "$1" -c 'import os, train_gpt as t
@@ -144,53 +234,42 @@ except t.RunError as error: raise SystemExit(f"error: {error}")')
 with TRACK=track_non_record_16mb"
 fi
 
-find_vocabulary() {  # $1: where it goes
-    local found=${VOCAB:-} work file
-    if [[ -z $found ]]; then
-        work=$(mktemp -d)
-        git init -q "$work"
-        git -C "$work" fetch -q --depth 1 "$VOCAB_REPO" "$VOCAB_REF" ||
-            die "cannot fetch $VOCAB_REF of $VOCAB_REPO; give the vocabulary with VOCAB=path"
-        while read -r file; do
-            git -C "$work" show "FETCH_HEAD:$file" > "$work/candidate"
-            if echo "$VOCAB_SHA256  $work/candidate" | sha256sum -c --status; then
-                found=$work/candidate
-                break
-            fi
-        done < <(git -C "$work" ls-tree -r --name-only FETCH_HEAD | grep -E '\.ya?ml$' || true)
-        [[ -n $found ]] || die "no vocabulary with sha256 $VOCAB_SHA256 in $VOCAB_REF of \
-$VOCAB_REPO; give it with VOCAB=path"
+get_vocabulary() {  # a copy of VOCAB, checked
+    if [[ $VOCAB == http?(s)://* ]]; then
+        "$PYTHON" -c 'import sys, urllib.request as u; u.urlretrieve(*sys.argv[1:])' "$VOCAB" \
+            "$vocabulary.part" 2>&1 | tail -n 1 || die "cannot download VOCAB=$VOCAB; give a path"
+    else
+        cp "$VOCAB" "$vocabulary.part"
     fi
-    echo "$VOCAB_SHA256  $found" | sha256sum -c --status || die "$found has sha256 \
-$(sha256sum "$found" | cut -c1-64), expected $VOCAB_SHA256; get the byte-exact revision (1254 ids), \
-or set VOCAB_SHA256 for a vocabulary of your own"
-    cp "$found" "$1.part" && mv "$1.part" "$1"
-    rm -rf "${work:-}"
+    has_hash "$vocabulary.part" || die "VOCAB=$VOCAB has sha256 \
+$(sha256sum "$vocabulary.part" | cut -c1-64), expected $VOCAB_SHA256; get the byte-exact revision \
+(1254 ids), or set VOCAB_SHA256 for a vocabulary of your own"
+    mv "$vocabulary.part" "$vocabulary"
 }
 
-say "3 shards"
+stage "3 shards"
 if [[ -n $demo_text ]]; then
     "$PYTHON" -c 'import pathlib, retokenize_scylla as r; r.build_demo(pathlib.Path("data/demo"))'
-    export DATA_PATH=$root/data/demo/scylla
+    DATA_PATH=data/demo/scylla
 elif [[ -z ${DATA_PATH:-} ]]; then
-    sp1024=$DATA_DIR/datasets/datasets/fineweb10B_sp1024
-    have=$(find "$sp1024" -name 'fineweb_train_*.bin' 2>/dev/null | wc -l || true)
-    [[ $have -le $SHARDS ]] || die "$sp1024 holds $have training shards, and all would be used: set \
-DATA_DIR to another folder for SHARDS=$SHARDS"
-    vocabulary=$DATA_DIR/scylla.yaml  # first: it is small, and the shards are not
-    echo "$VOCAB_SHA256  $vocabulary" | sha256sum -c --status 2>/dev/null ||
-        find_vocabulary "$vocabulary"
-    "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
+    have=$(count "$DATA_DIR/scylla")
+    [[ $have -le $SHARDS ]] || die "$DATA_DIR/scylla holds $have training shards, and all would be \
+used: set DATA_DIR to another folder for SHARDS=$SHARDS"
+    has_hash "$vocabulary" || get_vocabulary  # first: it is small, and the shards are not
+    [[ -n ${SP1024:-} ]] || "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
+    train=("$sp1024"/datasets/fineweb10B_sp1024/fineweb_train_*.bin)
+    rm -rf "$DATA_DIR/chosen" && mkdir "$DATA_DIR/chosen"  # links to the first SHARDS
+    ln -s "${train[@]:0:SHARDS}" "$sp1024"/datasets/fineweb10B_sp1024/fineweb_val_*.bin \
+        "$DATA_DIR/chosen"
     "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$DATA_DIR/scylla" \
-        --sp-shards "$sp1024/fineweb_*.bin" \
-        --sp-model "$DATA_DIR/datasets/tokenizers/fineweb_1024_bpe.model"
-    export DATA_PATH=$DATA_DIR/scylla
-else
-    DATA_PATH=$(cd "$DATA_PATH" && pwd)
-    export DATA_PATH
+        --sp-shards "$DATA_DIR/chosen/fineweb_*.bin" \
+        --sp-model "$sp1024/tokenizers/fineweb_1024_bpe.model"
+    DATA_PATH=$DATA_DIR/scylla
 fi
+DATA_PATH=$(cd "$DATA_PATH" && pwd)
+export DATA_PATH
 
-say "4 settings, data and code"
+stage "4 settings, data and code"
 settings=$(list_settings "$PYTHON")
 shards=$(cd "$DATA_PATH" && { cat manifest.json 2>/dev/null || true; wc -c ./*.bin; } | sha256sum)
 key=$( (sha256sum < train_gpt.py; echo "$settings $NPROC $NNODES $shards") | sha256sum | cut -c1-12)
@@ -198,14 +277,12 @@ runs=$DATA_DIR/runs/$key
 mkdir -p "$runs/logs"
 # the runs start in $runs; a log then names no folder of this machine
 DATA_PATH=$("$PYTHON" -c 'import os, sys; print(os.path.relpath(*sys.argv[1:]))' "$DATA_PATH" "$runs")
-rm -f "$runs/train_gpt.py"
-"$PYTHON" records/pack.py train_gpt.py --output "$runs/train_gpt.py" ||
-    { [[ -e $runs/train_gpt.py ]] && echo "note: over our own aim, which is no fault"; } ||
-    die "records/pack.py made no $runs/train_gpt.py"
+[[ $gpus == 0 ]] || nvidia-smi -q > "$runs/nvidia-smi$node.txt"
+"$PYTHON" records/pack.py train_gpt.py --output "$runs/train_gpt.py"
 
-say "5 pre-flight on the CPU"
+stage "5 pre-flight on the CPU"
 if [[ ! -e $runs/preflight.done ]]; then
-    # the tests set their own settings; shellcheck disable=SC2046,SC2086
+    # shellcheck disable=SC2046,SC2086
     env $(sed 's/=.*//; s/^/-u /' <<< "$settings") CUDA_VISIBLE_DEVICES= "$PYTHON" -m pytest -q \
         test_cpu.py ${PREFLIGHT:-} || die "the pre-flight failed; nothing was run on GPUs"
     touch "$runs/preflight.done"
@@ -233,7 +310,7 @@ finished() {
         grep -q '^final_int8_zlib_roundtrip_exact' "$runs/logs/$1.txt" 2>/dev/null
 }
 
-say "6 smoke test: every phase and every collective, on all ranks"
+stage "6 smoke test: every phase and every collective, on all ranks"
 if ! finished smoke; then
     on_all_ranks collectives "$root/records/smoke.py" collectives "$runs/collectives.json" ||
         die "the collectives of a step failed"
@@ -254,25 +331,28 @@ of several, remove $runs/smoke.done before the next try"
 fi
 
 for seed in $SEEDS; do
-    say "7 seed $seed"
+    stage "7 seed $seed"
     finished "seed$seed" && continue
     launch "seed$seed" SEED="$seed" || die "seed $seed failed; its log is \
 $runs/logs/seed$seed.txt. Run again: finished seeds are kept"
 done
 
-say "8 record folder"
-[[ $NODE_RANK == 0 ]] || { echo "made on the machine with NODE_RANK=0"; exit 0; }
+stage "8 record folder"
+[[ $NODE_RANK == 0 ]] || { echo "made on the machine with NODE_RANK=0"; complete=1; exit 0; }
 wanted="$SEEDS, $RECORD_NAME, $AUTHOR, $GITHUB_ID, $TRACK, ${AGAINST:-}, ${RECORDS:-records}"
+wanted+=${ABOUT:+, about $(cksum < "$ABOUT")}
 { read -r folder && read -r made; } 2>/dev/null < "$runs/record" || folder='' made=''
 if [[ ! -d $folder || $made != "$wanted" ]]; then
     logs=$(for seed in $SEEDS; do echo "$runs/logs/seed$seed.txt"; done)
     # shellcheck disable=SC2086
     "$PYTHON" records/make_record.py make --name "$RECORD_NAME" --author "$AUTHOR" \
         --github-id "$GITHUB_ID" --track "$TRACK" --code "$runs/train_gpt.py" \
-        --records "${RECORDS:-records}" ${AGAINST:+--against "$AGAINST"} $logs | tee "$runs/made" ||
+        --records "${RECORDS:-records}" ${AGAINST:+--against "$AGAINST"} ${ABOUT:+--about "$ABOUT"} \
+        $logs | tee "$runs/made" ||
         die "no folder was made of seeds $SEEDS; their runs are kept in $runs. A folder that is in \
 the way is removed by hand, or RECORD_NAME gives another name"
     folder=$(cd "$(sed -n 's/^made //p' "$runs/made")" && pwd)
     printf '%s\n' "$folder" "$wanted" > "$runs/record"
 fi
 "$PYTHON" records/make_record.py verify "$folder"
+complete=1

@@ -3161,6 +3161,7 @@ def run(c: Config) -> None:
 def main(arguments: list[str]) -> int:
     """Run as the environment says; after a message on stderr 1, or 75 if RESUME=1 can go on."""
     if arguments:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # into `head`, say
         print(f"{__doc__}\n{settings_table()}")
         return 0 if arguments in (["--help"], ["-h"]) else 1
     try:

@@ -49,7 +49,7 @@ def stage_table(groups: dict[str, list[Run]], published: Iterable[Sequence[Any]]
         finals = [run.headline.bpb for run in runs if run.headline]
         rows.append([name, len(runs), mean_of((run.steps for run in runs), ".0f"),
                      mean_of((run.step_avg_ms for run in runs), ".1f"), *scores,
-                     spread_of(sample(finals)) if finals else None,
+                     spread_of(sample(finals)) if runs and len(finals) == len(runs) else None,
                      mean_of((run.eval_seconds for run in runs), ".0f"),
                      mean_of((run.artifact_bytes for run in runs), ".0f"),
                      mean_of((run.code_bytes for run in runs), ".0f"),
@@ -57,19 +57,19 @@ def stage_table(groups: dict[str, list[Run]], published: Iterable[Sequence[Any]]
     return markdown(head, [*rows, *published])
 
 
-def published_row(name: str, bpb: Sample, row: dict[str, Any]) -> list[Any]:
-    """A published result as a row of stage_table; BPB over corrected bytes where needed."""
-    factor, stages = row.get("counted_over_true", 1.0), row.get("stages", {})
-    scores = [stages.get(stage) and factor * stages[stage] for stage in STAGES]
-    return [name, bpb.n, mean_of([row.get("steps")], ".0f"),
-            mean_of([row.get("ms_per_step")], ".1f"), *(mean_of([s], ".4f") for s in scores),
+def published_row(bpb: Sample, row: dict[str, Any]) -> list[Any]:
+    """A published result, a row of denominator.results, as a row of stage_table."""
+    return [row["label"], bpb.n, mean_of([row.get("steps")], ".0f"),
+            mean_of([row.get("ms_per_step")], ".1f"),
+            *(mean_of([row["stages"].get(stage)], ".4f") for stage in STAGES),
             spread_of(bpb), mean_of([row.get("eval_seconds")], ".0f"), None, row["bytes_code"],
             row["bytes_total"]]
 
 
 def differing_settings(groups: dict[str, list[Run]]) -> str:
     """The settings in which groups of our runs differ, seeds and names of files left out."""
-    ours = {name: runs[0].settings for name, runs in groups.items() if runs[0].settings}
+    ours = {name: runs[0].settings for name, runs in groups.items()
+            if runs and runs[0].settings}
     names = sorted({key for settings in ours.values() for key in settings} - PER_RUN)
     rows = [[key, *(settings.get(key) for settings in ours.values())] for key in names
             if len({settings.get(key) for settings in ours.values()}) > 1]

@@ -6,16 +6,24 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import figures
+import pack
 from figures import markdown
+from folders import Folder, sha256
 from runs import PER_RUN, Run
 from welch import sample
 
 HERE = Path(__file__).resolve().parent
 CAP_BYTES, CAP_MS, CAP_EVAL_SECONDS, RECORD_SEEDS = 16_000_000, 600_000, 600, 3
+READABLE = "train_gpt_readable.py"  # the source of a packed train_gpt.py
+Found = Iterator[tuple[str, str]]
 TYPED = ("author", "github_id", "name", "date", "track")  # all else comes from logs and files
 
 
@@ -24,11 +32,14 @@ def credits() -> list[dict[str, Any]]:
     return json.loads((HERE / "credits.json").read_text(encoding="utf-8"))
 
 
-def attribution(settings: dict[str, str]) -> dict[str, str]:
-    """technique -> who, where; those that a run with these settings uses."""
-    used = [row for row in credits() if all(settings.get(name, "") in values
-                                            for name, values in row.get("when", {}).items())]
-    return {row["technique"]: f"{row['who']}, {row['where']}" for row in used}
+def attribution(runs: list[Run]) -> dict[str, str]:
+    """technique -> who, where: those that the settings switch on and, for scores, the logs show."""
+    def used(row: dict[str, Any]) -> bool:
+        return all(runs[0].settings.get(name, "") in values
+                   for name, values in row.get("when", {}).items()) and (
+            "stage" not in row or any(row["stage"] in run.scores for run in runs))
+
+    return {row["technique"]: f"{row['who']}, {row['where']}" for row in credits() if used(row)}
 
 
 def submission(runs: list[Run], typed: dict[str, Any], artifacts: dict[int, str]) -> dict[str, Any]:
@@ -43,13 +54,18 @@ def submission(runs: list[Run], typed: dict[str, Any], artifacts: dict[int, str]
         scored_bytes=first.audited_bytes, runs_resumed=sum(run.resumed for run in runs))
     return typed | dict(
         val_loss=round(loss.mean, 8), val_bpb=round(bpb.mean, 8),
-        val_loss_std=round(loss.std, 8), val_bpb_std=round(bpb.std, 8),
-        headline_mode=first.summary.get("headline_mode"), seeds=[run.seed for run in runs],
+        val_loss_std=rounded(loss.std), val_bpb_std=rounded(bpb.std),
+        headline_mode=first.mode, seeds=[run.seed for run in runs],
         seed_results={str(run.seed): seed_result(run, artifacts.get(run.seed)) for run in runs},
         bytes_total=max(run.total_bytes for run in runs), bytes_code=first.code_bytes,
         model_params=first.params, hardware=f"{first.world} x {first.device}",
         pytorch_version=first.torch, cuda_version=first.cuda or "none (CPU)",
-        compliance=compliance, attribution=attribution(first.settings))
+        compliance=compliance, attribution=attribution(runs))
+
+
+def rounded(deviation: float | None) -> float | None:
+    """A deviation with the digits that a log has; None, of one seed, stays."""
+    return None if deviation is None else round(deviation, 8)
 
 
 def seed_result(run: Run, artifact: str | None) -> dict[str, Any]:
@@ -65,11 +81,61 @@ def seed_result(run: Run, artifact: str | None) -> dict[str, Any]:
 
 
 def headline(about: dict[str, Any]) -> str:
-    """The line of README.md that gives the score."""
-    return (f"**{about['val_bpb']:.5f} BPB** ({about['headline_mode']}), mean of "
-            f"{len(about['seeds'])} seeds, deviation {about['val_bpb_std']:.5f}; "
-            f"{about['val_loss']:.5f} nats per token; the largest seed takes "
+    """The lines of README.md that give the score."""
+    seeds, deviation = about["seeds"], about["val_bpb_std"]
+    spread = f"the mean of {len(seeds)} seeds with a standard deviation of {deviation:.5f}" if (
+        deviation is not None) else f"of one seed, {seeds[0]}"
+    return (f"**{about['val_bpb']:.5f} BPB** ({about['headline_mode']}), {spread}. This is "
+            f"{about['val_loss']:.5f} nats per token. The largest seed takes "
             f"{about['bytes_total']:,} bytes, {about['bytes_code']:,} of them code.")
+
+
+def layers(numbers: str) -> str:
+    """Layers of a setting as words: "4,5" is "layers 4 and 5"."""
+    *first, last = numbers.split(",")
+    return f"layers {', '.join(first)} and {last}" if first else f"layer {last}"
+
+
+def idea(runs: list[Run]) -> str:
+    """A paragraph on what the runs had switched on, for authors who write none themselves."""
+    s, stages = runs[0].settings, {stage for run in runs for stage in run.scores}
+    on = {name for name, value in s.items() if value not in ("", "0", "0.0")}
+    snapshots = "the mean of snapshots taken at the end of training (SWA)"
+    average = f"an exponential moving average of the weights with decay {s['EMA_DECAY']} (EMA)"
+    last = "the weights of the last step"
+    late = "RECUR_LAYERS" in on and float(s["RECUR_START_STEP"])
+    start = (f"step {late:g}" if late >= 1 else f"{late:.0%} of the run") if late else "the start"
+    sentences = (
+        (True, f"The model has {s['NUM_LAYERS']} layers of width {s['MODEL_DIM']} with "
+               f"{s['NUM_HEADS']} heads for queries and {s['NUM_KV_HEADS']} for keys and values, and "
+               f"MLPs {float(s['MLP_MULT']):g} times as wide with a squared leaky ReLU."),
+        (int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]),
+         f"From layer {s['PARALLEL_START_LAYER']} on, attention and MLP work in two parallel "
+         "lanes, which learned weights merge."),
+        ("RECUR_LAYERS" in on, f"From {start} on, {layers(s['RECUR_LAYERS'])} run twice"
+         + (", the second time with MLPs of their own." if "RECUR_UNTIE_MLP" in on else ".")),
+        ("XSA_LAST_N" in on, f"The last {s['XSA_LAST_N']} layers use exclusive self-attention "
+                             "(XSA)."),
+        ("BIGRAM_VOCAB_SIZE" in on, f"A bigram hash table of {s['BIGRAM_VOCAB_SIZE']} rows adds to "
+                                    "the embedding."),
+        ("SMEAR_ENABLED" in on, "SmearGate blends in the embedding of the previous token."),
+        ("VE_ENABLED" in on, f"The values of {layers(s['VE_LAYERS'])} get value embeddings."),
+        (True, "Muon trains the matrices" + (", with normalised rows (MuonEq-R)" if
+               "MUON_ROW_NORM" in on else "") + ", and AdamW trains everything else."),
+        (True, "What is exported is " + (snapshots if "SWA_ENABLED" in on else average if
+                                         "EMA_DECAY" in on else last) + "."),
+        ("LATE_QAT_THRESHOLD" in on, "Quantization is simulated in training (QAT) once the "
+         f"learning rate is under {float(s['LATE_QAT_THRESHOLD']):g} of its peak."),
+        (True, "The matrices are rounded " + ("by GPTQ" if s["QUANT"] == "gptq" else
+               "to the nearest step") + " and compressed, so that code and artifact fit into "
+               f"{int(s['SIZE_LIMIT']):,} bytes."),
+        ("sliding" in stages, "A window that moves by "
+         f"{s['EVAL_STRIDE']} tokens gives every token a long context (sliding evaluation)."),
+        ("ttt" in stages, f"Test-time training (TTT) scores each chunk of {s['TTT_CHUNK_TOKENS']} "
+                          "tokens first and trains on it only afterwards."),
+        ("ngram" in stages, f"A cache of n-grams up to order {s['NGRAM_ORDER']}, made of text "
+                            "that was scored before, is mixed into the last score."))
+    return " ".join(sentence for there, sentence in sentences if there)
 
 
 def changed_settings(run: Run) -> dict[str, str]:
@@ -83,36 +149,125 @@ def changed_settings(run: Run) -> dict[str, str]:
     return {"PRESET": preset} | changed
 
 
-def readme(runs: list[Run], about: dict[str, Any], statistics: str) -> str:
-    """README.md of the folder; `statistics` is its text on means, tests and published results."""
+def readme(runs: list[Run], about: dict[str, Any], packed: bool, statistics: str, text: str
+           ) -> str:
+    """README.md of the folder.
+
+    `packed` says whether train_gpt.py is; `statistics` is the text on means, tests and published
+    results, and `text` that on the idea.
+    """
     each = {f"seed {run.seed}": [run] for run in runs}
-    changed = changed_settings(runs[0])
-    command = " ".join([*(f"{name}='{value}'" for name, value in changed.items()), "SEED=<seed>",
-                        "torchrun --standalone --nproc_per_node=" + str(runs[0].world),
-                        "train_gpt.py"])
-    limits = dict(training_seconds_max=CAP_MS // 1000,
+    command = " ".join([*(f"{name}='{value}'" for name, value in changed_settings(runs[0]).items()),
+                        "SEED=<seed>", "torchrun --standalone --nproc_per_node="
+                        + str(runs[0].world), "train_gpt.py"])
+    limits = dict(training_seconds_max=CAP_MS // 1000, seeds=f"at least {RECORD_SEEDS}",
                   evaluation_seconds_max=CAP_EVAL_SECONDS, total_bytes_max=f"{CAP_BYTES:,}",
-                  seeds=f"at least {RECORD_SEEDS}",
                   byte_audit_exact=True, runs_resumed=0)
-    model = runs[0].settings
-    lines = [
-        f"# {about['name']}", "",
-        f"PROTEUS: {model['NUM_LAYERS']} layers of width {model['MODEL_DIM']}, "
-        f"{about['model_params']:,} parameters, {model['ITERATIONS']} steps of "
-        f"{model['TRAIN_BATCH_TOKENS']} tokens at most.", "",
-        f"{about['author']} (@{about['github_id']}), {about['date']}, {about['track']}. Made by "
-        "`records/make_record.py` from the logs beside this file; no number was typed.", "",
-        headline(about), "",
-        figures.stage_table(each | {"mean": runs}), "", "## Statistics", "",
-        statistics, "", "## Curves", "",
-        "![loss, BPB, learning rate, step time](curves.png)", "", "## Rules", "",
+    code = "`train_gpt.py` is the file that ran, and its size counts." + (
+        f" It is packed; `{READABLE}` is the source that it was packed from." if packed else "")
+    parts = (
+        f"# {about['name']}",
+        f"{about['author']} (@{about['github_id']}), {about['date']}, {about['track']}. "
+        "`records/make_record.py` wrote this file, and every number in it, from the logs beside "
+        "it.", headline(about), "## The idea", text.strip(), "## Results",
+        figures.stage_table(each | {"mean": runs}), "## Statistics", statistics, "## Curves",
+        "![loss, BPB, learning rate, step time](curves.png)", "## Rules",
         markdown(["rule", "measured", "limit of a record"],
                  [[key.replace("_", " "), value, limits.get(key)]
-                  for key, value in about["compliance"].items()]), "",
-        "## Run it", "", "`DATA_PATH` is a folder of shards that retokenize_scylla.py wrote with "
-        "the tokenizer beside this file (manifest.json is its ledger).", "", "```bash",
-        "pip install -r requirements.txt", f"DATA_PATH=<shards> {command}", "```", "",
+                  for key, value in about["compliance"].items()]),
+        "## Run it", code, "`DATA_PATH` is a folder of shards that retokenize_scylla.py wrote with "
+        "the tokenizer beside this file (manifest.json is its ledger).",
+        f"```bash\npip install -r requirements.txt\nDATA_PATH=<shards> {command}\n```",
         f"Hardware (ranks x device) {about['hardware']}, torch {about['pytorch_version']}, CUDA "
-        f"{about['cuda_version']}. Settings not named have their defaults.", "", "## Attribution",
-        "", markdown(["technique", "who, where"], about["attribution"].items()), ""]
-    return "\n".join(lines)
+        f"{about['cuda_version']}. Settings not named have their defaults.", "## Attribution",
+        markdown(["technique", "who, where"], about["attribution"].items()))
+    return "\n\n".join(parts) + "\n"
+
+
+# --- the same again, to compare -------------------------------------------------------------
+
+
+def is_packed(data: bytes) -> bool:
+    """Whether train_gpt.py is a packed file; raises pack.PackError for a damaged one."""
+    return pack.unpack(data).split() != data.decode("utf-8", "replace").split()
+
+
+def packing_fault(data: bytes, source: str) -> str:
+    """Why a packed file is not that of a source; empty if it is."""
+    try:
+        found = pack.pack(source)
+    except (pack.PackError, SyntaxError) as error:
+        return f"cannot be packed ({error})"
+    try:
+        minifier = f"python-minifier {metadata.version('python-minifier')}"
+    except metadata.PackageNotFoundError:
+        minifier = "no python-minifier"
+    return "" if found == data else (
+        f"packs to {len(found):,} bytes that are not the {len(data):,} of train_gpt.py: it is "
+        "another source, or it was packed with another version of Python or python-minifier "
+        f"(here Python {platform.python_version()}, {minifier})")
+
+
+def flat(value: Any, name: str = "") -> dict[str, Any]:
+    """A JSON object's values by dotted names."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {key: leaf for part, inner in value.items()
+            for key, leaf in flat(inner, f"{name}.{part}".strip(".")).items()}
+
+
+def code_differences(folder: Folder, runs: list[Run]) -> Found:
+    """Where the logs do not begin with the source that train_gpt.py runs, or that is not there."""
+    try:
+        data = (folder.path / "train_gpt.py").read_bytes()
+        source, packed = pack.unpack(data).rstrip(), is_packed(data)
+    except (pack.PackError, OSError) as error:
+        yield "train_gpt.py", str(error)
+        return
+    for run in runs:
+        if run.source.rstrip() != source:
+            yield run.path.name, "begins with other source than train_gpt.py runs"
+    if packed and not folder.has(READABLE):
+        yield READABLE, "missing; train_gpt.py is packed, and nobody can read it"
+    elif packed and (fault := packing_fault(data, (folder.path / READABLE).read_text("utf-8"))):
+        yield READABLE, fault
+
+
+def differences(folder: Folder) -> Found:
+    """submission.json, README.md and the code are, to the letter, what the logs give.
+
+    Yields (file, what) for each difference. README.md may say more; its statistics, its command
+    and its text on the idea are not compared.
+    """
+    runs = sorted(folder.runs, key=lambda run: run.seed or 0)
+    unfit = [run.path.name for run in runs if not (run.ours and run.finished and run.headline)]
+    if unfit or not runs:
+        yield (", ".join(unfit) or "train_seed<k>.log",
+               "no finished run of train_gpt.py, so nothing can be made from it again")
+        return
+    yield from code_differences(folder, runs)
+    typed = {key: folder.submission.get(key) for key in TYPED}
+    place = folder.path.resolve().parent.name
+    if place.startswith("track_") and typed["track"] != place:
+        yield "submission.json", f"track {typed['track']!r}, but the folder is in {place}"
+    name = f"{typed['date']}_{typed['name']}".replace(" ", "_")
+    if folder.path.resolve().name != name or not re.match(r"\d{4}-\d\d-\d\d_", name):
+        yield "submission.json", (f"date and name make {name}, the folder is "
+                                  f"{folder.path.resolve().name}, YYYY-MM-DD_Name is wanted")
+    models = {run.seed: folder.path / f"model_seed{run.seed}.ptz" for run in runs}
+    given = {seed: claim.get("artifact_sha256") for seed, claim in folder.claims.items()
+             if re.fullmatch("[0-9a-f]{64}", str(claim.get("artifact_sha256")))}
+    about = submission(runs, typed, {
+        seed: sha256(path) if path.is_file() else given.get(seed)
+        for seed, path in models.items()})
+    expected, found = flat(about), flat(folder.submission)
+    for name in dict.fromkeys((*expected, *found)):
+        if expected.get(name) != found.get(name):
+            yield "submission.json", (f"{name} {found.get(name, 'missing')}, but the logs give "
+                                      f"{expected.get(name, 'nothing')}")
+    path = folder.path / "README.md"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if (
+        folder.has(path.name)) else []
+    for line in readme(runs, about, folder.has(READABLE), "", "").splitlines():
+        if lines and line not in lines and not line.startswith("DATA_PATH="):
+            yield "README.md", f"does not hold the line {line!r}"

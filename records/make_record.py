@@ -1,11 +1,11 @@
 """From run logs to a record folder that cannot be wrong, and from any folder to its faults.
 
     make_record.py make --name N --author A --github-id G LOG...   a folder from runs
-    make_record.py verify FOLDER...         every rule; exit code 1 if one is broken
+    make_record.py verify FOLDER...         valid by the challenge's rules, or why not; exit code 1
     make_record.py compare RUN...           runs, folders and published results side by side
     make_record.py stats RUN... --against R mean, deviation, Welch's t-test, the 0.005-nat bar
     make_record.py plot RUN... --output PNG loss, BPB, learning rate, step time
-    make_record.py survey FOLDER...         verify many folders: one table, and published.json
+    make_record.py survey FOLDER...         verify many folders: SURVEY.md, and published.json
 
 A RUN is a log, a RUN_ID of ./logs, a record folder, or the name of a published result. Every number
 is read from a log or measured from a file; none is typed.
@@ -17,6 +17,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -26,11 +27,14 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import denominator  # noqa: E402
 import figures  # noqa: E402
 import generated  # noqa: E402
+import pack  # noqa: E402
 import rules  # noqa: E402
 from figures import markdown, spread_of  # noqa: E402
-from runs import RecordError, Run, find_run_log, read_run  # noqa: E402
+from folders import Folder, sha256  # noqa: E402
+from runs import RecordError, Run, find_run_log, is_number, read_run  # noqa: E402
 from welch import Sample, sample, welch  # noqa: E402
 
 TRACKS = ("track_10min_16mb", "track_non_record_16mb")
@@ -40,68 +44,73 @@ BAR_NATS, BAR_P = 0.005, 0.01  # a record beats the one before by this, at this 
 
 
 class Group(NamedTuple):
-    """Results that belong together: the seeds of one configuration."""
+    """Results that belong together: the seeds of one configuration, over the true bytes."""
 
     name: str
     runs: list[Run]  # empty for a published result without logs
-    bpb: Sample
+    bpb: Sample | None
     nats: Sample | None
-    published: dict[str, Any] = {}  # what published.json says of it
+    published: dict[str, Any] = {}  # what denominator.results says of it
+    problem: str = ""  # why there is no score, if there is none
 
 
 def published_group(name: str) -> Group | None:
-    """A published result by its name or the start of it, over corrected bytes where needed."""
-    rows = [row for row in rules.published()["results"] if row["name"].startswith(name)]
+    """A published result by its name or the start of it."""
+    rows = [row for row in denominator.results() if row["name"].startswith(name)]
     if len(rows) > 1:
         raise RecordError(f"{name} begins {len(rows)} published names, such as "
                           f"{', '.join(row['name'] for row in rows[:3])}; give more of one")
     if not rows:
         return None
-    row = rows[0]
-    factor = row.get("counted_over_true", 1.0)
-    values = [seed["val_bpb"] * factor for seed in row["seeds"].values()] or [
-        row["val_bpb"] * factor]
-    losses = [seed["val_loss"] for seed in row["seeds"].values() if seed.get("val_loss")]
-    label = row["name"] + (" (bytes corrected)" if factor != 1 else "")
-    return Group(label, [], sample(values), sample(losses) if losses else None, row)
+    row, seeds = rows[0], rows[0]["seeds"].values()
+    losses = [seed["val_loss"] for seed in seeds if seed.get("val_loss")]
+    return Group(row["label"], [], sample([seed["val_bpb"] for seed in seeds] or [row["val_bpb"]]),
+                 sample(losses) if losses else None, row)
 
 
 def find_group(name: str) -> Group:
     """A log, a RUN_ID, a folder or a published result; raises RecordError for anything else."""
     if Path(name).is_dir():
-        folder = rules.Folder(Path(name))
-        claimed = set(folder.claims) or {run.seed for run in folder.runs}
-        runs = list({run.seed: run for run in folder.runs if run.seed in claimed}.values())
-        if not runs:
-            raise RecordError(f"{name}: holds no log of a seed that it claims; give another folder")
-        return group_of(Path(name).resolve().name, runs)
+        folder = Folder(Path(name))
+        return group_of(Path(name).resolve().name, folder.claimed_runs, folder.submission)
     found = published_group(name)
     return found or group_of(Path(name).stem, [read_run(find_run_log(name))])
+
+
+def group_of(name: str, runs: list[Run], submission: dict[str, Any] | None = None) -> Group:
+    """Runs as a group, their BPB over the true bytes; `problem` says why it has no score."""
+    factor = denominator.counted(runs, submission or {}).factor
+    runs, label = denominator.corrected(runs, factor), denominator.label(name, factor)
+    unscored = [str(run.path) for run in runs if not run.headline]
+    if unscored or not runs:
+        return Group(label, runs, None, None, problem=f"{', '.join(unscored)}: no final score"
+                     if runs else "no log of a seed that it claims")
+    return Group(label, runs, sample([run.headline.bpb for run in runs]),
+                 sample([run.headline.loss for run in runs]))
+
+
+def scored(group: Group) -> Group:
+    """The group; raises RecordError if it has no score."""
+    if group.problem:
+        raise RecordError(f"{group.name}: {group.problem}; give logs of finished runs")
+    return group
 
 
 def find_groups(names: list[str]) -> list[Group]:
     """Groups under different labels: those that share one are labelled as they were given."""
     groups = [find_group(name) for name in names]
     labels = [group.name for group in groups]
-    groups = [group._replace(name=given) if labels.count(group.name) > 1 else group
-              for group, given in zip(groups, names, strict=True)]
+    groups = [group._replace(name=given + denominator.MARK * (group.name.endswith(
+        denominator.MARK))) if labels.count(group.name) > 1 else group
+        for group, given in zip(groups, names, strict=True)]
     if len({group.name for group in groups}) < len(groups):
         raise RecordError(f"{', '.join(names)}: one of these is given twice")
     return groups
 
 
-def group_of(name: str, runs: list[Run]) -> Group:
-    """Runs as a group; raises RecordError if one has no score."""
-    for run in runs:
-        if not run.headline:
-            raise RecordError(f"{run.path}: holds no final score; give logs of finished runs")
-    return Group(name, runs, sample([run.headline.bpb for run in runs]),
-                 sample([run.headline.loss for run in runs]))
-
-
 def one_group(names: list[str]) -> Group:
     """All of several logs as one group."""
-    groups = find_groups(names)
+    groups = [scored(group) for group in find_groups(names)]
     if len(groups) == 1:
         return groups[0]
     if not all(group.runs for group in groups):
@@ -118,12 +127,12 @@ def one_group(names: list[str]) -> Group:
 def scored_bytes(group: Group) -> float:
     """The bytes that a group was scored on; published results are of FineWeb's validation text."""
     return next((run.counted_bytes for run in group.runs if run.counted_bytes),
-                rules.published()["facts"]["validation_bytes"])
+                denominator.published()["facts"]["validation_bytes"])
 
 
 def statistics_text(ours: Group, against: Group | None, bar_nats: float = BAR_NATS) -> str:
     """Means with 95 % intervals and, against another result, Welch's t-test over the bar."""
-    rows = [[g.name, g.bpb.n, spread_of(g.bpb), f"{g.bpb.std:.5f}",
+    rows = [[g.name, g.bpb.n, spread_of(g.bpb), figures.mean_of([g.bpb.std], ".5f"),
              spread_of(g.nats) if g.nats else None] for g in filter(None, (ours, against))]
     lines = [markdown(["result", "seeds", "BPB, 95 %", "deviation", "nats/token, 95 %"], rows)]
     if not against:
@@ -154,17 +163,16 @@ def statistics_text(ours: Group, against: Group | None, bar_nats: float = BAR_NA
 
 def standing(group: Group) -> str:
     """Where a result stands among the published ones, over corrected bytes."""
-    results = rules.published()
-    true_bytes = results["facts"]["validation_bytes"]
+    true_bytes = denominator.published()["facts"]["validation_bytes"]
     counted = next((run.counted_bytes for run in group.runs if run.counted_bytes), None)
     if group.runs and (counted is None or abs(counted / true_bytes - 1) > 1e-3):
         text = "an unknown number of" if counted is None else f"{counted:.0f}"
         return (f"{group.name}: scored on {text} bytes, not on FineWeb's validation text "
                 f"({true_bytes}); it has no place among the published results.")
-    rows = [(row["val_bpb"] * row.get("counted_over_true", 1.0), row["name"])
-            for row in results["results"] if row["track"] == TRACKS[0] and not row.get("excluded")]
-    better = [row for row in sorted(rows) if row[0] < group.bpb.mean and row[1] != group.name]
-    rest = len([row for row in rows if row[1] != group.name])
+    rows = sorted((row["val_bpb"], row["label"]) for row in denominator.results()
+                  if row["track"] == TRACKS[0] and not row.get("excluded")
+                  and row["label"] != group.name)
+    better, rest = [row for row in rows if row[0] < group.bpb.mean], len(rows)
     text = f"{group.name}: {group.bpb.mean:.4f} BPB, {len(better)} of {rest} published are better"
     return text + (f", the nearest {better[-1][1]} at {better[-1][0]:.4f}." if better else ".")
 
@@ -172,11 +180,12 @@ def standing(group: Group) -> str:
 def comparison(names: list[str]) -> str:
     """Groups side by side in Markdown: numbers, settings that differ, place in the field."""
     groups = find_groups(names)
-    logged = {group.name: group.runs for group in groups if group.runs}
-    parts = [figures.stage_table(logged, [figures.published_row(g.name, g.bpb, g.published)
-                                          for g in groups if not g.runs])]
+    logged = {group.name: group.runs for group in groups if not group.published}
+    parts = [figures.stage_table(logged, [figures.published_row(group.bpb, group.published)
+                                          for group in groups if group.published])]
     parts += [text for text in (figures.differing_settings(logged),) if text]
-    parts += [standing(group) for group in groups]
+    parts += [f"{group.name}: {group.problem}, so it has no score." if group.problem
+              else standing(group) for group in groups]
     return "\n\n".join(parts)
 
 
@@ -190,7 +199,7 @@ def beside(run: Run, name: str) -> Path:
 
 def check_runs(runs: list[Run], code: Path) -> None:
     """Raise RecordError unless all runs are finished, of this code and of different seeds."""
-    digest = rules.sha256(code)
+    digest = sha256(code)
     for run in runs:
         if not run.ours or not run.headline:
             raise RecordError(f"{run.path}: no finished run of train_gpt.py; run the seed again")
@@ -207,11 +216,31 @@ def check_runs(runs: list[Run], code: Path) -> None:
         raise RecordError(f"seeds {seeds}: give one log for each seed")
 
 
+def readable_source(options: argparse.Namespace) -> Path | None:
+    """The source of the packed file that ran, None if that is not packed; RecordError if another.
+    """
+    data = options.code.read_bytes()
+    try:
+        if not generated.is_packed(data):
+            return None
+    except pack.PackError as error:
+        raise RecordError(f"{options.code}: {error}; pack it again with records/pack.py") from error
+    fault = generated.packing_fault(data, options.source.read_text(encoding="utf-8"))
+    if fault:
+        raise RecordError(f"{options.source} {fault}; give the source of {options.code} "
+                          "with --source")
+    return options.source
+
+
 def make(options: argparse.Namespace) -> int:
-    """Write the folder, verify it, and keep it only if no rule is broken."""
+    """Write the folder, verify it strictly, and keep it only if no rule is broken."""
     runs = sorted((read_run(find_run_log(name)) for name in options.logs), key=lambda r: r.seed)
     check_runs(runs, options.code)
-    against = find_group(options.against) if options.against else None
+    against = scored(find_group(options.against)) if options.against else None
+    text = options.about.read_text(encoding="utf-8") if options.about else generated.idea(runs)
+    files = {"train_gpt.py": options.code, "requirements.txt": HERE.parent / "requirements.txt"}
+    if readable := readable_source(options):
+        files[generated.READABLE] = readable
     target = options.records / options.track / f"{options.date}_{options.name.replace(' ', '_')}"
     if target.exists():
         raise RecordError(f"{target} exists; remove it or give another --name")
@@ -219,12 +248,12 @@ def make(options: argparse.Namespace) -> int:
     shutil.rmtree(part.parent, ignore_errors=True)
     part.mkdir(parents=True)
     try:
-        write_folder(part, runs, options, against)
-        found = rules.verify(part)
-        for finding in found:
-            print(finding)
-        if found:
-            raise RecordError(f"{len(found)} rules are broken; {target} was not made")
+        copy_files(part, runs, files, options.artifacts)
+        write_texts(part, runs, options, against, text)
+        found = rules.verify(part, strict=True)
+        print(verdict(part, found))
+        if not valid(found):
+            raise RecordError(f"{target} was not made")
         part.rename(target)
     finally:
         shutil.rmtree(part.parent)
@@ -232,27 +261,83 @@ def make(options: argparse.Namespace) -> int:
     return 0
 
 
-def write_folder(part: Path, runs: list[Run], options: argparse.Namespace,
-                 against: Group | None) -> None:
-    """Every file of a record folder."""
+def copy_files(part: Path, runs: list[Run], files: dict[str, Path], artifacts: bool) -> None:
+    """Put in the files of a folder that are copies: name -> where from, tokenizer, ledger, logs."""
+    kept = {path.name: path for path in beside(runs[0], "DATA_PATH").iterdir()
+            if path.suffix in (".yaml", ".model", ".npz", ".vocab") or path.name == rules.LEDGER}
+    logs = {f"train_seed{run.seed}.log": run.path for run in runs}
+    models = {f"model_seed{run.seed}.ptz": beside(run, "ARTIFACT_PATH") for run in runs}
+    for name, path in (kept | files | logs | (models if artifacts else {})).items():
+        shutil.copyfile(path, part / name)
+
+
+def write_texts(part: Path, runs: list[Run], options: argparse.Namespace, against: Group | None,
+                text: str) -> None:
+    """Write what a folder says of its runs: submission.json, README.md and the curves."""
     about = generated.submission(
         runs, {key: getattr(options, key) for key in generated.TYPED},
-        {run.seed: rules.sha256(beside(run, "ARTIFACT_PATH")) for run in runs})
-    data = beside(runs[0], "DATA_PATH")
-    kept = [p for p in sorted(data.iterdir()) if p.suffix in (".yaml", ".model", ".npz", ".vocab")
-            or p.name == "manifest.json"]
-    for path in [options.code, HERE.parent / "requirements.txt", *kept]:
-        shutil.copyfile(path, part / (path.name if path != options.code else "train_gpt.py"))
-    for run in runs:
-        shutil.copyfile(run.path, part / f"train_seed{run.seed}.log")
-        if options.artifacts:
-            shutil.copyfile(beside(run, "ARTIFACT_PATH"), part / f"model_seed{run.seed}.ptz")
+        {run.seed: sha256(beside(run, "ARTIFACT_PATH")) for run in runs})
+    (part / "submission.json").write_text(
+        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     figures.plot({f"seed {run.seed}": [run] for run in runs}, part / "curves.png", options.name)
-    text = json.dumps(about, indent=1, ensure_ascii=False)
-    (part / "submission.json").write_text(text + "\n", encoding="utf-8")
     group = group_of(options.name, runs)
     statistics = f"{statistics_text(group, against)}\n\n{standing(group)}"
-    (part / "README.md").write_text(generated.readme(runs, about, statistics), encoding="utf-8")
+    packed = (part / generated.READABLE).is_file()
+    (part / "README.md").write_text(
+        generated.readme(runs, about, packed, statistics, text), encoding="utf-8")
+
+
+# --- verify ---------------------------------------------------------------------------------
+
+
+def valid(found: list[rules.Finding]) -> bool:
+    """Whether there is no fault; notes are none."""
+    return all(finding.note for finding in found)
+
+
+def cells(found: list[rules.Finding]) -> list[str]:
+    """For each rule of findings a few words: the first, and how many more there are."""
+    by_rule: dict[str, list[rules.Finding]] = {}
+    for finding in sorted(found, key=lambda finding: finding.note):  # the faults of a rule first
+        by_rule.setdefault(finding.rule.name, []).append(finding)
+    return [f"{name}{' ' if some[0].what[0] in '+-' else ': '}{some[0].what}"
+            + bracketed(*["note"] * some[0].note, *[f"and {len(some) - 1} more"] * (len(some) > 1))
+            for name, some in by_rule.items()]
+
+
+def bracketed(*words: str) -> str:
+    """" (a, b)", or nothing of no words."""
+    return f" ({', '.join(words)})" if words else ""
+
+
+def verdict(path: Path, found: list[rules.Finding]) -> str:
+    """One line on what a folder is, and below it each fault with its remedy."""
+    folder, name = Folder(path), path.resolve().name
+    faults = [finding for finding in found if not finding.note]
+    notes = "; ".join(cells([finding for finding in found if finding.note]))
+    if not faults:
+        said = folder.submission
+        size = said.get("bytes_total") or max(
+            (run.total_bytes for run in folder.runs if run.total_bytes), default=None)
+        seeds = len({run.seed for run in folder.runs})
+        return (f"{name}: valid: {seeds} seed{'s' * (seeds != 1)}, {said['val_bpb']:.5f} BPB, "
+                + (f"{size:,} bytes" if size else "bytes unknown") + (notes and f"; {notes}"))
+    broken = cells(faults)
+    more = bracketed(*[f"and {len(broken) - 2} more"] * (len(broken) > 2))
+    return "\n  ".join([f"{name}: not valid: {'; '.join(broken[:2])}{more}", *map(str, faults),
+                        *([f"notes: {notes}"] if notes else [])])
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Say of each folder whether it is valid; 1 if one is not."""
+    worst = 0
+    for path in options.folders:
+        if not path.is_dir():
+            raise RecordError(f"{path} is no folder; give a record folder")
+        found = rules.verify(path, options.strict)
+        print(verdict(path, found))
+        worst = worst or int(not valid(found))
+    return worst
 
 
 # --- survey: many folders -------------------------------------------------------------------
@@ -271,14 +356,14 @@ def means(runs: list[Run]) -> dict[str, Any]:
                               for stage, values in stages.items() if values})
 
 
-def survey_row(folder: rules.Folder) -> dict[str, Any]:
+def survey_row(folder: Folder) -> dict[str, Any]:
     """A published folder as data: what it claims, from its submission or else its logs."""
     said, mirror = folder.submission, folder.mirror
     bpb = next((said[key] for key in ("val_bpb", "mean_val_bpb", "mean_bpb")
-                if rules.is_number(said.get(key))), None)
+                if is_number(said.get(key))), None)
     finals = [run.headline.bpb for run in folder.runs if run.headline]
-    seeds = {str(seed): {key: claim[key] for key in rules.SCORED if rules.is_number(claim.get(key))}
-             for seed, claim in folder.claims.items() if rules.is_number(claim.get("val_bpb"))}
+    seeds = {str(seed): {key: claim[key] for key in rules.SCORED if is_number(claim.get(key))}
+             for seed, claim in folder.claims.items() if is_number(claim.get("val_bpb"))}
     pull = re.search(r"pull/(\d+)", mirror.get("ref", ""))
     row = dict(name=folder.path.name, pull=int(pull[1]) if pull else None,
                author=said.get("github_id") or said.get("author"), track=TRACKS[
@@ -289,65 +374,59 @@ def survey_row(folder: rules.Folder) -> dict[str, Any]:
                    default=said.get("bytes_total")), bytes_code=folder.code_bytes)
     row |= means([run for run in folder.runs if run.headline and (
         not folder.claims or run.seed in folder.claims)])
-    _, factor = rules.denominator(folder)
-    if factor and abs(factor - 1) > 1e-3:
-        row["counted_over_true"] = round(factor, 6)
-    return row
+    factor = denominator.counted(folder.runs, said).factor
+    return row | ({"counted_over_true": round(factor, 6)} if factor != 1 else {})
 
 
-def alarms(folder: rules.Folder) -> list[str]:
-    """A row of the survey: the folder, the first fault of each rule of all, our rules it breaks."""
-    found = rules.verify(folder.path)
-    by_rule: dict[str, list[rules.Finding]] = {}
-    for finding in found:
-        by_rule.setdefault(finding.rule.name, []).append(finding)
-    texts = [f"{name}: {some[0].where}: {some[0].what}"
-             + (f" (and {len(some) - 1} more)" if len(some) > 1 else "")
-             for name, some in by_rule.items() if not some[0].rule.ours]
-    ours = sorted(name for name, some in by_rule.items() if some[0].rule.ours)
-    return [folder.path.name, "; ".join(texts).replace("|", "/") or "none", ", ".join(ours)]
+def survey_text(folders: list[Path]) -> str:
+    """SURVEY.md: what each rule finds in how many folders and what that means; then each folder."""
+    found = {path.name: rules.verify(path) for path in folders}
+    meanings = denominator.published()["facts"]["survey"]
+    counts = []
+    for rule in rules.RULES:
+        names = [{finding.note for finding in some if finding.rule is rule}
+                 for some in found.values()]
+        faults, notes = sum(False in name for name in names), sum(name == {True} for name in names)
+        if not rule.strict:
+            counts.append([rule.name, faults, notes, meanings.get(rule.name, "No folder breaks it.")
+                           if faults + notes else "No folder breaks it."])
+    good = sum(map(valid, found.values()))
+    rows = [[name, "; ".join(cells(some)).replace("|", "/") or "valid"]
+            for name, some in found.items()]
+    return "\n".join([
+        "# The public record folders, verified", "",
+        f"`records/make_record.py survey FOLDER...` wrote this file from the {len(found)} folders "
+        "of the challenge's", "repository and its pull requests. They are judged by the "
+        f"challenge's rules alone; {good} are valid by them.", "What the first table calls a note "
+        "is no fault.", "", "## What the rules found", "",
+        markdown(["rule", "folders with a fault", "with a note only", "what it means"], counts), "",
+        "## Folder by folder", "", "A cell names each rule with the first thing that it found.", "",
+        markdown(["folder", "what was found"], rows)])
 
 
 def published_text(rows: list[dict[str, Any]]) -> str:
     """published.json with these results, a line each; facts and notes stay as they are."""
-    known = rules.published()
+    known = denominator.published()
     kept = {row["name"]: {k: row[k] for k in ("excluded", "note") if k in row}
             for row in known["results"]}
     text = ",\n  ".join(json.dumps(row | kept.get(row["name"], {}), ensure_ascii=False)
-                        for row in rows if rules.is_number(row["val_bpb"]))
+                        for row in rows if is_number(row["val_bpb"]))
     head = json.dumps({k: v for k, v in known.items() if k != "results"}, indent=1,
                       ensure_ascii=False)
     return f'{head[:-2]},\n "results": [\n  {text}\n ]\n}}\n'
 
 
 def survey(options: argparse.Namespace) -> int:
-    """Verify many folders; the table of alarms, and with --json the results as data."""
-    folders = [rules.Folder(path) for path in options.folders]
-    print(markdown(["folder", "faults by the challenge's rules", "our rules"],
-                   map(alarms, folders)))
+    """Verify many folders: SURVEY.md, and with --json the results as data."""
+    print(survey_text(options.folders))
     if options.json:
-        rows = [survey_row(folder) for folder in folders if len(folder.names) > 1]
+        rows = [survey_row(folder) for folder in map(Folder, options.folders)
+                if len(folder.names) > 1]
         options.json.write_text(published_text(rows), encoding="utf-8")
     return 0
 
 
 # --- command line ---------------------------------------------------------------------------
-
-
-def verify(options: argparse.Namespace) -> int:
-    """Print what is wrong with each folder; 1 if anything is."""
-    worst = 0
-    for path in options.folders:
-        if not path.is_dir():
-            raise RecordError(f"{path} is no folder; give a record folder")
-        found, name = rules.verify(path), path.resolve().name
-        for finding in found:
-            print(f"{name}: {finding}")
-        if not [*path.glob("model_seed*.ptz")]:
-            print(f"{name}: note: no artifact is in the folder; sizes are the logs'")
-        print(f"{name}: " + (f"{len(found)} faults" if found else "no fault found"))
-        worst = worst or int(bool(found))
-    return worst
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -364,15 +443,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--track", choices=TRACKS, default=TRACKS[0])
     one.add_argument("--code", type=Path, default=HERE.parent / "train_gpt.py",
                      help="the file that ran, packed or not")
+    one.add_argument("--source", type=Path, default=HERE.parent / "train_gpt.py",
+                     help="the readable source of a packed --code (train_gpt.py here)")
+    one.add_argument("--about", type=Path, metavar="FILE", help="your text on the idea, for the "
+                     "folder's README.md; without it a paragraph names what was switched on")
     one.add_argument("--records", type=Path, default=HERE, help="where the tracks are")
     one.add_argument("--against", help="a result to test against: folder, log or published name")
     one.add_argument("--artifacts", action="store_true", help="put the artifacts in, too")
-    for name, text in (("verify", "name each fault of record folders"),
-                       ("survey", "one table of the faults of many folders")):
-        many = commands.add_parser(name, help=text)
-        many.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-        if name == "survey":
-            many.add_argument("--json", type=Path, help="also write the results as data")
+    about = "\n".join(f"  {rule.name}{' (record)' * rule.record}{' (strict)' * rule.strict}: "
+                      f"{rule.asks}" for rule in rules.RULES)
+    some = commands.add_parser(
+        "verify", help="whether record folders are valid", epilog="The rules; those of the record "
+        "track bind no other, and the strict ones are\nours and asked for with --strict only:\n"
+        + about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    some.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    some.add_argument("--strict", action="store_true", help="by our own rules, too")
+    some = commands.add_parser("survey", help="SURVEY.md: the faults of many folders")
+    some.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    some.add_argument("--json", type=Path, help="also write the results as data")
     for name, text in (("compare", "results side by side"), ("stats", "means and t-test"),
                        ("plot", "curves as a PNG")):
         some = commands.add_parser(name, help=text)
@@ -389,7 +477,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def draw(options: argparse.Namespace) -> int:
     """Plot runs; names of published results without logs are refused."""
-    groups = {group.name: group.runs for group in find_groups(options.names)}
+    groups = {group.name: scored(group).runs for group in find_groups(options.names)}
     empty = [name for name, runs in groups.items() if not runs]
     if empty:
         raise RecordError(f"{', '.join(empty)}: no log to draw; give logs or folders")
@@ -405,7 +493,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "compare":
             print(comparison(options.names))
         elif options.command == "stats":
-            against = find_group(options.against) if options.against else None
+            against = scored(find_group(options.against)) if options.against else None
             print(statistics_text(one_group(options.names), against, options.bar))
         else:
             return {"make": make, "verify": verify, "survey": survey, "plot": draw}[
@@ -417,4 +505,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # a reader that has seen enough, such as head, ends the program
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(main())

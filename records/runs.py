@@ -64,6 +64,11 @@ class RecordError(Exception):
     """The user's input cannot be used; the message says what, the value and the remedy."""
 
 
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 class Score(NamedTuple):
     """A line with a loss and its BPB."""
 
@@ -154,6 +159,13 @@ class Run:
         """Seconds of all evaluation of the artifact: the summary's or the lines' sum, if longer."""
         spent = [s.eval_ms for name, s in self.named.items() if s.eval_ms and "ema" not in name]
         return max(sum(spent) / 1e3, float(self.summary.get("seconds_eval", 0))) or None
+
+    @property
+    def mode(self) -> str | None:
+        """The last mode that the settings of our run enable: the one whose score is the run's."""
+        modes = self.settings.get("EVAL_MODES", "").split(",")
+        return next((mode for mode in ("ngram", "ttt", "sliding", "roundtrip") if mode in modes
+                     and self.settings.get(f"{mode.upper()}_ENABLED") != "0"), None)
 
     @property
     def headline(self) -> Score | None:

@@ -54,10 +54,10 @@ def t_quantile(tail: float, freedom: float) -> float:
 
 
 class Sample(NamedTuple):
-    """A mean of n values with their standard deviation (n - 1)."""
+    """A mean of n values with their standard deviation (n - 1); one value has none."""
 
     mean: float
-    std: float
+    std: float | None
     n: int
 
     @property
@@ -68,8 +68,8 @@ class Sample(NamedTuple):
 
 
 def sample(values: Sequence[float]) -> Sample:
-    """Mean and spread of values; one value has no spread."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    """Mean and spread of values."""
+    spread = statistics.stdev(values) if len(values) > 1 else None
     return Sample(statistics.fmean(values), spread, len(values))
 
 
@@ -84,7 +84,7 @@ class Welch(NamedTuple):
 
 def welch(first: Sample, second: Sample, bar: float = 0.0) -> Welch | None:
     """Welch's t-test, one-sided; None unless both have two values and either any spread."""
-    if min(first.n, second.n) < 2 or not first.std + second.std:
+    if min(first.n, second.n) < 2 or not (first.std or second.std):
         return None
     parts = first.std**2 / first.n, second.std**2 / second.n
     difference = second.mean - first.mean

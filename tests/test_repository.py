@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import fields
@@ -14,25 +15,83 @@ import harness as h
 import train_gpt as t
 
 
-def test_readme_holds_the_settings_table():
-    """The README's table is the code's, line for line."""
-    lines = (h.ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+DOCUMENTS = [h.ROOT / "README.md", *sorted(h.ROOT.glob("docs/*.md")),
+             *sorted(h.ROOT.glob("records/*.md")), *sorted(h.ROOT.glob("records/*/*.md"))]
+SETTINGS = {f.name.upper() for f in fields(t.Config)}
+OTHERS = {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE",
+          "WORLD_SIZE", "HF_ENDPOINT", "HF_TOKEN"}  # read by libraries
+
+
+def test_the_documents_hold_the_settings():
+    """docs/settings.md has the code's table, line for line; README's rows are some of it."""
     table = t.settings_table().splitlines()
-    assert table[0] in lines
-    start = lines.index(table[0])
-    assert lines[start : start + len(table)] == table
-    assert not lines[start + len(table)].startswith("|")
+    assert [line for line in (h.ROOT / "docs/settings.md").read_text().splitlines()
+            if line.startswith("|")] == table
+    rows = (h.ROOT / "README.md").read_text().partition(table[0] + "\n")[2].split("\n\n")[0]
+    assert rows and set(rows.splitlines()) <= set(table)
 
 
-def test_the_documents_name_tests_that_exist():
-    """Every `-k NAME` in a README selects a test."""
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(h.ROOT)))
+def test_a_document_names_what_there_is(path):
+    """Settings in backquotes, files and anchors of links, tests after `-k`."""
+    text = path.read_text(encoding="utf-8")
+    script = (h.ROOT / "run_8xh100.sh").read_text()
+    for name in re.findall(r"`([A-Z][A-Z0-9]*_[A-Z0-9_]+)[=`]", text):
+        assert name in SETTINGS | OTHERS or re.search(rf"\b{name}\b", script) or re.search(
+            rf"(?m)^{name} = ", (h.ROOT / "train_gpt.py").read_text()), name
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        heads = re.findall(r"(?m)^#+ (.+)$", file.read_text()) if anchor else []
+        assert not anchor or anchor in [head.lower().replace(" ", "-") for head in heads], target
     files = [h.ROOT / "test_cpu.py", *h.ROOT.glob("tests/test_*.py"),
              *h.ROOT.glob("records/tests/test_*.py")]
-    names = [name for path in files
-             for name in re.findall(r"(?m)^def test_(\w+)", path.read_text())]
-    for path in (h.ROOT / "README.md", *h.ROOT.glob("docs/*.md"), *h.ROOT.glob("records/*.md")):
-        for wanted in re.findall(r"pytest [^`|]*-k (\w+)", path.read_text("utf-8")):
-            assert any(wanted in name for name in names), (path.name, wanted)
+    names = [name for file in files for name in re.findall(r"(?m)^def test_(\w+)", file.read_text())]
+    for wanted in re.findall(r"pytest [^`|]*-k (\w+)", text):
+        assert any(wanted in name for name in names), wanted
+
+
+def test_the_documents_hold_the_rules():
+    """records/README.md has a row for each rule of `verify`, and no other."""
+    binds = {(0, 0): "everybody", (1, 0): "records", (0, 1): "`--strict`"}
+    rows = [f"| {rule.name} | {binds[rule.record, rule.strict]} | {rule.asks} |"
+            for rule in h.tool("rules").RULES]
+    text = (h.ROOT / "records" / "README.md").read_text(encoding="utf-8")
+    assert text.partition("| rule | binds |")[2].split("\n\n")[0].splitlines()[2:] == rows
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command in the bash blocks of a Markdown text."""
+    lines = "\n".join(re.findall(r"(?ms)^```bash\n(.*?)^```", text)).replace("\\\n", " ")
+    found = []
+    for line in lines.splitlines():
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            found.append(words[: words.index("&&")])
+            words = words[words.index("&&") + 1 :]
+        found += [words] * bool(words)
+    return found
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(h.ROOT)))
+def test_the_commands_of_a_document_are_the_code_s(path):
+    """Variables are settings, programs are files, and options are in their source."""
+    for words in commands(path.read_text(encoding="utf-8")):
+        program = next((i for i, word in enumerate(words) if "=" not in word), len(words))
+        names = {word.partition("=")[0] for word in words[:program] if program < len(words)}
+        script = (h.ROOT / "run_8xh100.sh").read_text()
+        is_script = words[program:][:1] == ["./run_8xh100.sh"]
+        assert all(name in SETTINGS | OTHERS or is_script and re.search(rf"\b{name}\b", script)
+                   for name in names), words
+        files = [word for word in words[program:] if word.endswith((".py", ".sh"))]
+        for file in files:
+            assert (h.ROOT / file).is_file() or "packed/" in file, words
+        options = [word.partition("=")[0] for word in words[program:] if word.startswith("--")]
+        known = "".join((h.ROOT / file).read_text() for file in files if (h.ROOT / file).is_file())
+        outer = {"--standalone", "--nproc_per_node", "--max-restarts"}  # torchrun's
+        assert not files or all(re.search(rf"{option}\b", known) for option in options
+                                if option not in outer), words
 
 
 def test_the_preflight_opens_with_what_it_proves():
@@ -64,11 +123,12 @@ def test_imports_are_torch_numpy_and_the_standard_library():
 
 def test_what_is_imported_is_required():
     """requirements.txt names every package that a test or a tool imports."""
-    required = set(re.findall(r"(?m)^(\w+)", (h.ROOT / "requirements.txt").read_text()))
+    packages = re.findall(r"(?m)^[\w-]+", (h.ROOT / "requirements.txt").read_text())
+    required = {name.replace("-", "_") for name in packages}
     paths = [path for pattern in ("*.py", "tests/*.py", "records/*.py", "records/*/*.py")
              for path in h.ROOT.glob(pattern) if not path.stem.endswith("_run")]  # stand-in's torch
     known = required | sys.stdlib_module_names | {path.stem for path in paths} | {
-        "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # torch's, and optional
+        "PIL", "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # others', optional
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [
@@ -94,23 +154,6 @@ def test_import_is_light():
     code = ("import sys, retokenize_scylla; print([name for name in ('numba', 'sentencepiece', "
             "'tokenmonster', 'zstandard', 'torch') if name in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=h.ROOT, text=True) == "[]\n"
-
-
-@pytest.mark.slow
-def test_packed_code_is_small():
-    """At most 32,000 bytes, stub and decoder with them."""
-    pack = h.tool("pack")
-    assert len(pack.pack((h.ROOT / "train_gpt.py").read_text())) <= pack.LARGEST == 32_000
-
-
-def test_every_python_writes_the_packed_program_alike():
-    """No f-string has a string in its braces, which Python 3.12 alone quotes otherwise."""
-    for path in ("train_gpt.py", "records/mixing.py"):
-        for node in ast.walk(ast.parse((h.ROOT / path).read_text())):
-            held = [c.value for part in getattr(node, "values", ()) for c in ast.walk(part)
-                    if isinstance(part, ast.FormattedValue) and isinstance(c, ast.Constant)
-                    and c not in ast.walk(part.format_spec or ast.Pass())]
-            assert not any(isinstance(value, str) for value in held), ast.unparse(node)
 
 
 def test_credits_are_one_table():

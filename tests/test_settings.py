@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -162,12 +164,21 @@ def test_explicit_values_win_over_the_preset():
         assert t.contradictions(t.Config(**t.PRESETS[preset])) == []
 
 
-def test_help_prints_the_table(capsys):
+def test_help_prints_the_table(capsys, monkeypatch):
     """--help shows every setting; any other argument shows it too and fails."""
+    monkeypatch.setattr(t.signal, "signal", lambda *given: None)  # of pytest's process
     for arguments, code in ((["--help"], 0), (["-h"], 0), (["--iterations=5"], 1)):
         assert t.main(arguments) == code
         out = capsys.readouterr().out
         assert t.settings_table() in out and "torchrun" in out
+
+
+def test_help_may_be_cut_short():
+    """`--help | head -1` ends without a traceback."""
+    command = [sys.executable, h.ROOT / "train_gpt.py", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()  # before the first line
+        assert process.stderr.read() == b""
 
 
 def test_settings_table_shows_defaults_demo_and_choices():

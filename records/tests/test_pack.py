@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import ast
-import bz2
 import linecache
-import math
+import lzma
 import re
-import zlib
 from dataclasses import fields
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 import harness as h
-import mixing
 import pack
 import train_gpt as t
 
@@ -33,141 +28,146 @@ def test_packed_code_runs_the_same(runs, packed):
 
 @pytest.mark.slow
 def test_packed_code_is_complete(packed):
-    """The same program and settings."""
-    packed, small, _ = packed
-    source = h.SCRIPT.read_text()
-    readable = "".join(linecache.getlines(f"{packed} (unpacked)"))
-    assert ast.dump(pack.bare(readable)) == ast.dump(pack.bare(source))
+    """The same functions, classes and settings, but for the help."""
+    small = packed[1]
     assert vars(small).keys() >= {n for n in vars(t) if not n.startswith("__")}
-    assert [(f.name, f.type, f.default) for f in fields(small.Config)] == [
-        (f.name, f.type, f.default) for f in fields(t.Config)]
+    about = [[(f.name, f.type, f.default, f.metadata | dict(help="")) for f in fields(m.Config)]
+             for m in (small, t)]
+    assert about[0] == about[1]
 
 
-def test_pack_is_a_command(tmp_path, monkeypatch):
-    """A file packed whole, an exit code; what is not packed is read as it is."""
-    source = h.SCRIPT.read_text()
-    assert pack.unpack(source.encode()) == source
+def test_packed_code_is_small():
+    """At most 32,000 bytes, all in all."""
+    assert len(pack.pack(h.SCRIPT.read_text())) <= pack.LARGEST == 32_000
+
+
+SOURCE = '''"""Doc."""
+from __future__ import annotations
+from typing import NamedTuple
+
+
+def setting(default, text, low=None):
+    """Gone."""
+    return default, text, low
+
+
+class A(NamedTuple):
+    """Gone."""
+    x: int = 1  # gone
+
+    def f(self, value: int = 2, *rest: str) -> dict[str, int]:
+        """Gone."""
+        long_name: str = """kept # here
+            and indented
+        """
+        return {"->": "#\\u2581", long_name: value}
+
+
+class Config:
+    """Gone."""
+    y: int | None = setting(3, "help", 1)  # an int
+    z = A(4), setting("kept", str(2), low=2)
+
+
+def kernel(value, ROWS, SIZE_2):
+    """Gone."""
+    total = value + value + ROWS + ROWS + ROWS + SIZE_2 + SIZE_2 + SIZE_2
+    return total + total
+
+
+if __name__ == "__main__":
+    print(__doc__, A().f(), Config.__annotations__, Config.y, Config.z, kernel(1, ROWS=2, SIZE_2=3))
+'''
+
+
+def test_a_packed_file_does_the_same(tmp_path):
+    """Fields keep their types and kernels their constants; comments, help and docstrings go."""
+    small = pack.minify(SOURCE)
+    assert "gone" not in small.lower()
+    assert "def kernel(value,ROWS,SIZE_2)" in small and "=ROWS" not in small
+    assert not {"total", "long_name", "help"} & set(re.findall(r"\w+", small))
+    (tmp_path / "plain.py").write_text(SOURCE.replace('"help"', '""'))
+    (tmp_path / "packed.py").write_bytes(pack.pack(SOURCE))
+    outputs = [h.python([tmp_path / f"{name}.py"], tmp_path).stdout
+               for name in ("plain", "packed")]
+    assert outputs[1] == outputs[0].replace("Doc.", pack.ABOUT) != ""
+
+
+def test_pack_is_a_command(tmp_path, monkeypatch, capsys):
+    """A file packed whole; size is a warning, only what cannot be packed is an error."""
     (tmp_path / "tiny.py").write_text(SOURCE)
-    assert pack.main([str(tmp_path / "tiny.py"), "--output", str(tmp_path / "a" / "p.py")]) == 0
-    assert (tmp_path / "a" / "p.py").read_bytes() == pack.pack(SOURCE)
-    for wrong in (["none.py", "--output", "x"], ["--unpack", str(tmp_path / "none.py")]):
-        assert pack.main(wrong) == 2
-    monkeypatch.setattr(pack, "LARGEST", 1000)  # the file is there, and the code says so
-    assert pack.main([str(tmp_path / "tiny.py"), "--output", str(tmp_path / "a" / "p.py")]) == 1
+    (tmp_path / "wrong.py").write_text("def (")
+    out = tmp_path / "a" / "p.py"
+    assert pack.main([str(tmp_path / "tiny.py"), "--output", str(out)]) == 0
+    assert out.read_bytes() == pack.pack(SOURCE) and "warning" not in capsys.readouterr().err
+    monkeypatch.setattr(pack, "LARGEST", 100)
+    assert pack.main([str(tmp_path / "tiny.py"), "--output", str(out)]) == 0
+    assert "warning" in capsys.readouterr().err
+    assert pack.main([str(out), "--unpack"]) == 0
+    assert capsys.readouterr().out == pack.minify(SOURCE)
+    for name in ("none.py", "wrong.py"):
+        assert pack.main([str(tmp_path / name), "--output", str(tmp_path / "b.py")]) == 2
+        assert name in capsys.readouterr().err and not (tmp_path / "b.py").exists()
+    out.write_bytes(out.read_bytes() + b"#")
+    assert pack.main([str(out), "--unpack"]) == 2
 
 
-SOURCE = ('"""Doc."""\n\n\nclass A(NamedTuple):\n    """Gone."""\n\n    x: int = 1  # gone\n\n'
-            '    def f(self, a: int = 2, *b: str) -> dict[str, int]:\n        """Gone."""\n'
-            '        text: str = """kept # here\n            and indented\n        """\n'
-            '        if a:\n            return {"->": "#\\u2581",\n                    text: a}\n'
-            '        return b\n\n    def g(self):\n        """All of it."""\n\n\n'
-            '@dataclass\nclass B(A):\n    y: int = setting(3, "help", 1)  # an int\n'
-            '    if A:\n        z: int\n\n'
-            'async def h(a: int):\n    b: int\n    return A.setting(a, "kept", c=setting(4))\n')
+def stream(text: str | bytes, dict_size: int = 1 << 20) -> bytes:
+    """An xz stream of a text, as a packed file holds one."""
+    raw = text.encode() if isinstance(text, str) else text
+    return lzma.compress(raw, filters=[dict(id=lzma.FILTER_LZMA2, dict_size=dict_size)])
 
 
-def test_minify_keeps_strings_types_of_dataclasses_and_nesting(monkeypatch):
-    """Comments, docstrings, help and other annotations go; text that looks like them stays."""
-    assert pack.minify(SOURCE) == (
-        f"{pack.ABOUT}\n\nclass A(NamedTuple):\n x: 0 = 1\n\n def f(self, a=2, *b):\n"
-        "  text = 'kept # here\\n            and indented\\n        '\n"
-        "  if a:\n   return {'->': '#\\u2581', text: a}\n  return b\n\n"
-        " def g(self):\n  pass\n\n@dataclass\nclass B(A):\n y: int = setting(3, '', 1)\n"
-        " if A:\n  z: int\n\n"
-        "async def h(a):\n b: int\n return A.setting(a, 'kept', c=setting(4))\n")
-    monkeypatch.setattr(pack, "written", lambda tree: ast.unparse(tree).replace("3", "4"))
-    with pytest.raises(pack.PackError, match="not the same"):
-        pack.minify(SOURCE)
+GOOD, HIDDEN = pack.pack(SOURCE), b"open('ran', 'w')\n"
+WHOLE = stream("".join(f"{n} = {n}\n" for n in range(100)))
+END = len(GOOD) - len(pack.TAIL)
+REFUSED = {
+    "a byte after it": (GOOD + b"\n", "this version"),
+    "code after it": (GOOD + HIDDEN, "this version"),
+    "code before it": (GOOD.replace(b"\nS=", b"\n" + HIDDEN + b"S="), "this version"),
+    "another call": (GOOD.replace(b"exec(compile", b"exit(compile"), "this version"),
+    "no stub": (pack.COOKIE + HIDDEN, "this version"),
+    "a call in the literal": (GOOD[:END] + b'"""+open("ran","w").name+"""' + GOOD[END:], "more"),
+    "a second literal": (GOOD[:END] + b'""" """' + GOOD[END:], "more"),
+    "another escape": (GOOD.replace(rb"7zXZ\0", rb"7zXZ\x00"), "more"),
+    "a second stream": (pack.packed(stream("a = 1\n") + stream(HIDDEN)), "more"),
+    "bytes after the stream": (pack.packed(stream("a = 1\n") + HIDDEN), "more"),
+    "half a stream": (pack.packed(stream("a = 1\n")[:-8]), "more"),
+    "a damaged byte": (pack.packed(bytes([*WHOLE[:40], WHOLE[40] ^ 1, *WHOLE[41:]])), "damaged"),
+    "no stream": (pack.packed(b"open('ran', 'w')"), "damaged"),
+    "no Unicode": (pack.packed(stream(b"a = '\xff'\n")), "damaged"),
+    "a bomb": (pack.packed(stream("#" * (1 << 27))), "over 1048576"),
+    "a large window": (pack.packed(stream("a = 1\n", dict_size=1 << 27)), "damaged"),
+}
 
 
-def test_packed_file_is_read_without_running_it(tmp_path):
-    """Its source comes back; damage, another decoder and another stub are named, never run."""
-    good = pack.pack(SOURCE)
-    assert pack.unpack(good) == pack.minify(SOURCE)
-    (tmp_path / "packed.py").write_bytes(good)
-    assert pack.main([str(tmp_path / "packed.py"), "--unpack"]) == 0
-    place = good.index(b'S=D["decode"]("') + 60
-    digit = good[place : place + 1]
-    bad_digit = good[:place] + (b"a" if digit != b"a" else b"b") + good[place + 1 :]
-    marker = tmp_path / "ran"
-    evil = zlib.compress(f"open({str(marker)!r}, 'w')\ndecode = lambda d, n: ''".encode())
-    other = good.replace(pack.literal(zlib.compress(pack.decoder().encode(), 9)).encode("latin-1"),
-                         pack.literal(evil).encode("latin-1"))
-    assert other != good
-    digit_0 = chr(mixing.DIGITS[0]).encode("latin-1")
-    more = b'12 * x".encode("latin-1"),1,S);open("ran","w");("'.replace(b"12 * x", 12 * digit_0)
-    text_end = good.index(b'".encode("latin-1"),%d,S)' % len(pack.minify(SOURCE)))
-    injected = good[:text_end] + more + good[text_end:]
-    long = pack.decoder() + "\n" * (1 << 16) + "open('ran', 'w')\n"
-    deep = pack.decoder().replace("32700", "32701")
+@pytest.mark.parametrize("name", REFUSED)
+def test_unpack_refuses(name, tmp_path, monkeypatch):
+    """What is not ours to the byte, damaged or absurdly large is named and never run."""
+    monkeypatch.chdir(tmp_path)
+    data, reason = REFUSED[name]
+    assert data != GOOD
+    with pytest.raises(pack.PackError, match=reason):
+        pack.unpack(data)
+    assert not list(tmp_path.iterdir())
 
-    def carrying(text, size=None):
-        """The packed file with another decoder, or another number of characters."""
-        small, data = pack.minify(SOURCE), zlib.compress(text.encode(), 9)
-        parts = data, mixing.encode(small, pack.decoder())
-        return (pack.STUB % (*map(pack.literal, parts), size or len(small),
-                             zlib.crc32(small.encode()))).encode("latin-1")
 
-    assert carrying(pack.decoder()) == good and deep != pack.decoder()
-    for data, reason in ((bad_digit, "CRC-32"), (other, "decoder is not"),
-                         (injected, "this version"), (carrying(long), "decoder is not"),
-                         (carrying(deep), "decoder is not"), (carrying("def ("), "damaged"),
-                         (carrying(pack.decoder(), 9_999_999_999), "this version"),
-                         (carrying("#" * (1 << 27)), "decoder is not"),
-                         (good + b"import os\n", "this version"),
-                         (good.replace(b"exec(compile", b"exit(compile"), "this version"),
-                         (good.replace(b"\nS=", b"\nimport os\nS="), "this version"),
-                         (good.replace(b'S=zlib.decompress("x', b'S=zlib.decompress("y'),
-                          "damaged")):
-        with pytest.raises(pack.PackError, match=reason):
-            pack.unpack(data)
-    assert not marker.exists() and pack.unpack(b"\xff") == "\ufffd"  # somebody else's packer
+def test_unpack_gives_the_source_that_a_file_runs():
+    """Packed or not."""
+    assert pack.unpack(GOOD) == pack.minify(SOURCE)
+    assert pack.unpack(pack.packed(stream("a = 1\n"))) == "a = 1\n"
+    assert pack.unpack(SOURCE.encode()) == SOURCE and pack.unpack(b"\xff") == "\ufffd"
     assert pack.unpack(b"a = 1\r\nb = 2\r\n") == "a = 1\nb = 2\n"  # as Python reads it
+
+
+def test_a_literal_holds_every_byte():
+    """Whatever comes after it, and however many quotes."""
     pairs = bytes(value for a in range(256) for b in range(256) for value in (a, b))
-    assert ast.literal_eval(f'"{pack.literal(pairs)}"').encode("latin-1") == pairs
-
-
-def test_mixing_gives_every_text_back():
-    """Empty, short, repetitive and random texts; only characters that a literal can hold."""
-    noise = "".join(map(chr, np.random.default_rng(0).integers(0, 128, 300)))
-    texts = ("", "a", "\0", "\x7f" * 500, noise, "def f(x):\n    return {x: ['(']}\n" * 20)
-    for text in texts:
-        data = mixing.encode(text, "known")
-        assert mixing.decode(data, len(text), "known") == text, text
-        assert not set(data) & set(b'\0\n\r"\\') and len(data) <= 1.1 * len(text) + 6
-    alone, twice = (len(mixing.encode(texts[-1], known)) for known in ("", texts[-1]))
-    assert twice < alone / 2 < len(texts[-1]) / 24
-    with pytest.raises(ValueError, match="section not found"):
-        mixing.decode(b"\n", 5, "")
-
-
-def test_mixing_rounds_alike_everywhere():
-    """No entry of its two tables is near enough to a tie for another libm to round it otherwise."""
-    source = Path(mixing.__file__).read_text()
-    tables = re.findall(r"round\((.*)\) for (\w) in (\w+|range\(.*?\))[ \]]", source)
-    assert len(tables) == source.count("math.") == 2  # nothing else asks the libm
-    for formula, name, places in tables:
-        for value in eval(places, dict(odds=range(1, 4096))):
-            exact = eval(formula, {"math": math, name: value})
-            assert abs(exact % 1 - 0.5) > 1e-8, (formula, value)
-
-
-@pytest.mark.slow
-def test_mixing_is_arithmetic_coding():
-    """The file is as long as the model's probabilities say, and shorter than bzip2 by a quarter."""
-    text, nats = pack.minify(h.SCRIPT.read_text()), 0.0
-    told = mixing.bits_of(text)
-
-    def choose(p):
-        nonlocal nats
-        bit = next(told)
-        nats -= math.log((p if bit else 65536 - p) / 65536)
-        return bit
-
-    assert mixing.model(choose, len(text)) == text
-    size = len(mixing.encode(text, ""))
-    assert abs(size - nats / math.log(251)) < 10
-    assert size < 0.8 * len(bz2.compress(text.encode(), 9))
+    for data in (pairs, b'"""" """ """""""""x', b"\0\0\0001\0x41\\x41\\\r\n\n\r", bytes(9)):
+        file = pack.packed(data + b"YZ")
+        assert b"\r" not in file and b"\0" not in file
+        held = [node.value for node in ast.walk(ast.parse(file)) if isinstance(node, ast.Constant)]
+        assert (data + b"YZ").decode("latin-1") in held
 
 
 @pytest.mark.slow

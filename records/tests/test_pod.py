@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -60,8 +61,8 @@ def nvidia_smi(folder: Path, count: int, name: str = H100, driver: str = "570.86
 def clean(folder: Path, **environ: Any) -> dict[str, str]:
     """The environment without settings and ranks from outside; commands of a folder come first."""
     names = ("CUDA_VISIBLE_DEVICES LOCAL_WORLD_SIZE NPROC NNODES NODE_RANK RDZV_ENDPOINT TRACK "
-             "SEEDS SHARDS VOCAB VOCAB_SHA256 RECORD_NAME RECORDS AGAINST PREFLIGHT PYTHON "
-             "FA3_INDEX").split()
+             "SEEDS SHARDS SP1024 VOCAB VOCAB_SHA256 RECORD_NAME RECORDS ABOUT AGAINST PRICE "
+             "PREFLIGHT PYTHON FA3_INDEX SSH_CONNECTION TMUX STY").split()
     kept = {k: v for k, v in h.clean_environ().items() if k not in names}
     return kept | dict(PATH=f"{folder}:{os.environ['PATH']}") | environ
 
@@ -82,12 +83,13 @@ class Pod:
         self.environ = clean(self.bin, AUTHOR="A", GITHUB_ID="a", DATA_DIR=str(folder / "work"),
                              DATA_PATH=str(self.data), PYTHON=sys.executable)
 
-    def run(self, root: Path | None = None, **environ: str) -> subprocess.CompletedProcess:
-        """The script; it ends with an error wherever something is not made up."""
-        done = subprocess.run(["bash", (root or self.root) / "run_8xh100.sh"], capture_output=True,
-                              text=True, env=self.environ | environ)
-        assert done.returncode == 1, done
-        return done
+    def run(self, root: Path | None = None, code: int = 1, **environ: str) -> str:
+        """All output of the script, which ends with an error where something is not made up."""
+        done = subprocess.run(["bash", (root or self.root) / "run_8xh100.sh"], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              env=self.environ | environ)
+        assert done.returncode == code, done
+        return done.stdout
 
     def python3(self, version: str | None) -> None:
         """A python3 with a torch that says this version, or none; its pip only notes its task."""
@@ -208,10 +210,88 @@ def test_the_script_never_falls_back_on_the_cpu(tmp_path, given):
     if not given:
         pod.python3(torch.__version__)
     done = pod.run(PRESET="demo")
-    assert torch.__version__ in done.stderr and "570.86.10" in done.stderr
-    assert "a newer driver" in done.stderr and "pip install 'torch>=2.9,<2.11'" in done.stderr
+    assert torch.__version__ in done and "570.86.10" in done
+    assert "a newer driver" in done and "pip install 'torch>=2.9,<2.11'" in done
     assert not pod.asked() and not (pod.root / ".venv").exists()
-    assert not [*(tmp_path / "work").iterdir()]
+    assert only_a_log(tmp_path)
+
+
+# --- run_8xh100.sh: log, times, estimate ----------------------------------
+
+
+def only_a_log(folder: Path) -> bool:
+    """Whether the script's folder holds the log of one start and nothing else."""
+    return [p.name[:4] for p in (folder / "work").iterdir()] == ["run_"]
+
+
+def test_all_output_is_in_a_log(tmp_path):
+    """Word for word, also the error at the end; its place stands first and last."""
+    pod = Pod(tmp_path)
+    done = pod.run(PYTHON="/bin/false")
+    log = next((tmp_path / "work").iterdir())
+    assert log.read_text() == done and only_a_log(tmp_path)
+    first, *_, last = done.splitlines()
+    assert first == f"This output also goes to {log}" and last == f"All of this output is in {log}"
+    assert re.search("error: /bin/false lacks.*\n-- 2 environment \\(stopped here\\): 0 min . s\n"
+                     "\nTime of each stage:\n +0 min . s  1 machine and settings\n"
+                     " +0 min . s  2 environment \\(stopped here\\)\n", done)
+
+
+def test_a_signal_ends_the_script_with_its_log(tmp_path):
+    """The child that runs gets it too, as with Ctrl-C; the exit status is that of the signal."""
+    pod = Pod(tmp_path)
+    command(pod.bin / "python", "echo begun; exec sleep 60\n")
+    process = subprocess.Popen(["bash", pod.root / "run_8xh100.sh"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=pod.environ | dict(PYTHON=str(pod.bin / "python")),
+                               start_new_session=True)
+    lines = []
+    while "begun\n" not in lines:
+        lines.append(process.stdout.readline())
+    os.killpg(process.pid, signal.SIGINT)
+    rest = process.communicate(timeout=30)[0]
+    assert process.returncode == -signal.SIGINT
+    assert "2 environment (stopped here)" in rest and "All of this output is in" in rest
+    assert next((tmp_path / "work").iterdir()).read_text() == "".join(lines) + rest
+
+
+@pytest.mark.parametrize(("environ", "texts"), [
+    (dict(), ["72 min  3 seeds, each 24 minutes", "84 min  in all", "34 dollars: 8 GPUs at 3.00"]),
+    (dict(PRICE="2.5"), ["28 dollars: 8 GPUs at 2.5 an hour"]),
+    (dict(NPROC="1", SEEDS="1", TRACK="track_non_record_16mb"), [
+        "94 min  1 seeds, each 94 minutes", "106 min  in all", "5 dollars: 1 GPUs at 3.00"]),
+    (dict(VOCAB=str(h.SCRIPT), DATA_PATH=""), [" 6 min  download of shards", "re-tokenizing, on"]),
+    (dict(PRESET="demo"), ["12 min  3 seeds, each 4 minutes (on two", "15 min  in all\n"])])
+def test_an_estimate_comes_first(tmp_path, environ, texts):
+    """Minutes of each stage and the dollars of the GPUs, called an estimate; the demo is free."""
+    done = Pod(tmp_path).run(PYTHON="/bin/false", **environ)
+    assert done.index("An estimate of the time, not a measurement") < done.index("2 environment")
+    assert not [text for text in texts if text not in done], done
+    assert ("dollars" in done) == ("PRESET" not in environ)
+
+
+def test_tmux_is_advised_over_ssh_only(tmp_path):
+    """In a terminal over ssh that is not in tmux already; it is a line, not a stop."""
+    pod = Pod(tmp_path)
+    ours, theirs = os.openpty()
+    for environ, terminal, advised in ((dict(SSH_CONNECTION="a"), theirs, True),
+                                       (dict(SSH_CONNECTION="a"), subprocess.DEVNULL, False),
+                                       (dict(SSH_CONNECTION="a", TMUX="b"), theirs, False),
+                                       (dict(), theirs, False)):
+        done = subprocess.run(["bash", pod.root / "run_8xh100.sh"], stdin=terminal, text=True,
+                              capture_output=True, env=pod.environ | dict(PYTHON="false") | environ)
+        assert ("started inside tmux" in done.stdout) == advised
+        assert "lacks a package" in done.stdout
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_another_system_is_named(tmp_path):
+    """On macOS the script says so, and makes nothing."""
+    pod = Pod(tmp_path)
+    command(pod.bin / "uname", "echo Darwin\n")
+    assert "needs Linux and bash 4.4 or newer, not Darwin" in pod.run()
+    assert not (tmp_path / "work").exists()
 
 
 # --- run_8xh100.sh: GPUs, environment -------------------------------------
@@ -227,14 +307,14 @@ def test_the_script_counts_the_gpus_to_use(tmp_path):
             (dict(CUDA_VISIBLE_DEVICES="-1", PRESET="demo"), "0 GPUs, 1 processes"),
             (dict(CUDA_VISIBLE_DEVICES="4,5", PRESET="demo"), "2 GPUs, 2 processes")):
         done = pod.run(PYTHON="/bin/false", **environ)
-        assert text in done.stdout, (environ, done)
-        assert "lacks a package; /bin/false -m pip install -r requ" in done.stderr, (environ, done)
+        assert text in done, (environ, done)
+        assert "lacks a package; /bin/false -m pip install -r requ" in done, (environ, done)
 
 
 def test_the_script_says_what_is_missing(tmp_path):
     """It stops before any work, with the remedy."""
     pod = Pod(tmp_path)
-    fetch = dict(TRACK="track_non_record_16mb", DATA_PATH="", SHARDS="1", VOCAB_REPO="/no/such")
+    fetch = dict(TRACK="track_non_record_16mb", DATA_PATH="", SHARDS="1", VOCAB=str(h.SCRIPT))
     machine = "a record runs on 8 ranks on H100s, not on {}.* set TRACK=track_non_record_16mb"
     refusals = [
         (dict(SHARDS="abc"), "SHARDS=abc: must be a whole number"),
@@ -244,6 +324,11 @@ def test_the_script_says_what_is_missing(tmp_path):
         (dict(DATA_PATH="/no/such"), "DATA_PATH=/no/such: there is no such file"),
         (dict(VOCAB="/no/such"), "VOCAB=/no/such: there is no such file"),
         (dict(DATA_DIR="/dev/null/x"), "DATA_DIR=/dev/null/x cannot be made"),
+        (dict(SP1024="/no/such"), "SP1024=/no/such: there is no such file"),
+        (dict(ABOUT="/no/such"), "ABOUT=/no/such: there is no such file"),
+        (dict(SP1024="/", DATA_PATH=""), "SP1024=/ has 0 training shards .* SHARDS=80 are"),
+        (dict(PRICE="cheap"), "PRICE=cheap: must be dollars"),
+        (dict(DATA_PATH=""), "VOCAB is not set: .*1254 ids, sha256 a0177241.*pull request 1314"),
         (dict(AUTHOR=""), "AUTHOR and GITHUB_ID are not set"),
         (dict(GITHUB_ID=""), "AUTHOR and GITHUB_ID are not set"),
         (dict(CUDA_VISIBLE_DEVICES=""), "nvidia-smi shows no GPU to use.* PRESET=demo"),
@@ -252,14 +337,14 @@ def test_the_script_says_what_is_missing(tmp_path):
         (dict(NNODES="2", NODE_RANK="0"), "RDZV_ENDPOINT=host:port"),
         (dict(NNODES="2", RDZV_ENDPOINT="a:1"), "its NODE_RANK"),
         (dict(NPROC="4"), machine.format("4 on GPU 0: NVIDIA H100")),
-        (dict(SHARDS="10000000", DATA_PATH=""), "GB free, about 4200001 are needed"),
+        (dict(fetch, SHARDS="10000000"), "GB free, about 4200001 are needed"),
         (dict(MATRIX_LR="abc", **fetch), "MATRIX_LR=abc: expected a finite number")]
     for environ, message in refusals:
-        assert re.search(message, pod.run(**environ).stderr), environ
+        assert re.search(message, pod.run(**environ)), environ
     done = pod.run(h.ROOT, AGAINST="2026-0", PRESET="demo", CUDA_VISIBLE_DEVICES="", **fetch)
-    assert "AGAINST=2026-0 names no result" in done.stderr, done
+    assert "AGAINST=2026-0 names no result" in done, done
     nvidia_smi(pod.bin, 8, A100)
-    assert re.search(machine.format("8 on GPU 0: NVIDIA A100"), pod.run().stderr)
+    assert re.search(machine.format("8 on GPU 0: NVIDIA A100"), pod.run())
 
 
 @pytest.mark.slow
@@ -272,14 +357,14 @@ def test_the_torch_of_the_machine_is_used(tmp_path, version, driver, wanted):
     pod = Pod(tmp_path, 8 if driver else 0, A100, driver=driver)
     pod.python3(version)
     done = pod.run(PRESET="demo", AGAINST="none")  # names no result: the end of the environment
-    assert "AGAINST=none" in done.stderr, done
+    assert "AGAINST=none" in done, done
     venv, pip, *packages = pod.asked().splitlines()
     assert ("--system-site-packages" in venv) == (not wanted) and pip == "pip"
     assert "--clear" in venv  # what an earlier .venv held would win over the machine's torch
     assert [p for p in packages if p.startswith("torch")] == ([wanted] if wanted else [])
     assert "numba>=0.61" in packages
-    assert ("the torch of python3 is used" in done.stdout) == (not wanted)
-    assert not wanted or f"for driver {driver[:3] or 'none'} goes" in done.stdout
+    assert ("the torch of python3 is used" in done) == (not wanted)
+    assert not wanted or f"for driver {driver[:3] or 'none'} goes" in done
     pod.run(PRESET="demo", AGAINST="none")
     assert pod.asked().count("-m venv") == 1  # what is done is skipped
 
@@ -295,15 +380,15 @@ def test_flash_attention_3_is_tried_and_not_needed(tmp_path):
                            (dict(FA3_INDEX="file:///x"), ["file:///x"]),
                            (dict(CUDA_VISIBLE_DEVICES="", PRESET="demo"), [])):
         pod.calls.unlink(missing_ok=True)
-        done = pod.run(TRACK="track_non_record_16mb", **environ)
+        done = pod.run(code=2, TRACK="track_non_record_16mb", **environ)
         tried = re.findall(r"--no-deps .*--find-links (\S+) flash_attn_3", pod.asked())
         assert len(tried) == len(pages)
         assert all(map(str.endswith, tried, pages))
-        assert done.stdout.count("note: no FlashAttention-3 from") == len(pages)
-        assert "made no" in done.stderr  # it went on to packing
+        assert done.count("note: no FlashAttention-3 from") == len(pages)
+        assert "records/pack.py" in done  # it went on to packing
     nvidia_smi(pod.bin, 8, A100)
     pod.calls.unlink(missing_ok=True)
-    pod.run(TRACK="track_non_record_16mb")
+    pod.run(code=2, TRACK="track_non_record_16mb")
     assert not pod.asked()
 
 
@@ -315,22 +400,24 @@ def test_a_record_run_refuses_a_handicap(tmp_path):
     """With the reason and the override, before anything is made; without one it goes on."""
     pod, why = Pod(tmp_path), "attention is slow"
     done = pod.run(HANDICAP=why)
-    assert why in done.stderr and "TRACK=track_non_record_16mb" in done.stderr
-    assert not [*(tmp_path / "work").iterdir()] and not (pod.root / "logs").exists()
-    assert "made no" in pod.run().stderr  # the packer is missing here
-    assert "made no" in pod.run(HANDICAP=why, TRACK="track_non_record_16mb").stderr
+    assert why in done and "TRACK=track_non_record_16mb" in done
+    assert only_a_log(tmp_path) and not (pod.root / "logs").exists()
+    for environ in (dict(), dict(HANDICAP=why, TRACK="track_non_record_16mb")):
+        assert "records/pack.py" in pod.run(code=2, **environ)  # the packer is missing here
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pack", "stops"), [
-    (PACK + "sys.exit(1)", False), ("raise ValueError", True), ("raise SystemExit(2)", True)])
-def test_only_the_size_of_the_packed_file_is_forgiven(tmp_path, pack, stops):
-    """A packer that fails ends the script; a file that is too large does not."""
+@pytest.mark.parametrize(("pack", "code"), [
+    (PACK + "print('warning: too large')", 0), (PACK + "sys.exit(2)", 2), ("raise ValueError", 1)])
+def test_an_error_of_the_packer_ends_the_script(tmp_path, pack, code):
+    """With its exit code, also where there is a file; a packer that only warns does not."""
     pod = Pod(tmp_path, 1, A100)
     (pod.root / "records" / "pack.py").write_text(pack)
-    done = pod.run(TRACK="track_non_record_16mb")
-    assert ("made no" in done.stderr) == stops
-    assert ("the pre-flight failed" in done.stderr) == (not stops)
+    done = pod.run(code=code or 1, TRACK="track_non_record_16mb")
+    assert ("4 settings, data and code (stopped here)" in done) == bool(code)
+    assert ("the pre-flight failed" in done) == (not code)
+    about = next((tmp_path / "work" / "runs").glob("*/nvidia-smi.txt")).read_text()
+    assert "Driver Version : 570.86.10" in about
 
 
 @pytest.mark.slow
@@ -348,13 +435,13 @@ exec {sys.executable} "$@"
     for verdict, track, seeds in (("NO GO", "10min", 0), ("GO", "10min", 3),
                                   ("NO GO", "non_record", 0)):
         done = pod.run(VERDICT=verdict, TRACK=f"track_{track}_16mb")
-        stopped = "no seed is run for a record" in done.stderr
+        stopped = "no seed is run for a record" in done
         assert stopped == (verdict == "NO GO" and track == "10min")
-        assert ("TRACK=track_non_record_16mb" in done.stderr) == stopped
-        measured = "smoke.py collectives\nrun smoke 16\n" in done.stdout
-        assert measured == (track == "10min") and "smoke.py report" in done.stdout
-        assert done.stdout.count("run seed") == seeds
-        assert stopped or "no folder was made" in done.stderr
+        assert ("TRACK=track_non_record_16mb" in done) == stopped
+        measured = "smoke.py collectives\nrun smoke 16\n" in done
+        assert measured == (track == "10min") and "smoke.py report" in done
+        assert done.count("run seed") == seeds
+        assert stopped or "no folder was made" in done
 
 
 # --- records/smoke.py -------------------------------------------------------

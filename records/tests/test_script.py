@@ -10,13 +10,11 @@ import shutil
 import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.parse
 
 import pytest
 
 import harness as h
-import train_gpt as t
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -24,7 +22,6 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
     files: dict[str, bytes] = {}
     cut: set[str] = set()  # files whose first answer breaks off in the middle
-    wrong: set[str] = set()  # files whose bytes are not those of the listing
     asked: list[str] = []
     starts: list[int] = []  # where the answers to `asked` begin
 
@@ -40,23 +37,21 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body)
 
-    def tree(self, folder):
-        """The listing of a folder, as the hub gives it; shards are large files."""
-        for name in sorted(self.files):
-            data = self.files[name]
-            if name.startswith(folder + "/"):
-                entry = dict(type="file", path=name, size=len(data), oid=hashlib.sha1(
-                    b"blob %d\0" % len(data) + data).hexdigest())
-                if name.endswith(".bin"):
-                    entry["lfs"] = dict(oid=hashlib.sha256(data).hexdigest(), size=len(data),
-                                        pointerSize=1)
-                yield entry
+    def listing(self, name_key):
+        """Every file as the hub lists it, its name under `name_key`; shards are large files."""
+        for name, data in sorted(self.files.items()):
+            entry = {name_key: name, "type": "file", "size": len(data), "oid": "0" * 40}
+            if name.endswith(".bin"):
+                sha256 = hashlib.sha256(data).hexdigest()
+                entry["lfs"] = dict(oid=sha256, sha256=sha256, size=len(data), pointerSize=1)
+            yield entry
 
     def do_GET(self):
         path = urllib.parse.unquote(self.path.split("?")[0])
-        if match := re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/main/(.+)", path):
-            body = json.dumps(list(self.tree(match[1]))).encode()
-            return self.answer(200, body, {"Content-Type": "application/json"})
+        if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(/(revision|tree)/\w+)?", path):
+            body = [*self.listing("path")] if match[3] == "tree" else dict(
+                id=match[1], sha="c" * 40, siblings=[*self.listing("rfilename")])
+            return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         name = re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/[^/]+/(.+)", path)
         if not name or name[1] not in self.files:
             return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
@@ -65,7 +60,6 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             self.asked.append(name[1])
             self.starts.append(start)
-            data = data[::-1] if name[1] in self.wrong else data
         tags = {"ETag": f'"{hashlib.sha256(self.files[name[1]]).hexdigest()}"',
                 "X-Repo-Commit": "c" * 40, "Accept-Ranges": "bytes"}
         if self.command == "GET" and name[1] in self.cut:
@@ -92,7 +86,7 @@ def hub(tmp_path):
     for seed, (split, count) in enumerate((("train", 200), ("val", 12))):
         documents = h.write_documents(tmp_path / f"{split}.jsonl", h.texts(count, seed))
         h.retokenized(documents, model, split, shards, "--shard-tokens", "5000")
-    hub = type("Hub", (HubHandler,), dict(cut=set(), wrong=set(), asked=[], starts=[], files={
+    hub = type("Hub", (HubHandler,), dict(cut=set(), asked=[], starts=[], files={
         f"datasets/datasets/fineweb10B_sp1024/{p.name}": p.read_bytes()
         for p in shards.glob("*.bin")} | {
         "datasets/tokenizers/fineweb_1024_bpe.model": model.read_bytes()}))
@@ -107,12 +101,13 @@ def hub(tmp_path):
 
 
 def test_fetch_resumes_and_checks(hub, tmp_path):
-    """A broken download goes on, nothing is fetched twice, wrong bytes are refused."""
+    """A broken download goes on, nothing is fetched twice, half a file does not pass for one."""
     environ, hub = hub
     first = "datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"
     hub.files[first] = bytes(range(256)) * 100_000  # more than one read of its library
     hub.cut.add(first)
     command = [h.ROOT / "records" / "fetch.py", "--output", tmp_path / "got", "--shards", "1"]
+    away = environ | dict(HF_ENDPOINT=environ["HF_ENDPOINT"] + "/nothing")
     done = h.python(command, tmp_path, environ)
     assert done.returncode == 0, done.stderr
     for name, data in hub.files.items():
@@ -121,61 +116,99 @@ def test_fetch_resumes_and_checks(hub, tmp_path):
         assert not there.exists() or there.read_bytes() == data
     starts = [start for name, start in zip(hub.asked, hub.starts, strict=True) if name == first]
     assert len(starts) == 2 and starts[0] == 0 < starts[1]  # it went on where it broke off
-    away = environ | dict(HF_ENDPOINT=environ["HF_ENDPOINT"] + "/nothing")
-    assert "0 of them fetched now" in h.python(command, tmp_path, away).stdout
-    assert hub.asked.count(first) == 2
-    second = first.replace("000000", "000001")
-    hub.wrong.add(second)
-    done = h.python([*command[:-1], "2"], tmp_path, environ)
-    assert done.returncode == 1 and "size or hash" in done.stderr and second in done.stderr
-    assert not (tmp_path / "got" / second).exists()
-    done = h.python([*command[:-1], "80"], tmp_path, environ)
-    assert done.returncode == 1 and "of 80 training shards" in done.stderr
-    (tmp_path / "got" / first).unlink()
     done = h.python(command, tmp_path, away)
-    assert done.returncode == 1 and "check the network" in done.stderr
+    assert done.returncode == 0 and "all 3 files are in" in done.stdout
+    (tmp_path / "got" / first).write_bytes(hub.files[first][:1000])
+    done = h.python(command, tmp_path, away)
+    assert done.returncode == 1 and "check the network and HF_ENDPOINT" in done.stderr
+    assert hub.asked.count(first) == 2
+    assert h.python(command, tmp_path, environ).returncode == 0
+    assert (tmp_path / "got" / first).read_bytes() == hub.files[first]
+    asked = len(hub.asked)
+    done = h.python([*command[:-1], "80"], tmp_path, environ)
+    assert done.returncode == 1 and re.search(r"has \d of 80 training shards", done.stderr)
+    assert len(hub.asked) == asked
+
+
+def test_fetch_asks_for_room_before_it_fetches(hub, tmp_path):
+    """Both figures and the remedy; nothing is downloaded."""
+    environ, hub = hub
+    small = "shutil.disk_usage = lambda path: types.SimpleNamespace(free=1000)"
+    program = f"import runpy, shutil, sys, types; {small}; sys.argv = sys.argv[1:]; " \
+              "runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = h.python(["-c", program, h.ROOT / "records" / "fetch.py", "--output", tmp_path / "got",
+                     "--shards", "1"], tmp_path, environ)
+    assert done.returncode == 1 and "has 0.0 GB free" in done.stderr and "SHARDS" in done.stderr
+    assert not hub.asked
+
+
+def run_script(**environ: str) -> subprocess.CompletedProcess:
+    """The script of this repository; all of its output is in stdout."""
+    return subprocess.run(["bash", h.ROOT / "run_8xh100.sh"], stdout=subprocess.PIPE, text=True,
+                          stderr=subprocess.STDOUT, env=h.clean_environ(**environ))
+
+
+@pytest.mark.slow
+def test_script_takes_the_shards_of_the_challenge(hub, tmp_path):
+    """As many as SHARDS of the folder that its download script fills; the hub is not asked."""
+    environ, hub = hub
+    for name, data in hub.files.items():
+        path = tmp_path / "data" / name.removeprefix("datasets/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    (tmp_path / "tiny.yaml").write_bytes(h.vocabulary())
+    environ |= dict(PRESET="demo", AUTHOR="A", GITHUB_ID="a", PYTHON=sys.executable, SHARDS="2",
+                    DATA_DIR=str(tmp_path / "work"), SP1024=str(tmp_path / "data"),
+                    VOCAB=str(tmp_path / "tiny.yaml"), PREFLIGHT="--no-such-option")
+    done = run_script(**environ)
+    assert done.returncode == 1 and "tiny.yaml has sha256" in done.stdout, done.stdout
+    environ["VOCAB_SHA256"] = hashlib.sha256(h.vocabulary()).hexdigest()
+    done = run_script(**environ | dict(VOCAB=environ["HF_ENDPOINT"] + "/nothing"))
+    assert done.returncode == 1 and "cannot download VOCAB=http" in done.stdout, done.stdout
+    done = run_script(**environ)
+    assert done.returncode == 1 and "the pre-flight failed" in done.stdout, done.stdout
+    made = sorted(p.stem for p in (tmp_path / "work" / "scylla").glob("*.bin"))
+    assert made == ["fineweb_train_000000", "fineweb_train_000001", "fineweb_val_000000"]
+    assert not hub.asked
+    del environ["VOCAB"]  # its copy is there
+    done = run_script(**environ | dict(SHARDS="1"))
+    assert done.returncode == 1 and "holds 2 training shards" in done.stdout, done.stdout
 
 
 @pytest.mark.slow
 def test_script_from_bare_machine_to_folder(hub, tmp_path):
-    """Fetch, find the vocabulary, re-tokenize, pre-flight, smoke, two seeds on two ranks, folder.
+    """Fetch shards and vocabulary, re-tokenize, pre-flight, smoke, two seeds on two ranks, folder.
 
     A second run does nothing again, and ends in the same folder.
     """
     environ, hub = hub
-    vocabulary = tmp_path / "repo" / "deep" / "tiny.yaml"
-    vocabulary.parent.mkdir(parents=True)
-    vocabulary.write_bytes(h.vocabulary())
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path / "repo")]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "v"],
-                    ["update-ref", "refs/pull/1/head", "HEAD"]):
-        subprocess.run([*git, *command], check=True)
+    hub.files["tiny.yaml"] = h.vocabulary()
     tiny = {name: value for name, value in h.environ().items() if name not in (
         "TRAIN_LOG_EVERY", "RUN_ID", "DATA_PATH", "ARTIFACT_PATH")}  # the script's own business
     environ |= tiny | dict(
         PRESET="demo", AUTHOR="A", GITHUB_ID="a", SHARDS="2", SEEDS="7 8", NPROC="2",
         DATA_DIR=str(tmp_path / "work"), RECORDS=str(tmp_path / "records"), PYTHON=sys.executable,
-        VOCAB_REPO=str(tmp_path / "repo"), VOCAB_REF="refs/pull/1/head",
-        VOCAB_SHA256=t.sha256_file(vocabulary), PREFLIGHT="-k preflight_05",
+        VOCAB=environ["HF_ENDPOINT"] + "/datasets/a/b/resolve/main/tiny.yaml",
+        VOCAB_SHA256=hashlib.sha256(h.vocabulary()).hexdigest(), PREFLIGHT="-k preflight_05",
         RECUR_START_STEP="0.3", ITERATIONS="6", OMP_NUM_THREADS="1")
 
     def script(**more):
-        return subprocess.run(["bash", h.ROOT / "run_8xh100.sh"], capture_output=True, text=True,
-                              env=h.clean_environ(**environ | more))
+        return run_script(**environ | more)
 
     done = script()
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-6000:]
     folder = next((tmp_path / "records" / "track_non_record_16mb").iterdir())
     about = json.loads((folder / "submission.json").read_text())
     assert about["seeds"] == [7, 8] and about["hardware"].startswith("2 x cpu")
     assert about["compliance"]["byte_audit_exact"]
-    assert done.stdout.rstrip().endswith("no fault found")
+    assert re.search("no fault found\n-- 8 record folder: .*\n\nTime of each stage:\n"
+                     "(?: +\\d+ min \\d+ s  .*\n){9}All of this output is in .*\n$", done.stdout)
     assert re.search("recurrence on.*: a step .* ms\n", done.stdout)
     assert re.search("all_reduce of .* GB/s\nGO: there is no yardstick", done.stdout)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}
     asked = len(hub.asked)
     again = script()
-    assert again.returncode == 0 and len(times) > 5, again.stderr
+    assert again.returncode == 0 and len(times) > 5, again.stdout
     assert asked == len(hub.asked)
     assert times == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.[lbp][oit][gnz]")}
     smoke = next(tmp_path.rglob("smoke.txt")).read_text()  # every mode that the seeds are scored in
@@ -183,13 +216,13 @@ def test_script_from_bare_machine_to_folder(hub, tmp_path):
         smoke, next(tmp_path.rglob("logs/seed7.txt")).read_text())]
     assert modes[0] == modes[1] >= {"legal_ttt"}
     more = script(SEEDS="7 8 9")  # a third seed: the folder is in its way
-    assert more.returncode == 1 and "exists" in more.stderr and "RECORD_NAME" in more.stderr
+    assert more.returncode == 1 and "exists" in more.stdout and "RECORD_NAME" in more.stdout
     shutil.rmtree(folder)
     more = script(SEEDS="7 8 9")
-    assert more.returncode == 0, more.stderr
+    assert more.returncode == 0, more.stdout
     assert json.loads((folder / "submission.json").read_text())["seeds"] == [7, 8, 9]
     shard = next((tmp_path / "work" / "scylla").glob("fineweb_train_*.bin"))
     shard.unlink()  # other data: no finished seed counts
     other = script(DATA_PATH=str(shard.parent), PREFLIGHT="--help", RECORD_NAME="Other")
-    assert other.returncode == 0, other.stderr
+    assert other.returncode == 0, other.stdout
     assert len([*(tmp_path / "work" / "runs").iterdir()]) == 2
