@@ -238,6 +238,8 @@ def main() -> int:
     options = parser.parse_args()
     plan = read_json(options.plan)
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
+    if options.table or options.list:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     if options.table:
         results = read_json(options.plan.parent / "results" / options.plan.name)
         print(table(results, plan.get("against")))
@@ -258,5 +260,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main())

@@ -333,6 +333,7 @@ def main(arguments: list[str]) -> int:
         profile(Path(arguments[1]), *arguments[2:])
         return 0
     if arguments[:1] == ["report"]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
         report(Path(arguments[1]))
         return 0
     parser = argparse.ArgumentParser(
@@ -353,5 +354,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -227,6 +228,9 @@ def test_ablation_runs_and_resumes(tmp_path):
     assert len(times) == 3 and times == {p: p.stat().st_mtime_ns for p in times}
     assert first.splitlines()[-4:] == again.splitlines()[-4:]
     assert (out / "table.md").read_text().splitlines() == again.splitlines()[-4:]
+    runs = json.loads((out / "results.json").read_text())
+    assert {run["train_gpt"] for run in sum(runs.values(), [])} == {
+        hashlib.sha256((out / "train_gpt.py").read_bytes()).hexdigest()[:12]}
     kept = next(out.glob("flat_*")) / "settings.json"
     kept.write_text(kept.read_text().replace("11", "10"))
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -263,5 +267,6 @@ def test_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="another train_gpt.py"):
         ablate.keep_code(code.parent)
     shutil.rmtree(done.parent)  # nothing has begun: the copy may be replaced
-    ablate.keep_code(code.parent)
+    digest = ablate.keep_code(code.parent)
     assert code.read_bytes() == (h.ROOT / "train_gpt.py").read_bytes()
+    assert hashlib.sha256(code.read_bytes()).hexdigest().startswith(digest) and len(digest) == 12
