@@ -33,7 +33,7 @@
 #   FA3_INDEX     two pages         page of FlashAttention-3 wheels
 #   PREFLIGHT     none              arguments of pytest for the pre-flight
 #
-# Every setting of train_gpt.py can be set in the same way.
+# Every setting of train_gpt.py can be set in the same way. Relative paths start at this folder.
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 cd "$root"
