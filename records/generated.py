@@ -107,8 +107,8 @@ def idea(runs: list[Run]) -> str:
     start = (f"step {late:g}" if late >= 1 else f"{late:.0%} of the run") if late else "the start"
     sentences = (
         (True, f"The model has {s['NUM_LAYERS']} layers of width {s['MODEL_DIM']} with "
-               f"{s['NUM_HEADS']} heads for queries and {s['NUM_KV_HEADS']} for keys and values, and "
-               f"MLPs {float(s['MLP_MULT']):g} times as wide with a squared leaky ReLU."),
+               f"{s['NUM_HEADS']} heads for queries and {s['NUM_KV_HEADS']} for keys and values, "
+               f"and MLPs {float(s['MLP_MULT']):g} times as wide with a squared leaky ReLU."),
         (int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]),
          f"From layer {s['PARALLEL_START_LAYER']} on, attention and MLP work in two parallel "
          "lanes, which learned weights merge."),
