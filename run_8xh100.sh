@@ -354,5 +354,5 @@ the way is removed by hand, or RECORD_NAME gives another name"
     folder=$(cd "$(sed -n 's/^made //p' "$runs/made")" && pwd)
     printf '%s\n' "$folder" "$wanted" > "$runs/record"
 fi
-"$PYTHON" records/make_record.py verify "$folder"
+"$PYTHON" records/make_record.py verify --strict "$folder"
 complete=1
