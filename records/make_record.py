@@ -20,6 +20,7 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -300,7 +301,8 @@ def cells(found: list[rules.Finding]) -> list[str]:
     by_rule: dict[str, list[rules.Finding]] = {}
     for finding in sorted(found, key=lambda finding: finding.note):  # the faults of a rule first
         by_rule.setdefault(finding.rule.name, []).append(finding)
-    return [f"{name}{' ' if some[0].what[0] in '+-' else ': '}{some[0].what}"
+    return [f"{name}{' ' if some[0].what[0] in '+-' else ': '}"
+            + textwrap.shorten(some[0].what, 90, placeholder=" ...")
             + bracketed(*["note"] * some[0].note, *[f"and {len(some) - 1} more"] * (len(some) > 1))
             for name, some in by_rule.items()]
 

@@ -285,9 +285,9 @@ def check_evidence(folder: Folder) -> Found:
     """What it takes to run and audit it again: requirements, curves, the ledger of bytes."""
     for name in ("requirements.txt", "curves.png", LEDGER):
         if name not in folder.names:
-            yield name, "missing"
+            yield name, f"no {name}"
         elif folder.has(name) and not (folder.path / name).stat().st_size:
-            yield name, "empty"
+            yield name, f"{name} is empty"
 
 
 def check_vocabulary(folder: Folder) -> Found:
