@@ -24,6 +24,8 @@ class Folder:
         self.submission = self.read_json("submission.json")
         self.mirror = self.read_json("source.json") if self.has("source.json") else {}
         self.names = {p.name for p in path.iterdir()} | set(self.mirror.get("other_files", ()))
+        self.left_out = [name for name in self.mirror.get("other_files", ()) if name.endswith(
+            (".log", ".txt")) and name != "requirements.txt"]  # logs that the copy lacks
         self.runs = without_copies([read_run(log) for log in find_logs(path)])
 
     def has(self, name: str) -> bool:

@@ -228,7 +228,7 @@ def code_differences(folder: Folder, runs: list[Run]) -> Found:
         if run.source.rstrip() != source:
             yield run.path.name, "begins with other source than train_gpt.py runs"
     if packed and not folder.has(READABLE):
-        yield READABLE, "missing; train_gpt.py is packed, and nobody can read it"
+        yield READABLE, f"no {READABLE}: train_gpt.py is packed, and nobody can read it"
     elif packed and (fault := packing_fault(data, (folder.path / READABLE).read_text("utf-8"))):
         yield READABLE, fault
 
@@ -270,4 +270,4 @@ def differences(folder: Folder) -> Found:
         folder.has(path.name)) else []
     for line in readme(runs, about, folder.has(READABLE), "", "").splitlines():
         if lines and line not in lines and not line.startswith("DATA_PATH="):
-            yield "README.md", f"does not hold the line {line!r}"
+            yield "README.md", f"README.md lacks the line {line!r}"

@@ -20,6 +20,7 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -300,7 +301,8 @@ def cells(found: list[rules.Finding]) -> list[str]:
     by_rule: dict[str, list[rules.Finding]] = {}
     for finding in sorted(found, key=lambda finding: finding.note):  # the faults of a rule first
         by_rule.setdefault(finding.rule.name, []).append(finding)
-    return [f"{name}{' ' if some[0].what[0] in '+-' else ': '}{some[0].what}"
+    return [f"{name}{' ' if some[0].what[0] in '+-' else ': '}"
+            + textwrap.shorten(some[0].what, 90, placeholder=" ...")
             + bracketed(*["note"] * some[0].note, *[f"and {len(some) - 1} more"] * (len(some) > 1))
             for name, some in by_rule.items()]
 
@@ -390,17 +392,17 @@ def survey_text(folders: list[Path]) -> str:
         if not rule.strict:
             counts.append([rule.name, faults, notes, meanings.get(rule.name, "No folder breaks it.")
                            if faults + notes else "No folder breaks it."])
-    good = sum(map(valid, found.values()))
-    rows = [[name, "; ".join(cells(some)).replace("|", "/") or "valid"]
+    rows = [[name, "; ".join(cells(some)).replace("|", "/") or "no fault"]
             for name, some in found.items()]
-    return "\n".join([
-        "# The public record folders, verified", "",
-        f"`records/make_record.py survey FOLDER...` wrote this file from the {len(found)} folders "
-        "of the challenge's", "repository and its pull requests. They are judged by the "
-        f"challenge's rules alone; {good} are valid by them.", "What the first table calls a note "
-        "is no fault.", "", "## What the rules found", "",
-        markdown(["rule", "folders with a fault", "with a note only", "what it means"], counts), "",
-        "## Folder by folder", "", "A cell names each rule with the first thing that it found.", "",
+    return "\n\n".join([
+        "# The public record folders, verified",
+        f"`records/make_record.py survey FOLDER...` wrote this file from {len(found)} folders of "
+        "the challenge's\nrepository and its pull requests. They are judged by the challenge's "
+        f"rules alone.\n{sum(map(valid, found.values()))} of them show no fault. A note is no "
+        "fault: it says what was accepted, or what cannot be\ntold from the copies at hand.",
+        "## What the rules found",
+        markdown(["rule", "folders with a fault", "with a note only", "what it means"], counts),
+        "## Folder by folder", "A cell names each rule with the first thing that it found.",
         markdown(["folder", "what was found"], rows)])
 
 

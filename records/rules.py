@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ def check_files(folder: Folder) -> Found:
         if name not in folder.names:
             yield name, f"no {name}"
     if not folder.runs:
-        yield "train_seed<k>.log", "no training log"
+        yield "train_seed<k>.log", "no training log", bool(folder.left_out)
     if folder.problem:
         yield "submission.json", folder.problem
         return
@@ -54,9 +55,9 @@ def check_seeds(folder: Folder) -> Found:
     """A record has three seeds, and each seed that is claimed has a log of its own run."""
     logged, listed = {run.seed for run in folder.runs}, folder.submission.get("seeds")
     claimed = set(folder.claims) | set(listed if isinstance(listed, list) else [])
-    missing = sorted(s for s in claimed - logged if isinstance(s, int))
-    if missing:
-        yield "submission.json", f"claims seed {', '.join(map(str, missing))}, of which no log is"
+    elsewhere = {int(n) for name in folder.left_out for n in re.findall(r"s(?:eed)?_?(\d+)", name)}
+    for seed in sorted(s for s in claimed - logged if isinstance(s, int)):
+        yield "submission.json", f"no log of seed {seed}", seed in elsewhere
     for run in folder.runs:
         if claimed and run.seed not in claimed:
             yield run.path.name, f"of seed {run.seed}, which submission.json does not name"
@@ -64,8 +65,8 @@ def check_seeds(folder: Folder) -> Found:
         if named and run.seed is not None and int(named[1]) != run.seed:
             yield run.path.name, f"its name says seed {named[1]}, its text seed {run.seed}"
     if folder.is_record and 0 < len(logged) < RECORD_SEEDS:
-        early = folder.date < THREE_SEEDS_SINCE
-        yield "train_seed<k>.log", f"{len(logged)} of {RECORD_SEEDS} seeds", early
+        enough = folder.date < THREE_SEEDS_SINCE or len(logged | elsewhere) >= RECORD_SEEDS
+        yield "train_seed<k>.log", f"{len(logged)} of {RECORD_SEEDS} seeds", enough
     yield from shared_runs(folder)
 
 
@@ -134,26 +135,28 @@ def same(claimed: Any, logged: float) -> bool:
     """Whether a number is a logged one, to the last digit that is given, three at least."""
     if not is_number(claimed):
         return False
-    digits = len(repr(claimed).partition(".")[2]) if "e" not in repr(claimed) else 8
+    digits = -Decimal(repr(claimed)).as_tuple().exponent
     return abs(claimed - logged) < 10.0 ** -min(max(digits, 3), 8) * 1.0001
 
 
 def check_scores(folder: Folder) -> Found:
     """Scores and bytes that are claimed are those of the logs, and the mean is over the seeds."""
+    cut = bool(folder.left_out)  # what is in none of these logs may be in one that is not here
     for seed, claim in folder.claims.items():
         for key in (*SCORED, "artifact_bytes"):
             logged = [n for run in folder.runs if run.seed == seed for n in known(run, key)]
             if logged and key in claim and not any(same(claim[key], value) for value in logged):
                 nearest = min(logged, key=lambda value: abs(value - claim[key])
                               if is_number(claim[key]) else 0)
-                yield f"submission.json seed {seed}", f"{key} {claim[key]}, its log says {nearest}"
+                yield f"submission.json seed {seed}", (
+                    f"{key} {claim[key]}, its log says {nearest}"), cut
     for key in SCORED:
         yield from check_mean(folder, key)
     totals = [run.total_bytes for run in folder.runs if run.total_bytes]
     claimed = folder.submission.get("bytes_total")
     if totals and is_number(claimed) and claimed not in totals:
         yield "submission.json", (f"bytes_total {claimed:,} is in no log, the largest is "
-                                  f"{max(totals):,}")
+                                  f"{max(totals):,}"), cut
 
 
 def check_mean(folder: Folder, key: str) -> Found:
@@ -282,9 +285,9 @@ def check_evidence(folder: Folder) -> Found:
     """What it takes to run and audit it again: requirements, curves, the ledger of bytes."""
     for name in ("requirements.txt", "curves.png", LEDGER):
         if name not in folder.names:
-            yield name, "missing"
+            yield name, f"no {name}"
         elif folder.has(name) and not (folder.path / name).stat().st_size:
-            yield name, "empty"
+            yield name, f"{name} is empty"
 
 
 def check_vocabulary(folder: Folder) -> Found:
