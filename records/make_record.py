@@ -315,6 +315,8 @@ def bracketed(*words: str) -> str:
 def verdict(path: Path, found: list[rules.Finding]) -> str:
     """One line on what a folder is, and below it each fault with its remedy."""
     folder, name = Folder(path), path.resolve().name
+    if folder.mirror:
+        name += " (a copy without all files; its source.json is believed)"
     faults = [finding for finding in found if not finding.note]
     notes = "; ".join(cells([finding for finding in found if finding.note]))
     if not faults:

@@ -506,6 +506,8 @@ def test_logs_that_a_copy_leaves_out_are_no_fault(tmp_path):
         assert found == {"no log of seed 9": note, "2 of 3 seeds": bool(names)}
         notes = {f.note for f in rules.verify(tmp_path) if f.rule.name == "scores"}
         assert notes == {bool(names)}
+        said = make_record.verdict(tmp_path, rules.verify(tmp_path))
+        assert said.startswith(f"{tmp_path.name} (a copy without all files; its source.json is")
 
 
 def test_a_copy_of_a_log_is_no_other_run(tmp_path):
