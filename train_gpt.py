@@ -393,7 +393,7 @@ def settings_listing(c: Config) -> str:
 
 
 def settings_table() -> str:
-    """Every setting as a Markdown table: the README's table and the answer to --help."""
+    """Every setting as a Markdown table: the table of docs/settings.md and the answer to --help."""
     rows = ["| setting | record | demo | what it is |", "|--|--|--|--|"]
     for f in fields(Config):
         demo, text = show(PRESETS["demo"].get(f.name, "")), f.metadata["help"]

@@ -559,13 +559,13 @@ def test_scores_that_are_not_finite_are_no_result():
         h.score("ttt", h.short_stream(), ttt_lr=1e30, ttt_grad_clip=0.0)
 
 
-def test_readme_recomputes_the_score(made, tmp_path):
-    """The README's own lines, on the dump of a run, print what the run logged."""
+def test_the_documented_lines_recompute_the_score(made, tmp_path):
+    """Those of docs/evaluation.md, on the dump of a run, print what the run logged."""
     with h.inside(tmp_path) as console:
         t.run(h.config(data_path=str(made[1]), load_artifact=str(made[2]),
                        scores_path="scores", ttt_chunk_tokens=128, ttt_lr=0.1))
-    readme = (h.ROOT / "README.md").read_text(encoding="utf-8")
-    code = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S)
+    text = (h.ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S)
                 if "np.load" in block)
     assert len(code.strip().splitlines()) <= 10
     done = h.python(["-c", code], tmp_path)
