@@ -61,10 +61,11 @@ def test_the_documents_hold_the_rules():
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of every command in the bash blocks of a Markdown text."""
+    """The words of every command of a Markdown text, in a bash block or in backquotes."""
     lines = "\n".join(re.findall(r"(?ms)^```bash\n(.*?)^```", text)).replace("\\\n", " ")
+    inline = re.findall(r"`((?:\.venv/|records/\S+\.py|[A-Z][A-Z0-9_]+=)[^`\n]*)`", text)
     found = []
-    for line in lines.splitlines():
+    for line in [*lines.splitlines(), *inline]:
         words = shlex.split(line, comments=True)
         while "&&" in words:
             found.append(words[: words.index("&&")])
@@ -78,9 +79,9 @@ def test_the_commands_of_a_document_are_the_code_s(path):
     """Variables are settings, programs are files, and options are in their source."""
     for words in commands(path.read_text(encoding="utf-8")):
         program = next((i for i, word in enumerate(words) if "=" not in word), len(words))
-        names = {word.partition("=")[0] for word in words[:program] if program < len(words)}
+        names = {word.partition("=")[0] for word in words[:program]}
         script = (h.ROOT / "run_8xh100.sh").read_text()
-        is_script = words[program:][:1] == ["./run_8xh100.sh"]
+        is_script = words[program:][:1] in (["./run_8xh100.sh"], [])
         assert all(name in SETTINGS | OTHERS or is_script and re.search(rf"\b{name}\b", script)
                    for name in names), words
         files = [word for word in words[program:] if word.endswith((".py", ".sh"))]
