@@ -247,8 +247,12 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     **{f"resumed, says {line!r}": (log("\nresumed: 0", line), "complete", f"{LOG}: resumed")
        for line in ("\nresumed: 1", "\nresumed step:3 of x")},
     "two audits": (log("\nbyte_audit:", r"\nbyte_audit:no\g<0>"), "complete", f"{LOG}: says"),
-    "another total in the summary": (log(r"\nbytes_total: ", r"\g<0>9"), "complete",
-                                     f"{LOG}: says"),
+    **{f"another {name} in the summary": (log(rf"\n{name}: ", r"\g<0>9"), "complete", (
+        f"{LOG}: says two things: {name}")) for name in ("bytes_total", "bytes_artifact", "steps")},
+    **{f"{name} twice": (log(r"\nresumed: ", rf"\n{name}9\g<0>"), "complete", (
+        f"{LOG}: says two things: {name[:5]}")) for name in ("MATRIX_LR=", "weights: ")},
+    "a score that is not the rounded one": (log("(sliding_window_exact val_loss:).", r"\g<1>1"),
+                                            "complete", f"{LOG}: says two things: final_int6_sl"),
     **{f"{name} of a seed": (claim(**{f"seed_results__42__{name}": value}), "scores",
                              f"submission.json seed 42: {name}") for name, value in (
         ("val_bpb", lambda said: said["seed_results"]["42"]["val_bpb"] - 1e-6), ("val_loss", 1.5),
@@ -303,9 +307,15 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
         seed_results__42__artifact_sha256="0")), "generated", "submission.json: seed_results.42."),
     **{f"no {name}": (gone(name), "evidence", f"{name}: no {name}")
        for name in ("requirements.txt", "curves.png", "manifest.json")},
+    "a copy's source.json": (every(gone("curves.png"), lambda f: (f / "source.json").write_text(
+        '{"other_files": ["curves.png"]}')), "evidence", "source.json: a copy"),
     "empty curves": (lambda f: (f / "curves.png").write_text(""), "evidence",
                      "curves.png: curves.png is"),
     "another vocabulary": (lambda f: edit(f / "tiny.yaml", "a", "b"), "vocabulary", "manifest"),
+    "a byte table of another vocabulary beside": (every(
+        lambda f: shutil.copy(f / "tiny.yaml", f / "a.yaml"), log("a", "b", "tiny.yaml"),
+        lambda f: edit(f / "manifest.json", r'(?<="sha256": ")\w+(?=",\s+"vocab_size")',
+                       rules.sha256(f / "tiny.yaml"))), "vocabulary", "scylla.meta.npz: counts"),
     "no vocabulary": (gone("tiny.yaml"), "vocabulary", "manifest.json: names tiny.yaml"),
     "no vocabulary, and none in the ledger": (lambda f: [(f / "tiny.yaml").unlink(), edit(
         f / "manifest.json", '"sha256"', '"digest"')], "vocabulary", "manifest.json"),
@@ -326,6 +336,8 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     "another mode's headline": (log("\n(headline_mode:) ttt", r"\n\1 sliding"), "complete",
                                 f"{LOG}: says"),
     "log of other code": (log("\ncode_sha256:", r"\g<0>0"), "code", f"{LOG}: of code with"),
+    **{f"{name} beside code that is not packed": (lambda f, name=name: (f / name).write_text("1"),
+        "generated", f"{name}: code that no") for name in ("lzma.py", generated.READABLE)},
     "damaged code": (lambda f: (f / "train_gpt.py").write_bytes(pack.pack("a = 1\n") + b"#"),
                      "generated", "train_gpt.py: "),
     "other source in the log": (log(r"def main\(", "def man("), "generated", f"{LOG}: begins with"),
@@ -342,6 +354,9 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
         "seed_results__42__ttt_bpb": 1.25, "seed_results__42__artifact_sha256": "0",
         "seed_results__42__roundtrip_bpb": 1.5, "seed_results__42__sliding_bpb": 1.5,
         "seed_results__42__steps": 10, "seed_results__42__step_avg_ms": 9.0}.items()},
+    "another number under a name in two parts": (every(claim(compliance__seeds=9), claim(
+        **{"compliance.seeds": 3})), "generated", "submission.json: compliance.seeds 9"),
+    "an empty README": (lambda f: (f / "README.md").write_text(""), "generated", "README.md: "),
     "no date": (claim(date="2030-01-02x"), "generated", "submission.json: date and name make"),
     "another name": (claim(name="Huge"), "generated", "submission.json: date and name make"),
     **{f"no line {line} in README": (log(rf"\n{re.escape(line)}.*", "", "README.md"), "generated", (
@@ -366,7 +381,7 @@ def test_verify_names_each_fault(rule, record, tmp_path, capsys):
             fault(folder)
             code = make_record.main(["verify", str(folder), *["--strict"] * rule.strict])
             missed[case] = capsys.readouterr().out
-            line = rf"(?m)^{NAME}: not valid: .*\n(?:  .*\n)*  {broken}: {re.escape(found)}.*"
+            line = rf"(?m)^{NAME}\b.*: not valid: .*\n(?:  .*\n)*  {broken}: {re.escape(found)}.*"
             if code == 1 and re.search(rf"{line} Remedy: {re.escape(rule.remedy)}$", missed[case]):
                 del missed[case]
             shutil.rmtree(folder)
@@ -414,6 +429,10 @@ def field_folder(folder, logs, **claims):
     ("clock", "", "", dict(seed_results={"9": dict(train_time_ms=600_201)})),
     ("scores", "", "", dict(val_bpb=1.148)), ("sizes", "", "", dict(bytes_total=16_000_001)),
     ("files", "", "", dict(author=None)), ("compliance", "", "", dict(blurb="two-pass")),
+    (None, "", "", dict(blurb="not two-pass, no full-rescore")), (None, "", "", dict(seeds=["7"])),
+    ("sizes", "15000000 bytes\nTotal submission size int6+zlib: 15000100", "15999901", {}),
+    ("scores", "seed:7\n", "seed:7\nDIAGNOSTIC post_ema val_loss:1.9 val_bpb:1.1\n",
+     dict(val_bpb=1.1)),
 ])
 def test_rules_bind_everybody(rule, old, new, claims, tmp_path):
     """A folder in the field's dialect is valid without our evidence; a fault breaks its rule."""
@@ -484,6 +503,9 @@ def test_one_line_says_what_a_folder_is(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"{tmp_path.name}: valid: 3 seeds, 1.15000 BPB, 15,000,100 bytes; clock +0.009 s (note, "
         "and 1 more)\n")
+    claim(bytes_total="15 MB")(tmp_path)  # what is no number is none
+    assert make_record.main(["verify", str(tmp_path)]) == 0
+    assert "15,000,100 bytes" in capsys.readouterr().out
     claim(author=None, bytes_total=16_000_007, val_bpb=1.0)(tmp_path)
     (tmp_path / "train_seed9.log").unlink()
     assert make_record.main(["verify", str(tmp_path)]) == 1
@@ -508,6 +530,23 @@ def test_logs_that_a_copy_leaves_out_are_no_fault(tmp_path):
         assert notes == {bool(names)}
         said = make_record.verdict(tmp_path, rules.verify(tmp_path))
         assert said.startswith(f"{tmp_path.name} (a copy without all files; its source.json is")
+
+
+def test_a_survey_counts_folders_of_one_name(tmp_path):
+    """Each has its row."""
+    for place in "ab":
+        (tmp_path / place / NAME).mkdir(parents=True)
+        field_folder(tmp_path / place / NAME, [FIELD_LOG])
+    text = make_record.survey_text([tmp_path / place / NAME for place in "ab"])
+    assert "from 2 folders" in text and text.count(f"\n| {NAME} |") == 2
+
+
+@pytest.mark.parametrize("day", ["2030-13-02", "2030-01-32"])
+def test_a_date_is_one(day, record):
+    """No 13th month and no 32nd day."""
+    folder = record.rename(record.with_name(f"{day}_Tiny"))
+    claim(date=day)(folder)
+    assert "YYYY-MM-DD" in "".join(map(str, rules.verify(folder, strict=True)))
 
 
 def test_a_copy_of_a_log_is_no_other_run(tmp_path):
@@ -549,7 +588,8 @@ def test_compare_stats_and_plot(made_folder, runs, tmp_path, capsys):
     assert output.read_bytes().startswith(b"\x89PNG") and output.stat().st_size > 30_000
     for wrong in (["compare", "nothing"], ["plot", "2026-03-31_ParallelResiduals"],
                   ["compare", logs[0], logs[0]], ["compare", "2026-04"],
-                  ["plot", logs[0], "--output", "/no/such/x.png"]):
+                  ["plot", logs[0], "--output", "/no/such/x.png"],
+                  ["plot", logs[0], "--output", str(tmp_path / "curves.svg")]):
         assert tool.main(wrong) == 1 and "error: " in capsys.readouterr().err
     assert tool.main(["compare", str(made_folder), "2026-03-31_ParallelResiduals"]) == 0
     row = re.search(r"\n\| 2026-03-31_Par.*", capsys.readouterr().out)[0]  # SPEC section 10's
