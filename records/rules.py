@@ -36,9 +36,7 @@ Found = Iterator[tuple[Any, ...]]
 
 def check_files(folder: Folder) -> Found:
     """README.md, train_gpt.py, a training log and a submission.json that names its author."""
-    for name in ("README.md", "train_gpt.py"):
-        if name not in folder.names:
-            yield name, f"no {name}"
+    yield from missing(folder, "README.md", "train_gpt.py")
     if not folder.runs:
         yield "train_seed<k>.log", "no training log", bool(folder.left_out)
     if folder.problem:
@@ -49,6 +47,15 @@ def check_files(folder: Folder) -> Found:
         else str(folder.submission.get(key) or "").strip())]
     if bad:
         yield "submission.json", f"no {', '.join(bad)} in submission.json"
+
+
+def missing(folder: Folder, *names: str) -> Found:
+    """Those of the files that are not there, or that are empty."""
+    for name in names:
+        if name not in folder.names:
+            yield name, f"no {name}"
+        elif folder.has(name) and not (folder.path / name).stat().st_size:
+            yield name, f"{name} is empty"
 
 
 def check_seeds(folder: Folder) -> Found:
@@ -287,11 +294,7 @@ def check_evidence(folder: Folder) -> Found:
     """What it takes to run and audit it again: requirements, curves, the ledger of bytes."""
     if folder.mirror:
         yield "source.json", "a copy of a folder, which may leave out any file, proves nothing"
-    for name in ("requirements.txt", "curves.png", LEDGER):
-        if name not in folder.names:
-            yield name, f"no {name}"
-        elif folder.has(name) and not (folder.path / name).stat().st_size:
-            yield name, f"{name} is empty"
+    yield from missing(folder, "requirements.txt", "curves.png", LEDGER)
 
 
 def check_vocabulary(folder: Folder) -> Found:

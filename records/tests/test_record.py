@@ -180,9 +180,11 @@ def test_make_refuses(runs, tmp_path, capsys):
     code, _, logs = runs
     copy = shutil.copytree(code.parent / "logs", tmp_path / "run" / "logs")
     (copy / "torn.txt").write_text(logs[0].read_text()[:-300])
+    (copy.parent / "seed1337.ptz").write_bytes(b"x")
     cases = (([logs[0], logs[0]], code, "one log for each seed"),
              (logs, h.ROOT / "retokenize_scylla.py", "give the file that ran with --code"),
              ([copy / "seed42.txt"], code, "ARTIFACT_PATH of its own"),
+             ([copy / "seed1337.txt"], code, "seed1337.ptz: 1 bytes, but"),
              ([copy / "torn.txt"], code, "run the seed again"))
     for some, code, message in cases:
         assert make(code, some, tmp_path / "records") == 1
@@ -207,6 +209,16 @@ def every(*faults):
     return lambda f: [fault(f) for fault in faults]
 
 
+def table(**changes):
+    """A fault: arrays of the byte table are others."""
+    def act(folder):
+        with np.load(folder / "scylla.meta.npz") as meta:
+            arrays = {**meta}
+        np.savez(folder / "scylla.meta.npz", **arrays | {
+            name: change(arrays[name]) for name, change in changes.items()})
+    return act
+
+
 def twin(pattern, new):
     """A fault: the log of seed 42, edited, as that of another seed."""
     return every(lambda f: shutil.copy(f / LOG, f / LOGS[1]), log(pattern, new, LOGS[1]),
@@ -219,6 +231,8 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
                 "submission.json: submission.json is missing"),
     "no README": (gone("README.md"), "files", "README.md: no README"),
     "no code": (gone("train_gpt.py"), "files", "train_gpt.py: no train"),
+    "empty code": (lambda f: (f / "train_gpt.py").write_text(""), "files",
+                   "train_gpt.py: train_gpt.py is empty"),
     "no logs": (gone(*LOGS), "files", "train_seed<k>.log: no"),
     "missing log": (gone(LOGS[1]), "seeds", "submission.json: no log of seed 1337"),
     "two seeds": (every(gone(LOGS[1]), claim(seeds=[42, 2024], seed_results__1337=None)), "seeds",
@@ -238,6 +252,7 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     **{f"another {name} in a log": (log(pattern, new), "configuration", f"{LOG}: {name} is")
        for name, pattern, new in (
            ("MATRIX_LR", "\nMATRIX_LR=", r"\g<0>9"), ("device", "device:NVIDIA", "device:a"),
+           ("cuda", "\nseed:", r"\ncuda 12.8 _CudaDeviceProperties\g<0>"),
            ("params", "\nmodel_params:", r"\g<0>9"), ("world", "\nworld_size:", r"\g<0>1"),
            ("SEED", "\nseed:42\n", "\n"), ("LOAD_ARTIFACT", "\nLOAD_ARTIFACT=", r"\g<0>x.ptz"))},
     "another torch": (log(" torch 2", " torch 9", LOGS[2]), "configuration", f"{LOGS[2]}: torch"),
@@ -327,10 +342,16 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
                            "ledger", "manifest.json: totals of val"),
     "other ids in all": (log(r'("train": {[^}]*"tokens": )', r"\g<1>9", "manifest.json"),
                          "ledger", "manifest.json: totals of train"),
+    "no shard of training": (every(
+        log("_train_", "_other_", "manifest.json"), log(
+            r'("train": {[^}]*"source_bytes": )\d+(,\s+"tokens": )\d+', r"\g<1>0\g<2>0",
+            "manifest.json")), "ledger", "manifest.json: totals of train"),
     "no totals": (log('"totals"', '"total"', "manifest.json"), "ledger", "manifest.json: totals"),
     "no byte table": (gone("scylla.meta.npz"), "vocabulary", "*.meta.npz: no byte table"),
-    "another byte table": (lambda f: h.write_meta(f / "scylla.meta.npz", h.table(278),
-        has_leading_space=np.zeros(278)), "vocabulary", "scylla.meta.npz: counts other bytes"),
+    **{f"another {name} in the byte table": (table(**{name: change}), "vocabulary", (
+        "scylla.meta.npz: counts other bytes")) for name, change in (
+        ("base_bytes", lambda a: a + 1), ("has_leading_space", np.ones_like),
+        ("is_boundary_token", np.ones_like))},
     "TTT's headline without TTT": (log(r"\nlegal_ttt.*", ""), "complete", f"{LOG}: says"),
     "an invented headline": (log(LAST, "1.00000000"), "complete", f"{LOG}: says"),
     "another mode's headline": (log("\n(headline_mode:) ttt", r"\n\1 sliding"), "complete",
@@ -588,6 +609,7 @@ def test_compare_stats_and_plot(made_folder, runs, tmp_path, capsys):
     assert output.read_bytes().startswith(b"\x89PNG") and output.stat().st_size > 30_000
     for wrong in (["compare", "nothing"], ["plot", "2026-03-31_ParallelResiduals"],
                   ["compare", logs[0], logs[0]], ["compare", "2026-04"],
+                  ["stats", "2026-03-31_ParallelResiduals", "2026-03-25_ValCalib"],
                   ["plot", logs[0], "--output", "/no/such/x.png"],
                   ["plot", logs[0], "--output", str(tmp_path / "curves.svg")]):
         assert tool.main(wrong) == 1 and "error: " in capsys.readouterr().err
@@ -666,6 +688,22 @@ def test_the_idea_follows_the_settings(change, said, unsaid, runs):
     assert said in text and unsaid not in text, text
 
 
+def test_a_seed_has_no_score_that_has_looked_ahead(runs):
+    """A stage that is not compliant is left out of submission.json."""
+    run = reader.read_run(runs[2][0])
+    assert "sliding_bpb" in generated.seed_result(run, None)
+    run.scores["sliding"] = run.scores["sliding"]._replace(compliant=False)
+    assert "sliding_bpb" not in generated.seed_result(run, None)
+
+
+def test_step_times_are_not_of_roundings():
+    """A log that shows the first steps one by one, in whole ms, has no step time for them."""
+    run = reader.Run(Path("x"), train=[reader.Point(step, 1.0, ms=ms) for step, ms in (
+        (1, 9.0), (2, 9.0), (500, 40_000.0), (1000, 80_000.0))])
+    steps, pace = make_record.figures.step_times(run)
+    assert steps == [500, 1000] and pace == pytest.approx([39991 / 498, 80.0])
+
+
 def test_attribution_is_of_what_ran(runs):
     """Score-first TTT is credited where it has a score, not where a setting allows it."""
     run = reader.read_run(runs[2][0])
@@ -733,6 +771,23 @@ def test_miscounted_runs_are_corrected_however_they_are_named(tmp_path, monkeypa
     assert row["label"] == raw["name"] + " (bytes corrected)"
     assert row["stages"]["sliding"] == factor * raw["stages"]["sliding"] > row["val_bpb"]
     assert row["val_bpb"] == factor * raw["val_bpb"]
+
+
+def test_an_audited_miscount_is_corrected(tmp_path):
+    """The bytes of a corrected run are the true ones, by whatever the log told them."""
+    field_folder(tmp_path, ["byte_audit:lossy bytes:158633352\n" + FIELD_LOG])
+    (run,) = make_record.find_group(str(tmp_path)).runs
+    assert run.counted_bytes == pytest.approx(151080891)
+
+
+def test_a_place_is_among_the_others():
+    """A published result does not stand beside itself, nor beside those that do not count."""
+    rows = [row for row in denominator.results() if row["track"] == make_record.TRACKS[0]]
+    counted = [row for row in rows if not row.get("excluded")]
+    assert len(counted) < len(rows)
+    best = min(counted, key=lambda row: row["val_bpb"])
+    text = make_record.standing(make_record.find_group(best["name"]))
+    assert f", 0 of {len(counted) - 1} published are better." in text
 
 
 def test_other_texts_are_not_corrected(runs):
