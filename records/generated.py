@@ -9,7 +9,7 @@ import json
 import platform
 import re
 from collections.abc import Iterator
-from importlib import metadata
+from importlib import machinery, metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from welch import sample
 HERE = Path(__file__).resolve().parent
 CAP_BYTES, CAP_MS, CAP_EVAL_SECONDS, RECORD_SEEDS = 16_000_000, 600_000, 600, 3
 READABLE = "train_gpt_readable.py"  # the source of a packed train_gpt.py
+DAY = r"\d{4}-(0[1-9]|1[0-2])-([0-2]\d|3[01])_"  # what the name of a folder begins with
 Found = Iterator[tuple[str, str]]
 TYPED = ("author", "github_id", "name", "date", "track")  # all else comes from logs and files
 
@@ -189,7 +190,8 @@ def readme(runs: list[Run], about: dict[str, Any], packed: bool, statistics: str
 
 def is_packed(data: bytes) -> bool:
     """Whether train_gpt.py is a packed file; raises pack.PackError for a damaged one."""
-    return pack.unpack(data).split() != data.decode("utf-8", "replace").split()
+    pack.unpack(data)
+    return data.startswith(pack.COOKIE)
 
 
 def packing_fault(data: bytes, source: str) -> str:
@@ -208,12 +210,12 @@ def packing_fault(data: bytes, source: str) -> str:
         f"(here Python {platform.python_version()}, {minifier})")
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """A JSON object's values by dotted names."""
+def flat(value: Any, name: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """A JSON object's values by the names that lead to them."""
     if not isinstance(value, dict):
         return {name: value}
     return {key: leaf for part, inner in value.items()
-            for key, leaf in flat(inner, f"{name}.{part}".strip(".")).items()}
+            for key, leaf in flat(inner, (*name, part)).items()}
 
 
 def code_differences(folder: Folder, runs: list[Run]) -> Found:
@@ -224,6 +226,10 @@ def code_differences(folder: Folder, runs: list[Run]) -> Found:
     except (pack.PackError, OSError) as error:
         yield "train_gpt.py", str(error)
         return
+    counted = {folder.path / name for name in ("train_gpt.py", *[READABLE] * packed)}
+    for path in sorted({*folder.path.rglob("*")} - counted):
+        if path.name.endswith((*machinery.all_suffixes(),)):
+            yield path.name, "code that no size counts, and that train_gpt.py may import"
     for run in runs:
         if run.source.rstrip() != source:
             yield run.path.name, "begins with other source than train_gpt.py runs"
@@ -251,7 +257,7 @@ def differences(folder: Folder) -> Found:
     if place.startswith("track_") and typed["track"] != place:
         yield "submission.json", f"track {typed['track']!r}, but the folder is in {place}"
     name = f"{typed['date']}_{typed['name']}".replace(" ", "_")
-    if folder.path.resolve().name != name or not re.match(r"\d{4}-\d\d-\d\d_", name):
+    if folder.path.resolve().name != name or not re.match(DAY, name):
         yield "submission.json", (f"date and name make {name}, the folder is "
                                   f"{folder.path.resolve().name}, YYYY-MM-DD_Name is wanted")
     models = {run.seed: folder.path / f"model_seed{run.seed}.ptz" for run in runs}
@@ -263,11 +269,10 @@ def differences(folder: Folder) -> Found:
     expected, found = flat(about), flat(folder.submission)
     for name in dict.fromkeys((*expected, *found)):
         if expected.get(name) != found.get(name):
-            yield "submission.json", (f"{name} {found.get(name, 'missing')}, but the logs give "
-                                      f"{expected.get(name, 'nothing')}")
-    path = folder.path / "README.md"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if (
-        folder.has(path.name)) else []
-    for line in readme(runs, about, folder.has(READABLE), "", "").splitlines():
-        if lines and line not in lines and not line.startswith("DATA_PATH="):
-            yield "README.md", f"README.md lacks the line {line!r}"
+            yield "submission.json", (f"{'.'.join(name)} {found.get(name, 'missing')}, but the "
+                                      f"logs give {expected.get(name, 'nothing')}")
+    if folder.has("README.md"):
+        text = (folder.path / "README.md").read_text(encoding="utf-8", errors="replace")
+        for line in readme(runs, about, folder.has(READABLE), "", "").splitlines():
+            if line not in text.splitlines() and not line.startswith("DATA_PATH="):
+                yield "README.md", f"README.md lacks the line {line!r}"

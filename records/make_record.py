@@ -321,7 +321,7 @@ def verdict(path: Path, found: list[rules.Finding]) -> str:
     notes = "; ".join(cells([finding for finding in found if finding.note]))
     if not faults:
         said = folder.submission
-        size = said.get("bytes_total") or max(
+        size = said["bytes_total"] if is_number(said.get("bytes_total")) else max(
             (run.total_bytes for run in folder.runs if run.total_bytes), default=None)
         seeds = len({run.seed for run in folder.runs})
         return (f"{name}: valid: {seeds} seed{'s' * (seeds != 1)}, {said['val_bpb']:.5f} BPB, "
@@ -384,7 +384,7 @@ def survey_row(folder: Folder) -> dict[str, Any]:
 
 def survey_text(folders: list[Path]) -> str:
     """SURVEY.md: what each rule finds in how many folders and what that means; then each folder."""
-    found = {path.name: rules.verify(path) for path in folders}
+    found = {path: rules.verify(path) for path in folders}
     meanings = denominator.published()["facts"]["survey"]
     counts = []
     for rule in rules.RULES:
@@ -394,8 +394,8 @@ def survey_text(folders: list[Path]) -> str:
         if not rule.strict:
             counts.append([rule.name, faults, notes, meanings.get(rule.name, "No folder breaks it.")
                            if faults + notes else "No folder breaks it."])
-    rows = [[name, "; ".join(cells(some)).replace("|", "/") or "no fault"]
-            for name, some in found.items()]
+    rows = [[path.name, "; ".join(cells(some)).replace("|", "/") or "no fault"]
+            for path, some in found.items()]
     return "\n\n".join([
         "# The public record folders, verified",
         f"`records/make_record.py survey FOLDER...` wrote this file from {len(found)} folders of "
@@ -481,6 +481,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def draw(options: argparse.Namespace) -> int:
     """Plot runs; names of published results without logs are refused."""
+    if options.output.suffix != ".png":
+        raise RecordError(f"{options.output}: curves are drawn as a PNG; give a name.png")
     groups = {group.name: scored(group).runs for group in find_groups(options.names)}
     empty = [name for name, runs in groups.items() if not runs]
     if empty:

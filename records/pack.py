@@ -20,6 +20,7 @@ import functools
 import lzma
 import re
 import sys
+from importlib.util import decode_source
 from pathlib import Path
 
 import python_minifier
@@ -91,10 +92,14 @@ def pack(source: str) -> bytes:
 def unpack(data: bytes) -> str:
     """The source that a file runs, packed or not; nothing of it is executed.
 
-    PackError if it is packed but damaged, absurdly large, or not byte for byte a file of `packed`.
+    PackError if Python cannot read it, or if it is packed but damaged, absurdly large, or not byte
+    for byte a file of `packed`.
     """
     if not data.startswith(COOKIE):
-        return re.sub("\r\n?", "\n", data.decode("utf-8", "replace"))
+        try:
+            return decode_source(data)
+        except (SyntaxError, UnicodeError) as error:
+            raise PackError(f"no source that Python can read: {error}") from error
     if not (data.startswith(HEAD) and data.endswith(TAIL)):
         raise PackError("packed, but not by this version of pack.py: what it runs cannot be told")
     literal = data[len(HEAD) : -len(TAIL)]
@@ -120,6 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.unpack and not options.output:
         parser.error("--output says where the packed file goes")
+    if options.output and options.output.resolve() == options.source.resolve():
+        parser.error(f"--output {options.output} is the source; give it another name")
     try:
         if options.unpack:
             sys.stdout.write(unpack(options.source.read_bytes()))

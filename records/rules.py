@@ -36,9 +36,7 @@ Found = Iterator[tuple[Any, ...]]
 
 def check_files(folder: Folder) -> Found:
     """README.md, train_gpt.py, a training log and a submission.json that names its author."""
-    for name in ("README.md", "train_gpt.py"):
-        if name not in folder.names:
-            yield name, f"no {name}"
+    yield from missing(folder, "README.md", "train_gpt.py")
     if not folder.runs:
         yield "train_seed<k>.log", "no training log", bool(folder.left_out)
     if folder.problem:
@@ -51,12 +49,22 @@ def check_files(folder: Folder) -> Found:
         yield "submission.json", f"no {', '.join(bad)} in submission.json"
 
 
+def missing(folder: Folder, *names: str) -> Found:
+    """Those of the files that are not there, or that are empty."""
+    for name in names:
+        if name not in folder.names:
+            yield name, f"no {name}"
+        elif folder.has(name) and not (folder.path / name).stat().st_size:
+            yield name, f"{name} is empty"
+
+
 def check_seeds(folder: Folder) -> Found:
     """A record has three seeds, and each seed that is claimed has a log of its own run."""
     logged, listed = {run.seed for run in folder.runs}, folder.submission.get("seeds")
-    claimed = set(folder.claims) | set(listed if isinstance(listed, list) else [])
+    claimed = {*folder.claims, *(int(seed) for seed in listed if str(seed).isdigit())} if (
+        isinstance(listed, list)) else {*folder.claims}
     elsewhere = {int(n) for name in folder.left_out for n in re.findall(r"s(?:eed)?_?(\d+)", name)}
-    for seed in sorted(s for s in claimed - logged if isinstance(s, int)):
+    for seed in sorted(claimed - logged):
         yield "submission.json", f"no log of seed {seed}", seed in elsewhere
     for run in folder.runs:
         if claimed and run.seed not in claimed:
@@ -113,21 +121,21 @@ def check_complete(folder: Folder) -> Found:
             yield run.path.name, "resumed from a checkpoint"
         if run.ours and run.headline:
             stage = run.scores.get(run.mode)
-            said = run.summary.get("byte_audit"), run.summary.get("bytes_total")
-            pairs = [("headline_mode", run.mode, run.summary.get("headline_mode")),
-                     (f"{run.mode} score", run.headline[:2], stage and stage[:2]),
-                     ("byte_audit", run.audit, said[0]),
-                     ("bytes_total", str(run.total_bytes), said[1])]
+            pairs = [(f"{run.mode} score", run.headline[:2], stage and stage[:2]), *(
+                (name, str(value), run.summary.get(name)) for name, value in (
+                    ("headline_mode", run.mode), ("byte_audit", run.audit), ("steps", run.steps),
+                    ("bytes_artifact", run.artifact_bytes), ("bytes_total", run.total_bytes)))]
             for conflict in (*run.conflicts, *(f"{name} {one} and {two}" for name, one, two in pairs
                                                if one != two)):
                 yield run.path.name, f"says two things: {conflict}"
 
 
 def known(run: Run, key: str) -> list[float]:
-    """The numbers of a log that a submission may claim: a run of ours has one score, its last."""
+    """What a submission may claim of a log: of ours the last score, else any of the artifact."""
     if key == "artifact_bytes":
         return [size for size in (run.artifact_bytes, run.total_bytes) if size is not None]
-    scores = [run.headline] if run.ours and run.headline else run.named.values()
+    scores = [run.headline] if run.ours and run.headline else [
+        score for name, score in run.named.items() if "ema" not in name]
     return [getattr(score, key.removeprefix("val_")) for score in scores]
 
 
@@ -188,8 +196,9 @@ def check_sizes(folder: Folder) -> Found:
             yield model.name, f"{model.stat().st_size} bytes, but its log says {artifact}"
         if None not in (artifact, total, code) and total != artifact + code:
             yield run.path.name, f"total {total} is not artifact {artifact} + code {code}"
-        if (total or 0) > CAP_BYTES:
-            yield run.path.name, f"{total - CAP_BYTES:,} bytes over {CAP_BYTES:,}"
+        over = (total or (artifact or 0) + (code or 0)) - CAP_BYTES
+        if over > 0:
+            yield run.path.name, f"{over:,} bytes over {CAP_BYTES:,}"
     for claim in (folder.submission.get("bytes_total"),
                   *(c.get("artifact_bytes") for c in folder.claims.values())):
         if is_number(claim) and claim > CAP_BYTES:
@@ -263,7 +272,7 @@ def check_compliance(folder: Folder) -> Found:
             yield run.path.name, "a non_compliant score is claimed"
     text = json.dumps({"seeds": folder.claims, **folder.submission}).lower()
     for word in ("non_compliant", "slot_bpb", "full-rescore", "full_rescore", "two-pass"):
-        if re.search(rf"(?<!no[_ -]){word}", text):
+        if "" in re.findall(rf"(\b(?:no|non|nor|not|without)[_ -]|){word}", text):
             yield "submission.json", f"names {word}, which is not score-first"
 
 
@@ -283,37 +292,36 @@ def check_denominator(folder: Folder) -> Found:
 
 def check_evidence(folder: Folder) -> Found:
     """What it takes to run and audit it again: requirements, curves, the ledger of bytes."""
-    for name in ("requirements.txt", "curves.png", LEDGER):
-        if name not in folder.names:
-            yield name, f"no {name}"
-        elif folder.has(name) and not (folder.path / name).stat().st_size:
-            yield name, f"{name} is empty"
+    if folder.mirror:
+        yield "source.json", "a copy of a folder, which may leave out any file, proves nothing"
+    yield from missing(folder, "requirements.txt", "curves.png", LEDGER)
 
 
 def check_vocabulary(folder: Folder) -> Found:
     """The vocabulary of the ledger is in the folder, and the byte table is that of its tokens."""
-    if folder.has(LEDGER):
-        tokenizer = folder.read_json(LEDGER).get("tokenizer") or {}
-        source = folder.path / Path(str(tokenizer.get("path"))).name
-        digest = sha256(source) if source.is_file() else None
-        if digest is None or digest != tokenizer.get("sha256"):
-            yield LEDGER, (f"names {source.name} with sha256 {tokenizer.get('sha256')}, in the "
-                           f"folder it is {digest or 'missing'}")
-    for path in sorted(folder.path.glob("*.yaml"))[:1]:
-        import retokenize_scylla
+    if not folder.has(LEDGER):
+        return
+    tokenizer = folder.read_json(LEDGER).get("tokenizer") or {}
+    source = folder.path / Path(str(tokenizer.get("path"))).name
+    digest = sha256(source) if source.is_file() else None
+    if digest is None or digest != tokenizer.get("sha256"):
+        yield LEDGER, (f"names {source.name} with sha256 {tokenizer.get('sha256')}, in the "
+                       f"folder it is {digest or 'missing'}")
+        return
+    import retokenize_scylla
 
-        tables = [*folder.path.glob("*.meta.npz")]
+    for table in sorted(folder.path.glob("*.meta.npz")) or [folder.path / "*.meta.npz"]:
         try:
-            vocabulary = retokenize_scylla.load_vocabulary(path)
-            with np.load(tables[0], allow_pickle=False) as meta:
+            vocabulary = retokenize_scylla.load_vocabulary(source)
+            with np.load(table, allow_pickle=False) as meta:
                 right = (np.array_equal(meta["base_bytes"], vocabulary.base_bytes())
                          and not meta["has_leading_space"].any()
                          and [*meta["is_boundary_token"].nonzero()[0]] == [vocabulary.bos_id])
         except Exception as error:  # of any kind: the files are a stranger's
-            yield "*.meta.npz", f"no byte table of {path.name} can be read ({error!r})"
+            yield table.name, f"no byte table of {source.name} can be read ({error!r})"
             continue
         if not right:
-            yield tables[0].name, f"counts other bytes than the tokens of {path.name} have"
+            yield table.name, f"counts other bytes than the tokens of {source.name} have"
 
 
 def check_ledger(folder: Folder) -> Found:

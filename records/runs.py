@@ -105,7 +105,7 @@ class Run:
     resumed: bool = False
     finished: bool = False  # the headline is the last line
     stopped: tuple[float, int] | None = None  # (ms, step) of stopping_early
-    conflicts: list[str] = field(default_factory=list)  # facts of which it says two things
+    conflicts: list[str] = field(default_factory=list)  # of what it says two things
     clocks: list[float] = field(default_factory=list)  # ms: the slowest rank's, after calibration
 
     def __getattr__(self, name: str) -> Any:
@@ -113,6 +113,12 @@ class Run:
         if name in FACT_PATTERNS:
             return self.facts.get(name)
         raise AttributeError(name)
+
+    def say(self, place: dict[str, Any], name: str, value: Any) -> None:
+        """Enter what a line says; it is a conflict if a line before it says something else."""
+        if place.setdefault(name, value) != value:
+            self.conflicts.append(f"{name} {place[name]} and {value}")
+        place[name] = value
 
     @property
     def seed(self) -> int | None:
@@ -223,10 +229,7 @@ def read_line(run: Run, line: str) -> None:
     run.resumed = run.resumed or bool(re.match(r"resumed step:0*[1-9]", line))
     for name, pattern in FACT_PATTERNS.items():
         if match := pattern.match(line):
-            found = int(match[1]) if name in FACTS else match[1]
-            if run.facts.setdefault(name, found) != found:
-                run.conflicts.append(f"{name} {run.facts[name]} and {found}")
-            run.facts[name] = found
+            run.say(run.facts, name, int(match[1]) if name in FACTS else match[1])
 
 
 def read_train(run: Run, match: re.Match[str]) -> None:
@@ -256,6 +259,8 @@ def read_score(run: Run, match: re.Match[str]) -> None:
     spent = float(time[1]) if time else before.eval_ms if before and exact else None
     score = Score(float(loss), float(bpb), spent, "non_compliant" not in line
                   and (before is None or before.compliant))
+    if before and max(abs(a - b) for a, b in zip(score[:2], before[:2], strict=True)) > 1e-4:
+        run.conflicts.append(f"{name} {before.bpb} and {score.bpb}")
     run.named[name] = score
     stage = next((stage for stage, pattern in STAGES if re.match(pattern, name)), None)
     if stage:
@@ -266,8 +271,8 @@ LINES: tuple[tuple[re.Pattern[str], Callable[[Run, re.Match[str]], None]], ...] 
     (TRAIN, read_train), (VAL, read_val), (SCORE, read_score), (STOP, read_stop),
     (CLOCK, lambda run, match: run.clocks.append(float(match[1]))),
     (CHUNK, lambda run, match: run.chunks.append((int(match[1]), int(match[2])))),
-    (SETTING, lambda run, match: run.settings.update([match.groups()])),
-    (SUMMARY, lambda run, match: run.summary.update([match.groups()])),
+    (SETTING, lambda run, match: run.say(run.settings, *match.groups())),
+    (SUMMARY, lambda run, match: run.say(run.summary, *match.groups())),
 )  # of these a line is the first that it matches
 
 

@@ -108,6 +108,9 @@ def test_pack_is_a_command(tmp_path, monkeypatch, capsys):
     for name in ("none.py", "wrong.py"):
         assert pack.main([str(tmp_path / name), "--output", str(tmp_path / "b.py")]) == 2
         assert name in capsys.readouterr().err and not (tmp_path / "b.py").exists()
+    with pytest.raises(SystemExit):
+        pack.main([str(out), "--output", str(out)])
+    assert "is the source" in capsys.readouterr().err
     out.write_bytes(out.read_bytes() + b"#")
     assert pack.main([str(out), "--unpack"]) == 2
 
@@ -156,8 +159,12 @@ def test_unpack_gives_the_source_that_a_file_runs():
     """Packed or not."""
     assert pack.unpack(GOOD) == pack.minify(SOURCE)
     assert pack.unpack(pack.packed(stream("a = 1\n"))) == "a = 1\n"
-    assert pack.unpack(SOURCE.encode()) == SOURCE and pack.unpack(b"\xff") == "\ufffd"
+    assert pack.unpack(SOURCE.encode()) == SOURCE
     assert pack.unpack(b"a = 1\r\nb = 2\r\n") == "a = 1\nb = 2\n"  # as Python reads it
+    assert pack.unpack(b"# coding: unicode_escape\n# \\na = 1\n").endswith("# \na = 1\n")
+    for wrong in (b"a = 1\n" * 3 + b"\xff", b"# coding: none\n"):
+        with pytest.raises(pack.PackError, match="no source that Python can read"):
+            pack.unpack(wrong)
 
 
 def test_a_literal_holds_every_byte():

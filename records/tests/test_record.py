@@ -180,9 +180,11 @@ def test_make_refuses(runs, tmp_path, capsys):
     code, _, logs = runs
     copy = shutil.copytree(code.parent / "logs", tmp_path / "run" / "logs")
     (copy / "torn.txt").write_text(logs[0].read_text()[:-300])
+    (copy.parent / "seed1337.ptz").write_bytes(b"x")
     cases = (([logs[0], logs[0]], code, "one log for each seed"),
              (logs, h.ROOT / "retokenize_scylla.py", "give the file that ran with --code"),
              ([copy / "seed42.txt"], code, "ARTIFACT_PATH of its own"),
+             ([copy / "seed1337.txt"], code, "seed1337.ptz: 1 bytes, but"),
              ([copy / "torn.txt"], code, "run the seed again"))
     for some, code, message in cases:
         assert make(code, some, tmp_path / "records") == 1
@@ -207,6 +209,16 @@ def every(*faults):
     return lambda f: [fault(f) for fault in faults]
 
 
+def table(**changes):
+    """A fault: arrays of the byte table are others."""
+    def act(folder):
+        with np.load(folder / "scylla.meta.npz") as meta:
+            arrays = {**meta}
+        np.savez(folder / "scylla.meta.npz", **arrays | {
+            name: change(arrays[name]) for name, change in changes.items()})
+    return act
+
+
 def twin(pattern, new):
     """A fault: the log of seed 42, edited, as that of another seed."""
     return every(lambda f: shutil.copy(f / LOG, f / LOGS[1]), log(pattern, new, LOGS[1]),
@@ -219,6 +231,8 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
                 "submission.json: submission.json is missing"),
     "no README": (gone("README.md"), "files", "README.md: no README"),
     "no code": (gone("train_gpt.py"), "files", "train_gpt.py: no train"),
+    "empty code": (lambda f: (f / "train_gpt.py").write_text(""), "files",
+                   "train_gpt.py: train_gpt.py is empty"),
     "no logs": (gone(*LOGS), "files", "train_seed<k>.log: no"),
     "missing log": (gone(LOGS[1]), "seeds", "submission.json: no log of seed 1337"),
     "two seeds": (every(gone(LOGS[1]), claim(seeds=[42, 2024], seed_results__1337=None)), "seeds",
@@ -238,6 +252,7 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     **{f"another {name} in a log": (log(pattern, new), "configuration", f"{LOG}: {name} is")
        for name, pattern, new in (
            ("MATRIX_LR", "\nMATRIX_LR=", r"\g<0>9"), ("device", "device:NVIDIA", "device:a"),
+           ("cuda", "\nseed:", r"\ncuda 12.8 _CudaDeviceProperties\g<0>"),
            ("params", "\nmodel_params:", r"\g<0>9"), ("world", "\nworld_size:", r"\g<0>1"),
            ("SEED", "\nseed:42\n", "\n"), ("LOAD_ARTIFACT", "\nLOAD_ARTIFACT=", r"\g<0>x.ptz"))},
     "another torch": (log(" torch 2", " torch 9", LOGS[2]), "configuration", f"{LOGS[2]}: torch"),
@@ -247,8 +262,12 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
     **{f"resumed, says {line!r}": (log("\nresumed: 0", line), "complete", f"{LOG}: resumed")
        for line in ("\nresumed: 1", "\nresumed step:3 of x")},
     "two audits": (log("\nbyte_audit:", r"\nbyte_audit:no\g<0>"), "complete", f"{LOG}: says"),
-    "another total in the summary": (log(r"\nbytes_total: ", r"\g<0>9"), "complete",
-                                     f"{LOG}: says"),
+    **{f"another {name} in the summary": (log(rf"\n{name}: ", r"\g<0>9"), "complete", (
+        f"{LOG}: says two things: {name}")) for name in ("bytes_total", "bytes_artifact", "steps")},
+    **{f"{name} twice": (log(r"\nresumed: ", rf"\n{name}9\g<0>"), "complete", (
+        f"{LOG}: says two things: {name[:5]}")) for name in ("MATRIX_LR=", "weights: ")},
+    "a score that is not the rounded one": (log("(sliding_window_exact val_loss:).", r"\g<1>1"),
+                                            "complete", f"{LOG}: says two things: final_int6_sl"),
     **{f"{name} of a seed": (claim(**{f"seed_results__42__{name}": value}), "scores",
                              f"submission.json seed 42: {name}") for name, value in (
         ("val_bpb", lambda said: said["seed_results"]["42"]["val_bpb"] - 1e-6), ("val_loss", 1.5),
@@ -303,9 +322,15 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
         seed_results__42__artifact_sha256="0")), "generated", "submission.json: seed_results.42."),
     **{f"no {name}": (gone(name), "evidence", f"{name}: no {name}")
        for name in ("requirements.txt", "curves.png", "manifest.json")},
+    "a copy's source.json": (every(gone("curves.png"), lambda f: (f / "source.json").write_text(
+        '{"other_files": ["curves.png"]}')), "evidence", "source.json: a copy"),
     "empty curves": (lambda f: (f / "curves.png").write_text(""), "evidence",
                      "curves.png: curves.png is"),
     "another vocabulary": (lambda f: edit(f / "tiny.yaml", "a", "b"), "vocabulary", "manifest"),
+    "a byte table of another vocabulary beside": (every(
+        lambda f: shutil.copy(f / "tiny.yaml", f / "a.yaml"), log("a", "b", "tiny.yaml"),
+        lambda f: edit(f / "manifest.json", r'(?<="sha256": ")\w+(?=",\s+"vocab_size")',
+                       rules.sha256(f / "tiny.yaml"))), "vocabulary", "scylla.meta.npz: counts"),
     "no vocabulary": (gone("tiny.yaml"), "vocabulary", "manifest.json: names tiny.yaml"),
     "no vocabulary, and none in the ledger": (lambda f: [(f / "tiny.yaml").unlink(), edit(
         f / "manifest.json", '"sha256"', '"digest"')], "vocabulary", "manifest.json"),
@@ -317,15 +342,23 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
                            "ledger", "manifest.json: totals of val"),
     "other ids in all": (log(r'("train": {[^}]*"tokens": )', r"\g<1>9", "manifest.json"),
                          "ledger", "manifest.json: totals of train"),
+    "no shard of training": (every(
+        log("_train_", "_other_", "manifest.json"), log(
+            r'("train": {[^}]*"source_bytes": )\d+(,\s+"tokens": )\d+', r"\g<1>0\g<2>0",
+            "manifest.json")), "ledger", "manifest.json: totals of train"),
     "no totals": (log('"totals"', '"total"', "manifest.json"), "ledger", "manifest.json: totals"),
     "no byte table": (gone("scylla.meta.npz"), "vocabulary", "*.meta.npz: no byte table"),
-    "another byte table": (lambda f: h.write_meta(f / "scylla.meta.npz", h.table(278),
-        has_leading_space=np.zeros(278)), "vocabulary", "scylla.meta.npz: counts other bytes"),
+    **{f"another {name} in the byte table": (table(**{name: change}), "vocabulary", (
+        "scylla.meta.npz: counts other bytes")) for name, change in (
+        ("base_bytes", lambda a: a + 1), ("has_leading_space", np.ones_like),
+        ("is_boundary_token", np.ones_like))},
     "TTT's headline without TTT": (log(r"\nlegal_ttt.*", ""), "complete", f"{LOG}: says"),
     "an invented headline": (log(LAST, "1.00000000"), "complete", f"{LOG}: says"),
     "another mode's headline": (log("\n(headline_mode:) ttt", r"\n\1 sliding"), "complete",
                                 f"{LOG}: says"),
     "log of other code": (log("\ncode_sha256:", r"\g<0>0"), "code", f"{LOG}: of code with"),
+    **{f"{name} beside code that is not packed": (lambda f, name=name: (f / name).write_text("1"),
+        "generated", f"{name}: code that no") for name in ("lzma.py", generated.READABLE)},
     "damaged code": (lambda f: (f / "train_gpt.py").write_bytes(pack.pack("a = 1\n") + b"#"),
                      "generated", "train_gpt.py: "),
     "other source in the log": (log(r"def main\(", "def man("), "generated", f"{LOG}: begins with"),
@@ -342,6 +375,9 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
         "seed_results__42__ttt_bpb": 1.25, "seed_results__42__artifact_sha256": "0",
         "seed_results__42__roundtrip_bpb": 1.5, "seed_results__42__sliding_bpb": 1.5,
         "seed_results__42__steps": 10, "seed_results__42__step_avg_ms": 9.0}.items()},
+    "another number under a name in two parts": (every(claim(compliance__seeds=9), claim(
+        **{"compliance.seeds": 3})), "generated", "submission.json: compliance.seeds 9"),
+    "an empty README": (lambda f: (f / "README.md").write_text(""), "generated", "README.md: "),
     "no date": (claim(date="2030-01-02x"), "generated", "submission.json: date and name make"),
     "another name": (claim(name="Huge"), "generated", "submission.json: date and name make"),
     **{f"no line {line} in README": (log(rf"\n{re.escape(line)}.*", "", "README.md"), "generated", (
@@ -366,7 +402,7 @@ def test_verify_names_each_fault(rule, record, tmp_path, capsys):
             fault(folder)
             code = make_record.main(["verify", str(folder), *["--strict"] * rule.strict])
             missed[case] = capsys.readouterr().out
-            line = rf"(?m)^{NAME}: not valid: .*\n(?:  .*\n)*  {broken}: {re.escape(found)}.*"
+            line = rf"(?m)^{NAME}\b.*: not valid: .*\n(?:  .*\n)*  {broken}: {re.escape(found)}.*"
             if code == 1 and re.search(rf"{line} Remedy: {re.escape(rule.remedy)}$", missed[case]):
                 del missed[case]
             shutil.rmtree(folder)
@@ -414,6 +450,10 @@ def field_folder(folder, logs, **claims):
     ("clock", "", "", dict(seed_results={"9": dict(train_time_ms=600_201)})),
     ("scores", "", "", dict(val_bpb=1.148)), ("sizes", "", "", dict(bytes_total=16_000_001)),
     ("files", "", "", dict(author=None)), ("compliance", "", "", dict(blurb="two-pass")),
+    (None, "", "", dict(blurb="not two-pass, no full-rescore")), (None, "", "", dict(seeds=["7"])),
+    ("sizes", "15000000 bytes\nTotal submission size int6+zlib: 15000100", "15999901", {}),
+    ("scores", "seed:7\n", "seed:7\nDIAGNOSTIC post_ema val_loss:1.9 val_bpb:1.1\n",
+     dict(val_bpb=1.1)),
 ])
 def test_rules_bind_everybody(rule, old, new, claims, tmp_path):
     """A folder in the field's dialect is valid without our evidence; a fault breaks its rule."""
@@ -484,6 +524,9 @@ def test_one_line_says_what_a_folder_is(tmp_path, capsys):
     assert capsys.readouterr().out == (
         f"{tmp_path.name}: valid: 3 seeds, 1.15000 BPB, 15,000,100 bytes; clock +0.009 s (note, "
         "and 1 more)\n")
+    claim(bytes_total="15 MB")(tmp_path)  # what is no number is none
+    assert make_record.main(["verify", str(tmp_path)]) == 0
+    assert "15,000,100 bytes" in capsys.readouterr().out
     claim(author=None, bytes_total=16_000_007, val_bpb=1.0)(tmp_path)
     (tmp_path / "train_seed9.log").unlink()
     assert make_record.main(["verify", str(tmp_path)]) == 1
@@ -508,6 +551,23 @@ def test_logs_that_a_copy_leaves_out_are_no_fault(tmp_path):
         assert notes == {bool(names)}
         said = make_record.verdict(tmp_path, rules.verify(tmp_path))
         assert said.startswith(f"{tmp_path.name} (a copy without all files; its source.json is")
+
+
+def test_a_survey_counts_folders_of_one_name(tmp_path):
+    """Each has its row."""
+    for place in "ab":
+        (tmp_path / place / NAME).mkdir(parents=True)
+        field_folder(tmp_path / place / NAME, [FIELD_LOG])
+    text = make_record.survey_text([tmp_path / place / NAME for place in "ab"])
+    assert "from 2 folders" in text and text.count(f"\n| {NAME} |") == 2
+
+
+@pytest.mark.parametrize("day", ["2030-13-02", "2030-01-32"])
+def test_a_date_is_one(day, record):
+    """No 13th month and no 32nd day."""
+    folder = record.rename(record.with_name(f"{day}_Tiny"))
+    claim(date=day)(folder)
+    assert "YYYY-MM-DD" in "".join(map(str, rules.verify(folder, strict=True)))
 
 
 def test_a_copy_of_a_log_is_no_other_run(tmp_path):
@@ -549,7 +609,9 @@ def test_compare_stats_and_plot(made_folder, runs, tmp_path, capsys):
     assert output.read_bytes().startswith(b"\x89PNG") and output.stat().st_size > 30_000
     for wrong in (["compare", "nothing"], ["plot", "2026-03-31_ParallelResiduals"],
                   ["compare", logs[0], logs[0]], ["compare", "2026-04"],
-                  ["plot", logs[0], "--output", "/no/such/x.png"]):
+                  ["stats", "2026-03-31_ParallelResiduals", "2026-03-25_ValCalib"],
+                  ["plot", logs[0], "--output", "/no/such/x.png"],
+                  ["plot", logs[0], "--output", str(tmp_path / "curves.svg")]):
         assert tool.main(wrong) == 1 and "error: " in capsys.readouterr().err
     assert tool.main(["compare", str(made_folder), "2026-03-31_ParallelResiduals"]) == 0
     row = re.search(r"\n\| 2026-03-31_Par.*", capsys.readouterr().out)[0]  # SPEC section 10's
@@ -626,6 +688,22 @@ def test_the_idea_follows_the_settings(change, said, unsaid, runs):
     assert said in text and unsaid not in text, text
 
 
+def test_a_seed_has_no_score_that_has_looked_ahead(runs):
+    """A stage that is not compliant is left out of submission.json."""
+    run = reader.read_run(runs[2][0])
+    assert "sliding_bpb" in generated.seed_result(run, None)
+    run.scores["sliding"] = run.scores["sliding"]._replace(compliant=False)
+    assert "sliding_bpb" not in generated.seed_result(run, None)
+
+
+def test_step_times_are_not_of_roundings():
+    """A log that shows the first steps one by one, in whole ms, has no step time for them."""
+    run = reader.Run(Path("x"), train=[reader.Point(step, 1.0, ms=ms) for step, ms in (
+        (1, 9.0), (2, 9.0), (500, 40_000.0), (1000, 80_000.0))])
+    steps, pace = make_record.figures.step_times(run)
+    assert steps == [500, 1000] and pace == pytest.approx([39991 / 498, 80.0])
+
+
 def test_attribution_is_of_what_ran(runs):
     """Score-first TTT is credited where it has a score, not where a setting allows it."""
     run = reader.read_run(runs[2][0])
@@ -693,6 +771,23 @@ def test_miscounted_runs_are_corrected_however_they_are_named(tmp_path, monkeypa
     assert row["label"] == raw["name"] + " (bytes corrected)"
     assert row["stages"]["sliding"] == factor * raw["stages"]["sliding"] > row["val_bpb"]
     assert row["val_bpb"] == factor * raw["val_bpb"]
+
+
+def test_an_audited_miscount_is_corrected(tmp_path):
+    """The bytes of a corrected run are the true ones, by whatever the log told them."""
+    field_folder(tmp_path, ["byte_audit:lossy bytes:158633352\n" + FIELD_LOG])
+    (run,) = make_record.find_group(str(tmp_path)).runs
+    assert run.counted_bytes == pytest.approx(151080891)
+
+
+def test_a_place_is_among_the_others():
+    """A published result does not stand beside itself, nor beside those that do not count."""
+    rows = [row for row in denominator.results() if row["track"] == make_record.TRACKS[0]]
+    counted = [row for row in rows if not row.get("excluded")]
+    assert len(counted) < len(rows)
+    best = min(counted, key=lambda row: row["val_bpb"])
+    text = make_record.standing(make_record.find_group(best["name"]))
+    assert f", 0 of {len(counted) - 1} published are better." in text
 
 
 def test_other_texts_are_not_corrected(runs):
