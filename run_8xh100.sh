@@ -37,6 +37,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")" && pwd)
 cd "$root"
+if [[ $# != 0 ]]; then  # --help, or a mistake: settings come from the environment
+    sed -n '2,/^set /s/^# \{0,1\}//p' "$root/${0##*/}"
+    [[ $* == --help || $* == -h ]] && exit || exit 1
+fi
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 [[ $(uname) == Linux && $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 404 ]] || die "this script \
 needs Linux and bash 4.4 or newer, not $(uname) and bash $BASH_VERSION; train_gpt.py runs without it"
@@ -50,7 +54,7 @@ if [[ ( -t 0 || -t 1 ) && -n ${SSH_CONNECTION:-} && -z ${TMUX:-}${STY:-} ]]; the
     advice="note: the script ends if the ssh connection breaks; started inside tmux, it goes on"
 fi
 exec 3>&1 4>&2 > >(tee -ia "$log") 2>&1
-tee=$! current='' since=0 times=() complete=''
+tee=$! current='' since=0 times=() complete='' child=''
 export PYTHONUNBUFFERED=1  # what goes into a pipe is printed late otherwise
 stage() {  # the name of a stage that begins; the one before it has ended
     local took="$(((SECONDS - since) / 60)) min $(((SECONDS - since) % 60)) s"
@@ -60,6 +64,7 @@ stage() {  # the name of a stage that begins; the one before it has ended
 }
 finish() {  # at every end, also after an error or a signal; the exit status stays as it is
     set +e
+    if [[ -n $child ]] && kill "$child" 2> /dev/null; then wait "$child"; fi
     [[ -n $complete ]] || current="$current (stopped here)"
     stage ''
     printf '\nTime of each stage:\n'
@@ -144,7 +149,7 @@ estimate() {  # minutes of each stage, were nothing done yet, and the cost
     [[ -z ${PYTHON:-} ]] || environment=0
     [[ -n ${SP1024:-}${DATA_PATH:-}$demo_text ]] || fetch=$((SHARDS / 15 + 1))
     [[ -n ${DATA_PATH:-}$demo_text ]] || convert=$((SHARDS / 12 / $(nproc) + 1))
-    if [[ ${PRESET:-} == demo ]]; then smoke=1 each=4 price=0 about="on two CPU cores"; fi
+    if [[ ${PRESET:-} == demo ]]; then smoke=1 each=6 price=0 about="on two idle CPU cores"; fi
     echo "An estimate of the time, not a measurement; what is done already is skipped:"
     awk -v price="$price" -v gpus=$((NPROC * NNODES)) '{
     minutes = $1; sum += minutes; $1 = ""; printf "%6d min %s\n", minutes, $0
@@ -169,12 +174,15 @@ list_settings() {  # of train_gpt.py, by an interpreter; wrong ones end the scri
 try: print(t.settings_listing(t.Config.from_env(os.environ, t.find_gpu(os.environ))))
 except t.RunError as error: raise SystemExit(f"error: {error}")'
 }
-make_environment() {  # .venv: with the torch of python3 if that one serves, else with its own
+make_environment() {  # .venv: with the torch that it or python3 has, if that serves, else with its own
     local edit='' disk=7 site='' driver
+    local torch='import torch; raise SystemExit(torch.__version__ < "2.9.0a0")'
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || die "python3 is \
 $(python3 --version 2>&1 || echo missing); Python 3.11 or newer is needed"
-    if python3 -c 'import torch; raise SystemExit(torch.__version__ < "2.9.0a0")' \
-            2> /dev/null; then
+    if .venv/bin/python -c "$torch" 2> /dev/null; then
+        echo "what .venv lacks is added to it"
+        edit='/^torch/d' disk=1 site=kept
+    elif python3 -c "$torch" 2> /dev/null; then
         python3 -c 'import numpy' || die "python3 has torch but not numpy: pip install numpy"
         list_settings python3 > /dev/null
         echo "the torch of python3 is used; everything else goes into .venv"
@@ -190,7 +198,8 @@ into .venv ($(sed -n "$edit; /^torch/p" requirements.txt))"
     [[ $(stat -c %d "$root") != $(stat -c %d "$DATA_DIR") ]] || disk=$((disk + data))
     room "$root" "$disk" "make room, or set PYTHON to an interpreter with everything installed"
     # shellcheck disable=SC2086
-    python3 -m venv --clear $site .venv || die "no venv module; on Debian: apt-get install python3-venv"
+    [[ $site == kept ]] || python3 -m venv --clear $site .venv ||
+        die "no venv module; on Debian: apt-get install python3-venv"
     .venv/bin/pip install -q -r <(sed "$edit" requirements.txt)
     touch "$stamp"
 }
@@ -289,21 +298,25 @@ if [[ ! -e $runs/preflight.done ]]; then
     touch "$runs/preflight.done"
 fi
 
-on_all_ranks() (  # RUN_ID, a program and its arguments; in the runs' folder
-    local where=(--standalone)
+given=()  # NAME=value for what runs on all ranks
+on_all_ranks() {  # RUN_ID, a program and its arguments; in the runs' folder
+    local where=(--standalone) status=0
     [[ $NNODES == 1 ]] || where=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --rdzv_backend=c10d
                                  --rdzv_endpoint="$RDZV_ENDPOINT" --rdzv_id="$1")
-    cd "$runs" &&
-        "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc_per_node="$NPROC" "${@:2}"
-)
+    (cd "$runs" && exec env "${given[@]}" "$PYTHON" -m torch.distributed.run "${where[@]}" \
+        --nproc_per_node="$NPROC" "${@:2}") &
+    child=$!  # which ends if the script does
+    wait "$child" || status=$?
+    child=''
+    return "$status"
+}
 launch() {  # RUN_ID, then settings: the packed script
-    local id=$1
+    local id=$1 given=(RUN_ID="$1" ARTIFACT_PATH="$1.ptz" "${@:2}")
     # of an attempt that failed
     for old in "$runs/logs/$id".{txt,jsonl} "$runs"/{,data/}checkpoints/"$id"; do
         [[ ! -e $old ]] || mv "$old" "$old.failed_$(date +%s)"
     done
-    (export RUN_ID="$id" ARTIFACT_PATH="$id.ptz" "${@:2}"
-     on_all_ranks "$id" train_gpt.py) || return 1
+    on_all_ranks "$id" train_gpt.py || return 1
     touch "$runs/$id.done"  # the only trace of a run on machines that keep no log
 }
 finished() {

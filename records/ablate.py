@@ -131,6 +131,10 @@ def tasks_of(plan: dict, out: Path) -> list[tuple[str, Path, dict[str, str]]]:
         for seed in plan["seeds"][: plan.get("seeds_of", {}).get(variant)]:
             settings = plan["base"] | changes | {"SEED": seed}
             texts = {name: str(value).format(root=ROOT) for name, value in settings.items()}
+            try:
+                train_gpt.Config.from_env(texts, torch.cuda.is_available())
+            except train_gpt.RunError as error:
+                raise SystemExit(f"variant {variant}: {error}") from error
             tasks.append((variant, out / f"{variant}_seed{seed}", texts))
     return tasks
 

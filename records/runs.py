@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -206,7 +207,8 @@ def read_run(path: Path) -> Run:
     lines = text.split("\n")  # not at form feeds, which source may hold
     run = Run(path)
     start = next((i for i, line in enumerate(lines) if re.match(r"python \d", line)), 0)
-    run.source = "\n".join(lines[:start]) + "\n" if start else ""
+    code = [*dropwhile(lambda line: line.startswith("demo: "), lines[:start])]  # built before it
+    run.source = "\n".join(code) + "\n" if code else ""
     for line in lines[start:]:
         read_line(run, line)
     last = next((line for line in reversed(lines) if line.strip()), "")

@@ -257,6 +257,11 @@ def test_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
     assert ablate.main() == 0
     states = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
     assert states == ["a_seed1: to run", "a_seed2: done", "b_seed1: to run", "b_seed2: to run"]
+    misspelt = tmp_path / "misspelt.json"
+    misspelt.write_text(json.dumps(dict(base={}, seeds=[1], variants={"a": {"SMEAR_ENABLE": 0}})))
+    monkeypatch.setattr(sys, "argv", ["ablate", str(misspelt), "--list"])
+    with pytest.raises(SystemExit, match="(?s)variant a: .*SMEAR_ENABLED"):
+        ablate.main()
     with pytest.raises(SystemExit, match="--jobs 0"):
         ablate.slots(0)
     monkeypatch.setattr(sys, "argv", ["ablate", str(tmp_path / "none.json")])

@@ -237,6 +237,35 @@ def test_all_output_is_in_a_log(tmp_path):
                      " +0 min . s  2 environment \\(stopped here\\)\n", done)
 
 
+def until_begun(process: subprocess.Popen) -> list[str]:
+    """The lines of a script up to "begun"."""
+    lines = []
+    while "begun\n" not in lines:
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    return lines
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_script_ends_the_ranks(tmp_path):
+    """SIGTERM to the script alone: torchrun is ended before the script is, and no rank lives on."""
+    pod = Pod(tmp_path)
+    (pod.root / "records" / "pack.py").write_text(PACK)
+    (pod.root / "test_cpu.py").write_text("def test(): pass\n")
+    command(pod.bin / "python", f"""[ "$2" = torch.distributed.run ] || exec {sys.executable} "$@"
+trap 'kill $!; echo ended; exit 1' TERM
+sleep 60 & echo begun; wait
+""")
+    process = subprocess.Popen(["bash", pod.root / "run_8xh100.sh"], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env=pod.environ | dict(PYTHON=str(pod.bin / "python")))
+    until_begun(process)
+    process.terminate()
+    rest = process.communicate(timeout=30)[0]
+    assert process.returncode == -signal.SIGTERM
+    assert re.match(r"ended\n-- 6 smoke test: .* \(stopped here\): ", rest)
+
+
 def test_a_signal_ends_the_script_with_its_log(tmp_path):
     """The child that runs gets it too, as with Ctrl-C; the exit status is that of the signal."""
     pod = Pod(tmp_path)
@@ -245,9 +274,7 @@ def test_a_signal_ends_the_script_with_its_log(tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env=pod.environ | dict(PYTHON=str(pod.bin / "python")),
                                start_new_session=True)
-    lines = []
-    while "begun\n" not in lines:
-        lines.append(process.stdout.readline())
+    lines = until_begun(process)
     os.killpg(process.pid, signal.SIGINT)
     rest = process.communicate(timeout=30)[0]
     assert process.returncode == -signal.SIGINT
@@ -261,7 +288,7 @@ def test_a_signal_ends_the_script_with_its_log(tmp_path):
     (dict(NPROC="1", SEEDS="1", TRACK="track_non_record_16mb"), [
         "94 min  1 seeds, each 94 minutes", "106 min  in all", "5 dollars: 1 GPUs at 3.00"]),
     (dict(VOCAB=str(h.SCRIPT), DATA_PATH=""), [" 6 min  download of shards", "re-tokenizing, on"]),
-    (dict(PRESET="demo"), ["12 min  3 seeds, each 4 minutes (on two", "15 min  in all\n"])])
+    (dict(PRESET="demo"), ["18 min  3 seeds, each 6 minutes (on two", "21 min  in all\n"])])
 def test_an_estimate_comes_first(tmp_path, environ, texts):
     """Minutes of each stage and the dollars of the GPUs, called an estimate; the demo is free."""
     done = Pod(tmp_path).run(PYTHON="/bin/false", **environ)
@@ -367,6 +394,30 @@ def test_the_torch_of_the_machine_is_used(tmp_path, version, driver, wanted):
     assert not wanted or f"for driver {driver[:3] or 'none'} goes" in done
     pod.run(PRESET="demo", AGAINST="none")
     assert pod.asked().count("-m venv") == 1  # what is done is skipped
+
+
+@pytest.mark.slow
+def test_an_environment_that_serves_is_kept(tmp_path):
+    """What the README's commands put into .venv stays, torch with it; the rest is added."""
+    pod = Pod(tmp_path, 0)
+    pod.python3(None)
+    for name in ("python", "pip"):
+        (pod.root / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
+        (pod.root / name).rename(pod.root / ".venv" / "bin" / name)
+    assert "what .venv lacks is added to it" in pod.run(PRESET="demo", AGAINST="none")
+    pip, *packages = pod.asked().splitlines()
+    assert pip == "pip" and "numba>=0.61" in packages
+    assert not [p for p in packages if p.startswith("torch")]
+
+
+def test_help_is_the_table_of_variables(tmp_path):
+    """--help prints the head of the script and starts nothing; so does any other argument."""
+    for argument, code in (("--help", 0), ("seeds", 1)):
+        done = subprocess.run(["bash", h.ROOT / "run_8xh100.sh", argument], capture_output=True,
+                              text=True, env=clean(tmp_path, DATA_DIR=str(tmp_path / "d")))
+        assert done.returncode == code and done.stdout.startswith("From a bare machine to a")
+        assert "\n  VOCAB_SHA256  Scylla's" in done.stdout and "set -" not in done.stdout
+    assert not (tmp_path / "d").exists()
 
 
 @pytest.mark.slow

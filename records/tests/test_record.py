@@ -118,6 +118,9 @@ def test_reader_knows_both_dialects(runs, tmp_path):
     assert run.settings["MODEL_DIM"] == "32" and run.steps == 8 and len(run.train) == 8
     assert run.headline == run.scores["ttt"]._replace(eval_ms=None)
     assert run.audit == "exact" and run.total_bytes == run.artifact_bytes + run.code_bytes
+    first = tmp_path / "first.txt"  # of the demo, which has built its data before it says its code
+    first.write_text("demo: built\ndemo: 1023 tokens\n" + runs[2][0].read_text())
+    assert reader.read_run(first).source == run.source
     field = tmp_path / "train_seed7.log"
     field.write_text(
         "1/20000 train_loss: 9.0087 train_time: 0.5m tok/s: 17\nseed:7\n"
