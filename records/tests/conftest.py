@@ -1,4 +1,4 @@
-"""Three tiny runs, as the record tools read them."""
+"""Three tiny runs, as the record tools read them, and the folder made of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 
 import harness as h
+import make_record
+
+NAME = "2030-01-02_Tiny"
 
 
 def tiny_run(script: Path, seed: int, data: Path) -> tuple[ModuleType, Path]:
@@ -46,3 +49,18 @@ def packed(runs, tmp_path_factory) -> tuple[Path, ModuleType, Path]:
     script = tmp_path_factory.mktemp("packed") / "train_gpt.py"
     script.write_bytes(h.tool("pack").pack(h.SCRIPT.read_text()))
     return script, *tiny_run(script, 42, runs[1])
+
+
+def make(code: Path, logs: list[Path], records: Path, *more: str) -> int:
+    """Exit code of `make` on runs."""
+    return make_record.main(
+        ["make", "--name", "Tiny", "--author", "A. Nobody", "--github-id", "nobody", "--date",
+         "2030-01-02", "--code", str(code), "--records", str(records), *more, *map(str, logs)])
+
+
+@pytest.fixture(scope="session")
+def made_folder(runs, tmp_path_factory) -> Path:
+    """A record folder made of the tiny runs, artifacts included."""
+    records = tmp_path_factory.mktemp("records")
+    assert make(*runs[::2], records, "--track", "track_non_record_16mb", "--artifacts") == 0
+    return records / "track_non_record_16mb" / NAME
