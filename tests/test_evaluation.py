@@ -400,6 +400,7 @@ def test_bf16():
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_everything_is_compiled_before_the_clock(monkeypatch):
     """One graph for scoring, one for training, both on random tokens; none after the clock."""
     from torch._dynamo.testing import CompileCounter

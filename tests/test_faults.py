@@ -295,6 +295,7 @@ def launcher_names(text: str) -> list[str]:
     return re.findall(r" (?:rank|exitcode) +: (-?\d+)", cause)[:2]
 
 
+@pytest.mark.slow
 def test_a_dying_rank_is_named(tmp_path, data):
     """SIGKILL to rank 1 of 2: rank 0 ends within seconds, and the launcher names rank 1."""
     environ = h.switching(data, iterations=100000, run_id="dying")

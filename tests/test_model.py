@@ -118,6 +118,7 @@ def test_every_switch_changes_the_output(change):
     assert (gap[:, 2:] > 1e-5).all(), gap
 
 
+@pytest.mark.slow
 def test_backward_keeps_the_logits_once_in_bf16():
     """What the compiled forward saves for backward holds no fp32 array of logits."""
     from functorch.compile import make_boxed_func

@@ -139,6 +139,7 @@ def test_ranks_share_the_matrices():
     assert differ <= set(hessians) and len(differ) > len(hessians) // 2
 
 
+@pytest.mark.slow
 def test_fixed_bits_are_honoured(fit_model, tmp_path):
     """CLASS_BITS and N_INT6_LAYERS stay under a limit that binds; auto goes to INT5 by itself."""
     c, model, hessians, code = fit_model

@@ -181,6 +181,7 @@ POINTS = [
     'R, "put_tokenizer", 1']
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_ends_byte_identical(case, retokenize):
     retokenize(case.arguments())
     undisturbed = h.contents(case.output)
@@ -222,6 +223,7 @@ R.ShardWriter.append = slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_stop_leaves_no_partial_output(case, retokenize, signum):
     for workers in "12":

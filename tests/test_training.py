@@ -191,6 +191,7 @@ def around_steps(trainer, monkeypatch, around) -> None:
     assert trainer.steps == 10
 
 
+@pytest.mark.slow
 def test_steps_compile_nothing_that_warm_up_has_not(make_trainer, monkeypatch):
     """One graph for each phase that the schedule visits, all of them before the first step."""
     from torch._dynamo.testing import CompileCounter
@@ -209,6 +210,7 @@ def test_steps_compile_nothing_that_warm_up_has_not(make_trainer, monkeypatch):
     assert set(counts) == {len(trainer.phases())} == {3}
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(make_trainer, monkeypatch):
     """Validation in every phase, the averaged weights and all scores of the artifact's kind."""
     from torch._dynamo.testing import CompileCounter

@@ -33,6 +33,7 @@ def protocol(run, folder: Path, limit: float = math.inf):
     return run.Protocol(options, folder / "work")
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_ended_and_kept(run, tmp_path, capfd):
     """What each part has printed is in the summary; once time is up, no other part starts."""
     p = protocol(run, tmp_path, 4.0)

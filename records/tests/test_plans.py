@@ -29,6 +29,7 @@ SCRIPTS = [path for pattern in ("*.py", "one_h100/*.py", "studies/*.py")
            for path in sorted(RECORDS.glob(pattern)) if "__main__" in path.read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_every_script_has_help(script, tmp_path):
     """From any folder, without a path to find modules."""
@@ -37,6 +38,7 @@ def test_every_script_has_help(script, tmp_path):
     assert done.stdout.startswith(f"usage: {script.name}") and not done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [
     ["studies/cost_model.py"], ["ablate.py", "plans/slopes.json", "--table"]], ids=" ".join)
 def test_a_reader_that_leaves_is_no_error(command):

@@ -201,6 +201,7 @@ def test_train_gpt_never_falls_back_on_the_cpu(tmp_path):
     assert not [*(tmp_path / "work").iterdir()]
 
 
+@pytest.mark.slow
 @cpu_torch
 @pytest.mark.parametrize("given", [True, False])
 def test_the_script_never_falls_back_on_the_cpu(tmp_path, given):
@@ -338,6 +339,7 @@ def test_the_script_counts_the_gpus_to_use(tmp_path):
         assert "lacks a package; /bin/false -m pip install -r requ" in done, (environ, done)
 
 
+@pytest.mark.slow
 def test_the_script_says_what_is_missing(tmp_path):
     """It stops before any work, with the remedy."""
     pod = Pod(tmp_path)

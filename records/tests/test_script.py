@@ -100,6 +100,7 @@ def hub(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_fetch_resumes_and_checks(hub, tmp_path):
     """A broken download goes on, nothing is fetched twice, half a file does not pass for one."""
     environ, hub = hub
