@@ -259,7 +259,7 @@ $(sha256sum "$vocabulary.part" | cut -c1-64), expected $VOCAB_SHA256; get the by
 
 stage "3 shards"
 if [[ -n $demo_text ]]; then
-    "$PYTHON" -c 'import pathlib, retokenize_scylla as r; r.build_demo(pathlib.Path("data/demo"))'
+    "$PYTHON" -c 'from records.demo_data import *; build_demo(Path("data/demo"))'
     DATA_PATH=data/demo/scylla
 elif [[ -z ${DATA_PATH:-} ]]; then
     have=$(count "$DATA_DIR/scylla")
@@ -273,7 +273,8 @@ used: set DATA_DIR to another folder for SHARDS=$SHARDS"
         "$DATA_DIR/chosen"
     "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$DATA_DIR/scylla" \
         --sp-shards "$DATA_DIR/chosen/fineweb_*.bin" \
-        --sp-model "$sp1024/tokenizers/fineweb_1024_bpe.model"
+        --sp-model "$sp1024/tokenizers/fineweb_1024_bpe.model" ||
+        die "the shards were not made; for another VOCAB set another DATA_DIR"
     DATA_PATH=$DATA_DIR/scylla
 fi
 DATA_PATH=$(cd "$DATA_PATH" && pwd)

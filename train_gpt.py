@@ -929,9 +929,12 @@ def table_from_sentencepiece(path: Path) -> ByteTable:
 
 
 def load_byte_table(c: Config) -> ByteTable:
-    """The run's byte table: of the tokenizer named by the settings, or the one in DATA_PATH."""
+    """The byte table of the tokenizer that the settings name, else the manifest, else DATA_PATH."""
     named, folder = [Path(p) for p in (c.tokenizer_path, c.tokenizer_meta_path) if p], c.data_path
-    found = [*Path(folder).glob("*.meta.npz"), *Path(folder).glob("*.model")]
+    with manifest_of(c) as manifest:
+        kind = manifest.get("tokenizer", {}).get("kind")
+    found = [path for pattern in ("*.meta.npz", "*.model") for path in Path(folder).glob(pattern)
+             if kind is None or (path.suffix == ".model") == (kind == "sentencepiece")]
     if named:  # a vocabulary's table stands beside it
         found = [named[-1] if named[-1].suffix in (".model", ".npz") else
                  named[-1].with_suffix(".meta.npz")]
@@ -975,15 +978,21 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
 
 def read_ledger(c: Config, paths: list[Path]) -> tuple[int | None, int, str | None]:
     """Source bytes (None: not proven) and bad documents of shards, and the vocabulary's SHA-256."""
-    path = Path(c.data_path) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes()) if path.exists() else {}
+    with manifest_of(c) as manifest:
         tokenizer = manifest.get("tokenizer", {})
         if not tokenizer.get("byte_exact"):
             return None, 0, tokenizer.get("sha256")
         shards = [manifest["shards"][shard.name] for shard in paths]
         bad = sum(shard.get("bad_documents", 0) for shard in shards)
         return sum(shard["source_bytes"] for shard in shards), bad, tokenizer.get("sha256")
+
+
+@contextlib.contextmanager
+def manifest_of(c: Config) -> Iterator[dict[str, Any]]:
+    """DATA_PATH's manifest.json, empty if there is none; RunError if the block cannot read it."""
+    path = Path(c.data_path) / "manifest.json"
+    try:
+        yield json.loads(path.read_bytes()) if path.exists() else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: no manifest of retokenize_scylla.py ({error!r}); re-tokenize the "
                        "data, or remove it and go without a byte audit") from error
@@ -3123,15 +3132,15 @@ def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score
                      f"val_bpb:{scores[headline].bpb:.8f}")
 
 
-def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
+def build_demo(c: Config, runtime: Runtime) -> dict[str, Any]:
     """Build the demo's shards unless they are there; returns its yardstick."""
-    import retokenize_scylla  # the one import from this repository, in the demo only
-
     try:
-        built = retokenize_scylla.build_demo(Path(c.data_path).parent, runtime.log.line)
+        from records import demo_data  # the one import from this repository, in the demo only
+
+        built = demo_data.build_demo(Path(c.data_path).parent, runtime.log.line)
     except (ImportError, OSError, ValueError) as error:
         raise RunError(f"cannot build the demo's data: {error}") from error
-    bpb = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
+    bpb = demo_data.byte_model_bpb(built["train_text"], built["val_text"])
     return {"order2_byte_model_bpb": round(bpb, 4)}
 
 
@@ -3142,7 +3151,7 @@ def run(c: Config) -> None:
         summary: dict[str, Any] = {}
         if c.preset == "demo" and c.data_path == PRESETS["demo"]["data_path"]:
             with stage("data", summary):
-                summary |= runtime.on_first_rank(lambda: demo_data(c, runtime))
+                summary |= runtime.on_first_rank(lambda: build_demo(c, runtime))
         if c.dry_run:
             vocab_size = c.vocab_size or len(load_byte_table(c).base_bytes)
             return dry_run(GPT(c, np.zeros(vocab_size, bool), runtime), runtime, c)

@@ -266,6 +266,11 @@ def copy_files(part: Path, runs: list[Run], files: dict[str, Path], artifacts: b
     """Put in the files of a folder that are copies: name -> where from, tokenizer, ledger, logs."""
     kept = {path.name: path for path in beside(runs[0], "DATA_PATH").iterdir()
             if path.suffix in (".yaml", ".model", ".npz", ".vocab") or path.name == rules.LEDGER}
+    if rules.LEDGER in kept:  # it names the vocabulary; others may have been left there
+        about = json.loads(kept[rules.LEDGER].read_bytes()).get("tokenizer", {})
+        kept = {name: path for name, path in kept.items()
+                if name in (rules.LEDGER, about.get("path"))
+                or path.suffix == ".npz" and about.get("kind") != "sentencepiece"}
     logs = {f"train_seed{run.seed}.log": run.path for run in runs}
     models = {f"model_seed{run.seed}.ptz": beside(run, "ARTIFACT_PATH") for run in runs}
     for name, path in (kept | files | logs | (models if artifacts else {})).items():

@@ -314,7 +314,7 @@ def check_vocabulary(folder: Folder) -> Found:
         try:
             vocabulary = retokenize_scylla.load_vocabulary(source)
             with np.load(table, allow_pickle=False) as meta:
-                right = (np.array_equal(meta["base_bytes"], vocabulary.base_bytes())
+                right = (np.array_equal(meta["base_bytes"], vocabulary.base_bytes)
                          and not meta["has_leading_space"].any()
                          and [*meta["is_boundary_token"].nonzero()[0]] == [vocabulary.bos_id])
         except Exception as error:  # of any kind: the files are a stranger's

@@ -33,6 +33,8 @@ import torch
 
 import retokenize_scylla as R
 import train_gpt as t
+from records.demo_data import train_sentencepiece
+from records.vocabulary import vocabulary_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -344,13 +346,13 @@ def write_documents(path: Path, documents: list[str]) -> Path:
 
 def vocabulary(extra: list[bytes] = TOKENS) -> bytes:
     """A byte-exact vocabulary of all bytes and some longer tokens, as YAML."""
-    return R.vocabulary_yaml([bytes([k]) for k in range(256)] + extra)
+    return vocabulary_yaml([bytes([k]) for k in range(256)] + extra)
 
 
 @functools.cache
 def sentencepiece_model() -> bytes:
     """A small SentencePiece model of the same kind as SP1024."""
-    return R.train_sentencepiece([text.encode() for text in texts(200)], 300)
+    return train_sentencepiece([text.encode() for text in texts(200)], 300)
 
 
 def retokenized(documents: Path, source: Path, split: str, output: Path, *more: str) -> Path:
@@ -412,7 +414,7 @@ def case(tmp_path) -> Case:
 @pytest.fixture
 def retokenize(monkeypatch, capsys) -> Callable[[list], tuple[int, str]]:
     """The tool in this process, without its signal handlers: arguments -> exit code, output."""
-    monkeypatch.setattr(R, "stop_on_signals", lambda: None)
+    monkeypatch.setattr(R, "on_signals", lambda _: None)
 
     def run(arguments: list) -> tuple[int, str]:
         code = R.main([str(argument) for argument in arguments])

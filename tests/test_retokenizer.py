@@ -25,8 +25,8 @@ import retokenize_scylla as R
 
 def retokenizer(arguments: list[str], prelude: str = "") -> subprocess.Popen:
     """The tool in a process of its own, after some statements that disturb it."""
-    code = (f"import os, signal, sys, time, resource\nimport retokenize_scylla as R\n{prelude}\n"
-            "sys.exit(R.main(sys.argv[1:]))")
+    code = ("import hashlib, os, signal, sys, time, resource\nimport retokenize_scylla as R\n"
+            f"{prelude}\nsys.exit(R.main(sys.argv[1:]))")
     return h.start(["-c", code, *arguments], h.ROOT)
 
 
@@ -120,9 +120,9 @@ def test_real_documents_are_exact_to_the_byte(tmp_path, retokenize):
 def test_wrong_segmentation_is_never_published(case, retokenize, monkeypatch):
     original = R.Segmenter.segment
 
-    def damaged(self, text, starts):
-        ids = original(self, text, starts)
-        ids[np.flatnonzero(ids < 256)[-1]] ^= 1  # another token of the same length
+    def damaged(self, text):
+        ids = original(self, text)
+        ids.values[np.flatnonzero(ids.values < 256)[-1]] ^= 1  # another token of the same length
         return ids
 
     monkeypatch.setattr(R.Segmenter, "segment", damaged)
@@ -149,15 +149,13 @@ def test_restart_skips_what_is_finished_and_redoes_the_rest(case, retokenize):
     assert h.contents(case.output) == before
 
 
-def test_restart_redoes_changed_sources_and_vocabularies(case, retokenize):
+def test_restart_redoes_changed_sources(case, retokenize):
     retokenize(case.arguments())
     last = h.read_shard(case.shard(3))
     h.write_shard(case.shard(3), last[:-1])
     assert "1 made, 3 skipped" in retokenize(case.arguments())[1]
     h.write_shard(case.shard(3), [299, *last[1:]])
     assert "1 made, 3 skipped" not in retokenize(case.arguments())[1], "2 has its tail there"
-    case.vocab.write_bytes(h.vocabulary(h.TOKENS[:5]))
-    assert "4 made, 0 skipped" in retokenize(case.arguments())[1]
 
 
 KILL = """
@@ -176,9 +174,9 @@ def kill_at(owner, name, number, after=False):
 
 
 POINTS = [
-    'R.ShardWriter, "append", 2', 'R.ShardWriter, "seal", 1', 'os, "fsync", 1', 'os, "replace", 1',
+    'R.Encoded, "counts", 1', 'hashlib, "file_digest", 1', 'os, "fsync", 1', 'os, "replace", 1',
     'os, "replace", 1, True', 'os, "replace", 2', 'os, "replace", 3, True', 'os, "replace", 6',
-    'R, "put_tokenizer", 1']
+    'R.OutputFolder, "publish", 1']
 
 
 @pytest.mark.slow
@@ -201,25 +199,24 @@ def test_killed_at_any_point_ends_byte_identical(case, retokenize):
 def test_manifest_is_right_when_a_redo_is_killed(case, retokenize):
     retokenize(case.arguments())
     h.write_shard(case.shard(3), h.read_shard(case.shard(3))[:-1] + [290])
-    point = 'kill_at(os, "replace", 2, True)'  # the first is the manifest's without the shard
+    point = 'kill_at(os, "replace", 1, True)'  # the shard is there, its entry and manifest are not
     process = retokenizer(case.arguments(), KILL + point)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
-    shards = h.read_manifest(case.output)["shards"]
-    assert len(shards) == 3 and all(
-        R.file_sha256(case.output / name) == entry["sha256"]
-        for name, entry in shards.items())
+    assert not (case.output / "manifest.json").exists() and len(R.OutputFolder(
+        case.output).entries()) == 3
     assert "1 made, 3 skipped" in retokenize(case.arguments())[1]
     assert len(h.read_manifest(case.output)["shards"]) == 4
 
 
 SLOW_APPEND = """
-original = R.ShardWriter.append
-def slow(self, block):
-    original(self, block)
+original = R.Encoded.counts
+def slow(self):
     print("appended", file=sys.stderr, flush=True)
-    time.sleep(60)
-R.ShardWriter.append = slow
+    while not R.Worker.given_up.is_set():
+        time.sleep(0.01)
+    return original(self)
+R.Encoded.counts = slow
 """
 
 
@@ -241,7 +238,7 @@ def test_stop_leaves_no_partial_output(case, retokenize, signum):
         else:
             assert process.returncode == 128 + signum and "stopped" in error
             assert "Traceback" not in error
-            assert [p.name for p in (case.output / ".ledger").iterdir()] == ["lock"]
+            assert not list((case.output / ".ledger").iterdir())
         assert retokenize(case.arguments())[0] == 0
         assert not list((case.output / ".ledger").glob("*.part"))
         check_output(case)
@@ -249,16 +246,13 @@ def test_stop_leaves_no_partial_output(case, retokenize, signum):
 
 def test_stop_between_making_and_guarding(case, retokenize, monkeypatch):
     """A partial file that nothing guards yet is cleared by the stop itself."""
-    part = R.OutputFolder.part
+    original = R.tempfile.mkstemp
 
-    def stopped(self, name):
-        file, path = part(self, name)
-        if name.endswith(".bin"):
-            file.close()
-            raise R.Stopped(int(signal.SIGTERM))
-        return file, path
+    def stopped(*arguments):
+        os.close(original(*arguments)[0])
+        raise R.Stopped(int(signal.SIGTERM))
 
-    monkeypatch.setattr(R.OutputFolder, "part", stopped)
+    monkeypatch.setattr(R.tempfile, "mkstemp", stopped)
     assert retokenize(case.arguments("--workers", "1"))[0] == 128 + signal.SIGTERM
     assert not list((case.output / ".ledger").glob("*.part"))
 
@@ -292,9 +286,82 @@ def test_manifest_grows_over_invocations(case, retokenize):
     totals = manifest["totals"]
     assert totals["val"]["documents"] == 5 and totals["train"]["documents"] == 40
     assert all(totals["all"][key] == totals["val"][key] + totals["train"][key] for key in R.COUNTS)
-    case.vocab.write_bytes(h.vocabulary(h.TOKENS[:5]))
-    code, text = retokenize(documents)
-    assert code == 1 and "fineweb_train_000000.bin: was made with another vocabulary" in text
+
+
+def test_what_was_made_otherwise_is_kept_unless_told(case, retokenize):
+    """Another vocabulary, or another kind of source, for shards that are finished."""
+    assert retokenize(case.arguments())[0] == 0
+    before, old = h.contents(case.output), R.file_sha256(case.vocab)
+    documents = ["--docs", h.write_documents(case.folder / "d.jsonl", h.texts(5)), "--output-dir",
+                 case.output]
+    code, text = retokenize([*documents, "--vocab", case.vocab])
+    assert code == 1 and "fineweb_train_000000.bin was made otherwise: kind sp-shards" in text
+    other = case.folder / "other.yaml"
+    other.write_bytes(h.vocabulary(h.TOKENS[:5]))
+    case.vocab = other
+    for arguments in (case.arguments(), [*documents, "--vocab", other, "--split", "val"]):
+        code, text = retokenize(arguments)
+        assert code == 1 and f"{old} (toy.yaml), now {R.file_sha256(other)} (other.yaml)" in text
+        assert "--overwrite" in text and h.contents(case.output) == before
+    assert "4 made, 0 skipped" in retokenize(case.arguments("--overwrite"))[1]
+    assert h.read_manifest(case.output)["tokenizer"]["path"] == "other.yaml"
+    assert sorted(path.name for path in case.output.glob("*.yaml")) == ["other.yaml"]
+    assert "0 made, 4 skipped" in retokenize(case.arguments("--overwrite"))[1]
+    (case.output / "notes.txt").write_text("mine")
+    code, text = retokenize([*documents, "--sp-model", case.model, "--overwrite"])
+    assert code == 0 and {path.name for path in case.output.iterdir() if path.is_file()} == {
+        "notes.txt", "sp.model", "manifest.json", "fineweb_train_000000.bin"}
+
+
+def test_shards_are_named_by_paths_or_patterns(case, retokenize):
+    """As the shell has expanded a pattern, as a quoted pattern, or both."""
+    retokenize(case.arguments())
+    expected = h.contents(case.output)
+    paths = [str(case.shard(k)) for k in (2, 0, 3, 1)]
+    for number, given in enumerate((paths, [str(case.folder / "in" / "*[13].bin"), *paths[:3]])):
+        case.output = case.folder / f"out{number}"
+        assert retokenize(["--sp-shards", *given, *case.arguments()[2:]])[0] == 0
+        assert h.contents(case.output) == expected
+    code, text = retokenize(["--sp-shards", *paths, "no/*.bin", *case.arguments()[2:]])
+    assert code == 1 and "--sp-shards no/*.bin: empty source: no file matches" in text
+
+
+def progress_of(text: str) -> list[tuple[float, int]]:
+    """Percent and documents of every progress line."""
+    return [(float(line.split()[1][:-1]), int(line.split()[4])) for line in text.splitlines()
+            if line.startswith("progress: ")]
+
+
+def test_progress_is_of_the_shards_that_are_left(case, retokenize, monkeypatch):
+    """Skipped shards are told of once; percent, rate and ETA are of the others."""
+    monkeypatch.setattr(R.Progress, "interval", 0.0)
+    lines = progress_of(retokenize(case.arguments())[1])
+    assert len(lines) == 5 and lines[-1] == (100.0, 40) and lines == sorted(lines)
+    text = retokenize(case.arguments())[1]
+    assert text.count("skipped: 4 finished shard(s)\n") == 1 and progress_of(text) == []
+    for k in (1, 2):
+        (case.output / case.shard(k).name).unlink()
+    text = retokenize(case.arguments())[1]
+    (first, _), *_, last = progress_of(text)
+    assert text.count("skipped: 2 finished shard(s)") == 1 and 30 < first < 70
+    assert last == (100.0, sum(len(case.source(k)) for k in (1, 2)))
+
+
+def test_progress_is_of_the_documents_that_are_left(case, retokenize, monkeypatch):
+    """What is passed over to get to the first missing shard is no progress."""
+    monkeypatch.setattr(R.Progress, "interval", 0.0)
+    monkeypatch.setattr(R, "BLOCK_BYTES", 3000)
+    path = h.write_documents(case.folder / "d.jsonl", h.texts(200))
+    arguments = ["--docs", path, "--vocab", case.vocab, "--shard-tokens", "9000", "--output-dir",
+                 case.output, "--workers", "2"]
+    lines = progress_of(retokenize(arguments)[1])
+    assert len(lines) > 5 and lines == sorted(lines) and lines[-1] == (100.0, 200)
+    *_, before_last, last = sorted(case.output.glob("*.bin"))
+    last.unlink()
+    done = 200 - h.read_manifest(case.output)["shards"][last.name]["documents"]
+    text = retokenize(arguments)[1]
+    (first, _), *_, end = progress_of(text)
+    assert before_last.exists() and first < 100 and end == (100.0, 200 - done)
 
 
 def test_manifest_sees_entries_that_come_while_it_is_written(tmp_path, monkeypatch):
@@ -304,20 +371,20 @@ def test_manifest_sees_entries_that_come_while_it_is_written(tmp_path, monkeypat
 
     def late(self, target, data):
         original(self, target, data)
-        if target.name == "manifest.json" and not (self.path / "b.bin").exists():
+        if target == "manifest.json" and not (self.path / "b.bin").exists():
             h.write_shard(self.path / "b.bin", [])
-            self.record("b.bin", entry)
+            original(self, ".ledger/b.bin.json", entry)
 
     monkeypatch.setattr(R.OutputFolder, "put", late)
-    folder.publish({})
+    folder.publish(R.Segmenter(R.load_vocabulary(h.vocabulary())))
     assert list(h.read_manifest(folder.path)["shards"]) == ["b.bin"]
 
 
 def test_a_dying_worker_is_reported(case):
-    prelude = "R.ShardWriter.append = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    prelude = "R.Encoded.counts = lambda _: os.kill(os.getpid(), signal.SIGKILL)"
     process = retokenizer(case.arguments("--workers", "2"), prelude)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 1 and "worker process died (exit code -9" in error
+    assert process.returncode == 1 and "one of 2 worker processes died" in error
     assert not list(case.output.glob("*.bin"))
 
 
@@ -331,7 +398,7 @@ DAMAGE = {
     "no header": (lambda case: os.truncate(case.shard(1), 100), "100 bytes are less than the 1024"),
     "magic": (lambda case: h.write_shard(case.shard(1), [1, 5], magic=7), "magic 7"),
     "count": (lambda case: h.write_shard(case.shard(1), [1, 5], count=1),
-              "too long: the header counts 1 tokens, the file holds 2"),
+              "too long: the header counts 1 tokens, 2 bytes, the file holds 4 bytes"),
     "odd length": (lambda case: append_to(case.shard(0), b"x"), "too long"),
     "range": (lambda case: h.write_shard(case.shard(3), [1, 5, 300]),
               "fineweb_train_000003.bin: id 300 is out of range: the model has 300 ids"),
@@ -382,13 +449,14 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     assert process.returncode == 1 and "make room and run again" in error
     assert "cannot write" in error and "fineweb_train_000000.bin" in error
     assert [path.name for path in case.output.iterdir()] == [".ledger"]
-    assert [path.name for path in (case.output / ".ledger").iterdir()] == ["lock"]
+    assert not list((case.output / ".ledger").iterdir())
 
 
 BAD_DOCUMENTS = {
     "": "empty source: no documents", "{\"text\": 3}\n": "bad.jsonl:1: no string \"text\"",
-    "{\"text\": \"a\"}\n\n{\"body\": \"a\"}\n": "bad.jsonl:3: no \"text\"",
-    "{\"text\": \"a\n": "bad.jsonl:1: not JSON", "[1]\n": "no string \"text\"",
+    "{\"text\": \"a\"}\n\n{\"body\": \"a\"}\n": "bad.jsonl:3: no string \"text\"",
+    "{\"text\": \"a\n": "bad.jsonl:1: not JSON",
+    "[" * 100000: "bad.jsonl:1: not JSON (maximum", "[1]\n": "no string \"text\"",
     "{\"text\": \"a\\ud800\"}\n": "lone surrogate at character 1"}
 
 
@@ -444,7 +512,10 @@ def test_compressed_documents_and_shard_size(case, retokenize, suffix, monkeypat
     assert f"{len(shards) - 1} made, 1 skipped" in retokenize(arguments)[1]
     assert h.contents(case.output) == before
     arguments[arguments.index("1500")] = "1000000"
-    assert "1 made, 0 skipped" in retokenize(arguments)[1]
+    code, text = retokenize(arguments)
+    assert code == 1 and "shard_tokens 1500, now 1000000" in text
+    assert h.contents(case.output) == before
+    assert "1 made, 0 skipped" in retokenize([*arguments, "--overwrite"])[1]
     assert [path.name for path in case.output.glob("*.bin")] == ["fineweb_val_000000.bin"]
 
 
@@ -541,57 +612,6 @@ def test_allow_lossy_states_what_is_wrong(case, retokenize, monkeypatch):
         bad, sum(map(len, source)), sum(map(len, kept)))
     assert 0 < bad and totals["source_bytes"] > totals["decoded_bytes"]
     assert all(entry["status"] == "lossy" for entry in manifest["shards"].values())
-
-
-def test_demo_is_built_once_and_is_honest(tmp_path, monkeypatch):
-    monkeypatch.setitem(R.DEMO, "packages", [])
-    monkeypatch.setitem(R.DEMO, "val_bytes", 30_000)
-    monkeypatch.setitem(R.DEMO, "sample_bytes", 100_000)
-    monkeypatch.setitem(R.DEMO, "vocabulary_ids", 400)
-    sources = R.demo_sources()
-    assert ("pydoc_data/topics.py" in dict(sources)) and not any(
-        {"test", "tests"} & set(name.split("/")) for name, _ in sources)
-    monkeypatch.setattr(R, "demo_sources", lambda: [source for source in sources
-                                                    if source[0][0] in "abcdefg"])
-    lines: list[str] = []
-    paths = R.build_demo(tmp_path / "demo", lines.append)
-    assert lines and all(path.exists() for path in paths.values())
-    before = h.contents(tmp_path / "demo")
-    assert R.build_demo(tmp_path / "demo", lines.clear) == paths
-    texts = {}
-    for split in ("train", "val"):
-        texts[split] = [json.loads(line)["text"] for line in open(paths[f"{split}_text"])]
-        size = sum(len(text.encode()) for text in texts[split])
-        for folder in (paths["data_path"], paths["sp_data_path"]):
-            totals = h.read_manifest(folder)["totals"][split]
-            assert (totals["source_bytes"], totals["decoded_bytes"], totals["bad_documents"]) == (
-                size, size, 0)
-        vocabulary = R.load_vocabulary(paths["tokenizer_path"])
-        ids = h.read_shard(paths["data_path"] / f"fineweb_{split}_000000.bin")
-        decoded = b"".join(b"\0" if k == vocabulary.bos_id else vocabulary.tokens[k] for k in ids)
-        assert decoded.decode() == "".join("\0" + text for text in texts[split])
-    assert not set(texts["train"]) & set(texts["val"]) and len(texts["val"]) > 3
-    model = R.SentencePieceModel(paths["sp_model"])
-    assert [model.processor.id_to_piece(k) for k in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
-    assert model.vocab_size == 1024 and model.processor.piece_to_id("\u2581") > 258
-    monkeypatch.setitem(R.DEMO, "version", 2)
-    R.build_demo(tmp_path / "demo", lines.append)
-    after = h.contents(tmp_path / "demo")
-    assert {name for name in before if before[name] != after[name]} == {"stamp"}
-
-
-def test_demo_texts_are_never_in_both_splits(tmp_path):
-    sources = []
-    for k in range(60):
-        path = tmp_path / f"m{k}.py"
-        shared = f"A docstring that several modules have,\nas number {k % 20} shows to readers."
-        path.write_text(f'"""Module {k} with a text of its own,\nwhich is long enough."""\n'
-                        f'def f():\n    """{shared}"""\n')
-        sources.append((path.name, path))
-    splits = R.demo_documents(sources, 1)
-    texts = [text for split in splits.values() for document in split
-             for text in document.decode().split("\n\n")]
-    assert len(texts) == len(set(texts)) == 80
 
 
 def test_bench_reports_the_yardstick(case, retokenize):

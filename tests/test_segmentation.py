@@ -1,13 +1,9 @@
-"""The segmenter, vocabularies, the SentencePiece table and the vocabulary builder."""
+"""The segmenter, vocabularies and the SentencePiece table."""
 
 from __future__ import annotations
 
 import json
-import lzma
 import random
-import re
-from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ import pytest
 import harness as h
 import references as ref
 import retokenize_scylla as R
+from records.vocabulary import vocabulary_yaml
 
 
 def test_fields_of_the_page():
@@ -51,7 +48,7 @@ def test_alternatives_that_are_cut_alike(name):
     """Of prefixes with equal priority the longest two are kept, the longer one first."""
     tokens, text, wanted = (part.encode() for part in ALIKE[name])
     entries = [bytes([k]) for k in range(256)] + tokens.split()
-    segmenter = R.Segmenter(R.load_vocabulary(R.vocabulary_yaml(entries)))
+    segmenter = R.Segmenter(R.load_vocabulary(vocabulary_yaml(entries)))
     assert [entries[k] for k in segmenter.encode(text)] == wanted.split()
     assert segmenter.encode(text) == ref.Segmenter(entries).encode(text)
 
@@ -61,7 +58,7 @@ def test_published_vocabulary_and_its_byte_table():
     vocabulary = R.load_vocabulary(h.SHARED / "data" / "scylla.yaml")
     assert (vocabulary.vocab_size, vocabulary.bos_id, vocabulary.lossy) == (1254, 1253, "")
     published = np.load(h.SHARED / "data" / "scylla.meta.npz")
-    np.testing.assert_array_equal(vocabulary.base_bytes(), published["base_bytes"])
+    np.testing.assert_array_equal(vocabulary.base_bytes, published["base_bytes"])
     classes = R.byte_classes({token: k for k, token in enumerate(vocabulary.tokens) if token})
     of_class = [bytes(np.flatnonzero(classes == kind).tolist()) for kind in (1, 2, 3)]
     assert of_class == [b"CDWabcdefgiklmnopqrstuvwy", b"\n),-.:\\_{\xe2", b" "]
@@ -78,18 +75,21 @@ def test_yaml_scalars_duplicates_and_hex():
     assert vocabulary.tokens[:7] == (b'A\n"\\\xc3\xa9', b"it's", b"", b"\xff\0", b"", b"", b"plain")
     assert (vocabulary.vocab_size, vocabulary.lossy) == (264, "")
     awkward = [b'a"\\b', b"TokenMonsterHexEncode{41}", b"'", b" # x: y", b"\x85\xe2\x80\xa8", b"\n"]
-    again = R.load_vocabulary(R.vocabulary_yaml(awkward))
+    again = R.load_vocabulary(vocabulary_yaml(awkward))
     assert again.tokens == (*awkward, b"") and "no token for" in again.lossy
 
 
 @pytest.mark.parametrize(("data", "message"), [
     (b"\xff\xfe\x00 nothing", "neither a TokenMonster YAML"),
-    (b"tokens:\n    - token: \"a\n      id: 0\n", "unclosed quote"),
-    (b"tokens:\n    - token: \"\\q\"\n      id: 0\n", "is not YAML"),
+    (b"tokens:\n    - token: \"a\n      id: 0\n", "line 4, column 1"),
+    (b"tokens:\n    - token: \"\\q\"\n      id: 0\n", "unknown escape character in"),
     (b"tokens:\n    - token: a\n      id: 1\n", "ids must be 0..0"),
     (b"tokens:\n    - token: a\n", "needs a token and a numeric id"),
-    (b"{\"model\": 1}\n", "cannot read the line"),
-    (b"charset: none\n", "0 tokens"),
+    (b"{\"model\": 1}\n", "no list of tokens"),
+    (b"charset: none\n", "no list of tokens"),
+    (b"tokens: []\n", "0 tokens"),
+    (b"tokens: [x]\n", "the entry x needs a token"),
+    (b"[" * 100000, "nesting"),
     (b"\x02\x07" + bytes(30), "charset 7"),
 ])
 def test_unknown_vocabulary_is_refused_by_name(tmp_path, data, message):
@@ -101,16 +101,14 @@ def test_unknown_vocabulary_is_refused_by_name(tmp_path, data, message):
 
 
 def check_table(model: R.SentencePieceModel, documents: list[list[int]]) -> None:
-    ids = np.array([k for document in documents for k in document], dtype=np.uint16)
-    text, starts = model.decode(ids, R.document_starts(ids, model.bos_id))
-    for k, document in enumerate(documents):
-        assert text[starts[k]:starts[k + 1]].tobytes().decode() == model.processor.decode(document)
+    ids = R.Documents.after_bos([k for document in documents for k in document], model.bos_id)
+    for text, document in zip(model.decode(ids).split(), documents, strict=True):
+        assert text.tobytes().decode() == model.processor.decode(document)
 
 
 def test_table_equals_sp_decode_on_random_ids(tmp_path):
     (tmp_path / "sp.model").write_bytes(h.sentencepiece_model())
     model = R.SentencePieceModel(tmp_path / "sp.model")
-    assert model.table is not None
     rng = np.random.default_rng(1)
     space = model.processor.piece_to_id(R.SPACE_MARK)
     special = [0, 2, 3, space, space, 299, *(4 + k for k in (0xE2, 0x80, 0x99, 0xF0, 0xC0, 0, 65))]
@@ -118,6 +116,9 @@ def test_table_equals_sp_decode_on_random_ids(tmp_path):
     documents += [[1, *(k for k in rng.integers(0, 300, 12).tolist() if k != 1)]
                   for _ in range(1000)]
     check_table(model, documents)
+    text = next(ids for ids in documents if len(ids) > 3 and min(ids[1:]) > 260)
+    model.processor = None  # the table is not all fall-back
+    model.decode(R.Documents.after_bos(text, 1))
 
 
 @pytest.mark.parametrize("options", [{"remove_extra_whitespaces": False},
@@ -142,11 +143,10 @@ def test_table_equals_sp_decode_on_every_real_document():
     lines = (h.SHARED / "data" / "fineweb_docs.jsonl").read_text().splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     documents = [[1, *ids] for ids in model.processor.encode(texts)]
-    assert len(documents) == 120 and model.table is not None
+    assert len(documents) == 120
     check_table(model, documents)
-    odd = model.table.join(np.concatenate(documents).astype(np.uint16), np.array(
-        np.cumsum([0] + [len(ids) for ids in documents])))[2]
-    assert not odd.any(), "real documents need no fall-back"
+    model.processor = None  # real documents need no fall-back
+    model.decode(R.Documents.after_bos(np.concatenate(documents), model.bos_id))
 
 
 @h.needs_shared
@@ -154,12 +154,12 @@ def test_the_published_lossy_vocabulary_is_recognised():
     vocabulary = R.load_vocabulary(h.SHARED / "data" / "candidate.vocab")
     assert "998 tokens with capcode 2, charset UTF-8, normalization NFD" in vocabulary.lossy
     with pytest.raises(R.InputError, match="refused"):
-        R.make_engine(vocabulary, allow_lossy=False)
+        R.Segmenter(vocabulary)
 
 
 def test_lossy_yaml_is_refused_with_its_reasons():
     """Each thing that loses bytes is named."""
-    data = R.vocabulary_yaml([bytes([k]) for k in range(200)])
+    data = vocabulary_yaml([bytes([k]) for k in range(200)])
     for right, wrong in ((b"capcode: 0", b"capcode: 2"), (b"charset: none", b"charset: utf-8"),
                          (b'normalization: "none"', b'normalization: "nfd"')):
         assert right in data
@@ -168,198 +168,4 @@ def test_lossy_yaml_is_refused_with_its_reasons():
     for reason in ("capcode 2", "charset utf-8", "normalization nfd", "no token for 56 of the 256"):
         assert reason in vocabulary.lossy
     with pytest.raises(R.InputError, match="half.yaml: refused"):
-        R.make_engine(vocabulary, allow_lossy=False)
-
-
-SYLLABLES = ("ba", "ke", "lin", "tor", "ma", "shi", "ed", "ing", "\u00e9t", "-", "'s", "qu")
-
-
-def made_up_documents(count: int, seed: int = 1) -> list[bytes]:
-    """Documents of words that follow Zipf's law, with stops, new lines and some invalid UTF-8."""
-    draw = random.Random(seed)
-    words = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 4))) for _ in range(600)]
-    weights = [1 / rank for rank in range(1, len(words) + 1)]
-    documents = []
-    for _ in range(count):
-        chosen = draw.choices(words, weights, k=draw.randint(1, 120))
-        text = " ".join(word + draw.choice(("", "", "", ",", ".\n")) for word in chosen)
-        documents.append(text.encode() + draw.randbytes(draw.randint(0, 3)))
-    return documents
-
-
-def proxy_documents(limit: int) -> list[bytes]:
-    """The first `limit` bytes of the proxy corpus."""
-    with lzma.open(h.SHARED / "data" / "proxy_train.jsonl.xz", "rt", encoding="utf-8") as lines:
-        texts = (json.loads(line)["text"].encode() for line in lines)
-        documents, size = [], 0
-        while size < limit:
-            documents.append(next(texts))
-            size += len(documents[-1])
-    return documents
-
-
-def jsonl_documents(name: str) -> list[bytes]:
-    """Documents of an uncompressed file of ../shared/data."""
-    lines = (h.SHARED / "data" / name).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"].encode() for line in lines]
-
-
-def bytes_per_token(vocabulary: bytes | Path, documents: list[bytes]) -> float:
-    """Bytes per token of the exact segmenter, BOS not counted."""
-    segmenter = R.Segmenter(R.load_vocabulary(vocabulary))
-    return sum(map(len, documents)) / sum(len(segmenter.encode(one)) for one in documents)
-
-
-def byte_pair_vocabulary(documents: list[bytes], size: int) -> bytes:
-    """Plain byte-pair encoding over words with their leading space: the baseline to beat."""
-    words = Counter(tuple(bytes([value]) for value in word)
-                    for document in documents for word in re.split(rb"(?= )", document))
-    tokens = [bytes([value]) for value in range(256)]
-    while len(tokens) < size - 1:
-        pairs: Counter[tuple[bytes, bytes]] = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
-                pairs[pair] += count
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
-        if left + right not in tokens:
-            tokens.append(left + right)
-        words = Counter({joined(word, left, right): count for word, count in words.items()})
-    return R.vocabulary_yaml(tokens)
-
-
-def joined(word: tuple[bytes, ...], left: bytes, right: bytes) -> tuple[bytes, ...]:
-    """`word` with every adjacent `left`, `right` as one piece."""
-    pieces: list[bytes] = []
-    for piece in word:
-        if pieces and pieces[-1] == left and piece == right:
-            pieces[-1] = left + right
-        else:
-            pieces.append(piece)
-    return tuple(pieces)
-
-
-@pytest.mark.parametrize("size", [257, 300, 700])
-def test_built_vocabulary_loads_with_every_id_alive(size):
-    documents = made_up_documents(300)
-    vocabulary = R.load_vocabulary(R.build_vocab(documents, size, rounds=3))
-    assert vocabulary.vocab_size == size and vocabulary.bos_id == size - 1 and not vocabulary.lossy
-    tokens = vocabulary.tokens
-    assert tokens[:256] == tuple(bytes([value]) for value in range(256)) and tokens[-1] == b""
-    assert len(set(tokens)) == size and max(map(len, tokens)) <= R.MAX_TOKEN_BYTES
-    segmenter = R.Segmenter(vocabulary)
-    for identity, token in enumerate(tokens[:-1]):
-        assert segmenter.encode(token) == [identity]
-
-
-def test_building_is_deterministic_and_ignores_empty_documents():
-    documents = made_up_documents(200)
-    built = R.build_vocab(documents, 500, rounds=4)
-    assert built == R.build_vocab(iter([b"", *documents, b""]), 500, rounds=4)
-    assert built != R.build_vocab(documents[100:], 500, rounds=4)
-
-
-def test_built_vocabulary_is_lossless_on_random_bytes():
-    vocabulary = R.load_vocabulary(R.build_vocab(made_up_documents(200), 600, rounds=2))
-    segmenter, draw = R.Segmenter(vocabulary), random.Random(2)
-    for document in [draw.randbytes(draw.randint(0, 300)) for _ in range(50)]:
-        ids = segmenter.encode(document)
-        assert b"".join(vocabulary.tokens[identity] for identity in ids) == document
-
-
-def test_built_vocabulary_beats_byte_pairs_on_unseen_text():
-    documents = made_up_documents(500)
-    train, unseen = documents[:350], documents[350:]
-    built = bytes_per_token(R.build_vocab(train, 500), unseen)
-    assert built > 1.03 * bytes_per_token(byte_pair_vocabulary(train, 500), unseen)
-
-
-def test_more_rounds_never_make_it_worse_on_the_text_it_is_built_from():
-    documents = made_up_documents(200)
-    reached = [bytes_per_token(R.build_vocab(documents, 500, rounds), documents)
-               for rounds in (0, 12)]
-    assert reached[0] <= reached[1]
-
-
-def test_losses_are_the_tokens_that_removal_costs():
-    draft = R._Draft([b"abab abab", b"ab"])
-    draft.take((*R.BYTES, b"ab", b"abab"))
-    assert draft.ids.tolist() == [258, 257, 32, 257, 258, 256]
-    losses = draft.losses()
-    assert losses[256:].tolist() == [1, 2]  # "ab" once -> 2 bytes; "abab" twice -> 2 x "ab"
-    assert losses[ord("a")] == 0
-
-
-def test_pairs_count_what_can_join():
-    draft = R._Draft([b"aaaa", b"xyxyxy", b"xy"])
-    assert draft.pairs(258) == [b"xy", b"yx"]
-    assert draft.pairs(300) == [b"xy", b"yx"]  # "aaaa" holds "aa" three times, but one can join
-
-
-def test_log_reports_every_round():
-    lines: list[str] = []
-    documents = made_up_documents(100)
-    R.build_vocab(documents, 400, 3, lines.append)
-    assert [line.split(":")[0] for line in lines] == [
-        f"vocabulary round {number}/3" for number in (1, 2, 3)]
-
-
-@pytest.mark.parametrize("documents, size, told", [
-    ([b"some text"], 256, "size must be 257"),
-    ([b"some text"], 70000, "size must be 257"),
-    ([], 300, "holds no text"),
-    ([b"", b""], 300, "holds no text"),
-    ([b"too little text"], 300, "repeat too little for more than"),
-])
-def test_impossible_vocabularies_are_refused(documents, size, told):
-    with pytest.raises(R.InputError, match=told):
-        R.build_vocab(documents, size)
-
-
-def test_command_line_builds_a_vocabulary(tmp_path, capsys):
-    source, output = tmp_path / "docs.jsonl", tmp_path / "vocab.yaml"
-    texts = [document.decode("latin-1") for document in made_up_documents(150)]
-    h.write_documents(source, texts)
-    arguments = ["--docs", str(source), "--output", str(output), "--build-rounds", "2"]
-    assert R.main(["--build-vocab", "400", *arguments]) == 0
-    assert R.load_vocabulary(output).vocab_size == 400
-    assert output.read_bytes() == R.build_vocab([text.encode() for text in texts], 400, 2)
-    before = output.read_bytes()
-    assert R.main(["--build-vocab", "400", "--build-bytes", "50", *arguments]) == 1
-    assert "error: --build-vocab 400" in capsys.readouterr().err
-    assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [source, output]
-
-
-@h.needs_shared
-def test_small_build_beats_scylla_on_unseen_text():
-    vocabulary = R.build_vocab(proxy_documents(1_000_000), 1254, rounds=4)
-    unseen = jsonl_documents("proxy_val.jsonl")[:100]
-    assert bytes_per_token(vocabulary, unseen) > 1.1 * bytes_per_token(
-        h.SHARED / "data" / "scylla.yaml", unseen)
-
-
-@h.needs_shared
-@pytest.mark.slow
-@pytest.mark.parametrize("size, bar", [(998, 2.45), (1254, 2.60)])
-def test_build_reaches_its_bar_on_real_documents(size, bar):
-    vocabulary = R.build_vocab(proxy_documents(6_000_000), size)
-    assert bytes_per_token(vocabulary, jsonl_documents("fineweb_docs.jsonl")) >= bar
-    assert np.all(R.load_vocabulary(vocabulary).base_bytes()[:-1] > 0)
-
-
-def test_byte_model_is_witten_bell(tmp_path):
-    """The yardstick's closed form, by hand on a few bytes: contexts, orders, what is scored."""
-    train, val = tmp_path / "train.jsonl", tmp_path / "val.jsonl"
-    train.write_text(json.dumps({"text": "ab"}) + "\n" + json.dumps({"text": "ac"}) + "\n")
-    val.write_text(json.dumps({"text": "ab"}) + "\n")
-
-    def mixed(count, total, kinds, lower):
-        return (count + kinds * lower) / (total + kinds)
-
-    # counted symbols after the two leading zeros: a b 0 0 a c; in contexts of 0, 1 and 2 bytes
-    a0, b0 = mixed(2, 6, 4, 1 / 256), mixed(1, 6, 4, 1 / 256)
-    a1 = mixed(2, 3, 2, a0)  # after 0: a, 0, a
-    b1 = mixed(1, 2, 2, b0)  # after a: b, c
-    a2 = mixed(2, 2, 1, a1)  # after 0 0: a, a
-    b2 = mixed(1, 2, 2, b1)  # after 0 a: b, c
-    expected = -np.log2([a2, b2]).mean()
-    assert R.byte_model_bpb(train, val) == pytest.approx(expected, abs=1e-12)
+        R.Segmenter(vocabulary)

@@ -173,10 +173,14 @@ def test_help_prints_the_table(capsys, monkeypatch):
         assert t.settings_table() in out and "torchrun" in out
 
 
-def test_help_may_be_cut_short():
+@pytest.mark.parametrize("command", [
+    "train_gpt.py", "retokenize_scylla.py", "retokenize_scylla.py --build-vocab 300",
+    "records/make_record.py", "records/ablate.py", "records/fetch.py", "records/pack.py"])
+def test_help_may_be_cut_short(command):
     """`--help | head -1` ends without a traceback."""
-    command = [sys.executable, h.ROOT / "train_gpt.py", "--help"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = [sys.executable, *command.split(), "--help"]
+    with subprocess.Popen(command, cwd=h.ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as process:
         process.stdout.close()  # before the first line
         assert process.stderr.read() == b""
 

@@ -145,7 +145,7 @@ class Protocol:
         """Shards for the other parts: of the documents in --source, else of the demo's text."""
         source, script = self.options.source, str(ROOT / "retokenize_scylla.py")
         code = (f"import sys, pathlib; sys.path.insert(0, {str(ROOT)!r})\n"
-                "import retokenize_scylla as r; r.build_demo(pathlib.Path('demo'))")
+                "from records import demo_data; demo_data.build_demo(pathlib.Path('demo'))")
         commands = [[sys.executable, "-c", code]]
         if source:
             source = source.resolve()

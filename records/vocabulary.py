@@ -1,0 +1,214 @@
+"""Build byte-exact vocabularies: `retokenize_scylla.py --build-vocab`.
+
+Pairs of adjacent tokens are merged as the text wants them, and the exact segmenter counts what a
+vocabulary is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from records.documents import DocumentReader
+from retokenize_scylla import (
+    MAX_IDS,
+    MAX_TOKEN_BYTES,
+    Documents,
+    Segmenter,
+    Vocabulary,
+    compiled,
+    file_errors,
+    positive,
+    require,
+)
+
+BYTES = tuple(bytes([value]) for value in range(256))
+PEAK = 3.0  # how many times its final size the vocabulary reaches before it is pruned
+GROWTH, DECAY = 0.25, 0.15  # share of the tokens taken in, or thrown out, per step on that way
+FIRST_SWAP, LAST_SWAP = 0.3, 0.02  # share of the tokens exchanged in the first and the last round
+
+
+def build_vocab(documents: Iterable[bytes], size: int, rounds: int = 12,
+                log: Callable[[str], None] | None = None) -> bytes:
+    """TokenMonster YAML of `size` ids (BOS the last) that segments `documents` into few tokens.
+
+    From the 256 bytes up, the most frequent pairs of adjacent tokens are taken in, and above
+    `size` the tokens that the text misses least are thrown out; `rounds` ever smaller exchanges
+    follow. The exact segmenter counts the tokens of each round, and the best round is kept.
+    """
+    require(257 <= size < MAX_IDS, f"--build-vocab {size}: the size must be 257 (the bytes and "
+            f"BOS) to {MAX_IDS - 1}")
+    draft, wanted = Draft(documents), size - 1
+    draft.grow(min(int(PEAK * wanted), MAX_IDS - 2), GROWTH)
+    require(len(draft.tokens) >= wanted,
+            f"--build-vocab {size}: the {draft.text.values.size} bytes of --docs repeat too little "
+            f"for more than {len(draft.tokens) + 1} ids; give more text")
+    draft.prune(wanted, DECAY)
+    best, fewest, bytes_read = draft.tokens, draft.ids.size, draft.text.values.size
+    for number, share in enumerate(np.geomspace(FIRST_SWAP, LAST_SWAP, rounds), 1):
+        draft.grow(int(wanted * (1 + share)), share)
+        draft.prune(wanted, share / 2)
+        if draft.ids.size < fewest:
+            best, fewest = draft.tokens, draft.ids.size
+        if log:
+            log(f"vocabulary round {number}/{rounds}: {bytes_read} bytes, "
+                f"{bytes_read / (fewest - draft.text.starts.size + 1):.4f} bytes per token")
+    return vocabulary_yaml([*BYTES, *sorted(set(best).difference(BYTES))])
+
+
+def vocabulary_yaml(tokens: list[bytes]) -> bytes:
+    """TokenMonster YAML of a byte-exact vocabulary: ids in list order, no BOS entry."""
+    lines = ["charset: none", 'normalization: "none"', "capcode: 0", "tokens:"]
+    for identity, token in enumerate(tokens):
+        text = token.decode("latin-1")
+        plain = all(" " <= char <= "~" for char in text) and not text.startswith("TokenMonster")
+        text = text if plain else f"TokenMonsterHexEncode{{{token.hex()}}}"
+        lines += [f"    - token:   {json.dumps(text)}", f"      id:      {identity}",
+                  "      score:   0", "      encoded: true"]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def first_bytes(documents: Iterable[bytes], limit: int) -> list[bytes]:
+    """The first documents that together have at most `limit` bytes, longer ones left out."""
+    chosen, size = [], 0
+    for document in documents:
+        if size + len(document) <= limit:
+            chosen.append(document)
+            size += len(document)
+    return chosen
+
+
+class Draft:
+    """A growing and shrinking vocabulary, and the text segmented with it.
+
+    `ids` are those of the exact segmenter.
+    """
+
+    def __init__(self, documents: Iterable[bytes]):
+        """Start with the 256 bytes."""
+        kept = [document for document in documents if document]
+        require(kept, "--build-vocab: --docs holds no text; give documents to build from")
+        self.text = Documents.joined(kept)
+        self.take(BYTES)
+
+    def take(self, tokens: tuple[bytes, ...]) -> None:
+        """Make `tokens` the vocabulary (the bytes come first) and segment the text with it."""
+        self.tokens = tokens
+        self.segmenter = Segmenter(Vocabulary("draft", b"", (*tokens, b"")))
+        self.ids = self.segmenter.segment(self.text).values
+
+    def grow(self, size: int, share: float) -> None:
+        """Take in frequent pairs, at most `share` of the tokens at a time, up to `size` tokens."""
+        while len(self.tokens) < size:
+            pairs = self.pairs(min(size, int(len(self.tokens) * (1 + share)) + 1))
+            if not pairs:
+                return
+            self.take((*self.tokens, *pairs))
+
+    def pairs(self, size: int) -> list[bytes]:
+        """The most frequent pairs of adjacent tokens, as many as make `size` tokens."""
+        base = len(self.tokens) + 1
+        keys = self.ids[:-1].astype(np.uint32) * np.uint32(base) + self.ids[1:]
+        keys, counts = np.unique(keys, return_counts=True)
+        left, right = np.divmod(keys.astype(np.int64), base)
+        counts[left == right] //= 2  # of three equal tokens in a row only two can join
+        counts[(left == len(self.tokens)) | (right == len(self.tokens))] = 0  # BOS
+        known, found = set(self.tokens), []
+        for at in np.argsort(-counts, kind="stable"):
+            if len(known) >= size or counts[at] < 2:
+                break
+            pair = self.tokens[left[at]] + self.tokens[right[at]]
+            if len(pair) <= MAX_TOKEN_BYTES and pair not in known:
+                known.add(pair)
+                found.append(pair)
+        return found
+
+    def prune(self, size: int, share: float) -> None:
+        """Throw out the least missed tokens, at most `share` at a time, down to `size` tokens."""
+        while len(self.tokens) > size:
+            loss = self.losses()
+            loss[:256] = np.iinfo(np.int64).max
+            left = max(size, int(len(self.tokens) * (1 - share)))
+            kept = np.sort(np.argsort(-loss, kind="stable")[:left])
+            self.take(tuple(self.tokens[at] for at in kept))
+
+    def losses(self) -> np.ndarray:
+        """int64 [tokens]: how many tokens more the text would take without each of them."""
+        keys = {token: identity for identity, token in enumerate(self.tokens)}
+        shorter = [next((keys[token[:cut]] for cut in range(len(token) - 1, 0, -1)
+                         if token[:cut] in keys), -1) for token in self.tokens]
+        loss = np.zeros(len(self.tokens), dtype=np.int64)
+        compiled(_loss_kernel)(
+            self.text.starts, self.segmenter.longest(self.text), self.ids,
+            np.array([len(token) for token in self.tokens]), np.array(shorter), loss)
+        return loss
+
+
+def _loss_kernel(starts, longest, ids, length, shorter, loss):
+    """loss[t] += the tokens it costs, with the fewest pieces, not to use t where `ids` has it.
+
+    shorter[t] is the longest token that t begins with, -1 for none; fewest[i] is the least number
+    of tokens from byte i of a document to its end.
+    """
+    fewest = np.zeros(np.max(np.diff(starts)) + 1, dtype=np.int32)
+    at = 0
+    for document in range(starts.size - 1):
+        begin, size = starts[document], starts[document + 1] - starts[document]
+        fewest[size] = 0
+        for i in range(size - 1, -1, -1):
+            token = np.int64(longest[begin + i])
+            least = size
+            while token >= 0:
+                least = min(least, np.int64(fewest[i + length[token]]))
+                token = shorter[token]
+            fewest[i] = least + 1
+        at += 1  # BOS
+        i = 0
+        while i < size:
+            chosen = np.int64(ids[at])
+            token = np.int64(longest[begin + i])
+            least = size
+            while token >= 0:
+                if token != chosen:
+                    least = min(least, np.int64(fewest[i + length[token]]))
+                token = shorter[token]
+            i += length[chosen]
+            loss[chosen] += least - fewest[i]
+            at += 1
+
+
+# --- command line ---------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line of `retokenize_scylla.py --build-vocab`."""
+    parser = argparse.ArgumentParser(
+        description="Build a byte-exact vocabulary from documents.")
+    add = parser.add_argument
+    add("--build-vocab", metavar="N", type=positive, required=True, help="ids, BOS included")
+    add("--docs", metavar="FILE", nargs="+", type=Path, required=True,
+        help="JSON lines with \"text\" (.jsonl, .gz, .xz, .zst)")
+    add("--build-bytes", metavar="B", type=positive, default=50_000_000,
+        help="bytes of text that are read, whole documents (50000000)")
+    add("--build-rounds", metavar="R", type=positive, default=12,
+        help="rounds of exchanging tokens (12)")
+    add("--output", metavar="FILE", type=Path, default=Path("vocab.yaml"),
+        help="where the vocabulary goes (vocab.yaml)")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Write a vocabulary built from documents."""
+    texts = first_bytes(DocumentReader(options.docs).documents(), options.build_bytes)
+    data = build_vocab(texts, options.build_vocab, options.build_rounds,
+                       lambda line: print(line, file=sys.stderr, flush=True))
+    with file_errors(f"write {options.output}"):
+        part = options.output.with_name(options.output.name + ".part")
+        part.write_bytes(data)
+        part.replace(options.output)
+    print(f"{options.output}: {options.build_vocab} ids")
