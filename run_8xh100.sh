@@ -211,7 +211,7 @@ if [[ -z ${PYTHON:-} ]]; then
 fi
 [[ $PYTHON != */* ]] || PYTHON=$(realpath -s "$PYTHON")  # the runs start in another folder
 "$PYTHON" -c 'import torch, numpy, sentencepiece, numba, huggingface_hub, matplotlib
-import python_minifier, pytest, sys
+import python_minifier, pytest, sys, yaml
 print("python", sys.version.split()[0], "with torch", torch.__version__, "in", *torch.__path__)' ||
     die "$PYTHON lacks a package; $PYTHON -m pip install -r requirements.txt"
 list_settings "$PYTHON" > /dev/null  # before anything is fetched

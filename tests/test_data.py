@@ -164,6 +164,21 @@ def test_tokenizers_are_found_where_the_settings_say(tmp_path):
         paths["c"])
 
 
+def test_the_manifest_says_which_tokenizer_the_shards_have(tmp_path):
+    """Where a .model and a .meta.npz lie, the ledger decides; without one, neither is taken."""
+    data, model = h.dataset(tmp_path), tmp_path / "sp.model"
+    model.write_bytes(h.sentencepiece_model())
+    table, = data.glob("*.meta.npz")
+    model = model.rename(data / model.name)
+    c = h.config(data_path=str(data))
+    for kind, path in (("tokenmonster", table), ("sentencepiece", model)):
+        h.edit_manifest(data, lambda m, kind=kind: m["tokenizer"].update(kind=kind))
+        assert t.load_byte_table(c).path == path
+    h.edit_manifest(data, lambda m: m["tokenizer"].pop("kind"))
+    with pytest.raises(t.RunError, match="no single tokenizer"):
+        t.load_byte_table(c)
+
+
 TEXT = ["The cat sat on the mat, and the dog was not amused at all.",
         "Numbers 12 345 and   runs of spaces; na\u00efve caf\u00e9 \u4f60\u597d \U0001f600 end",
         " leading and trailing ", "line", "a b c d e f g h i j", "don't stop 3.14159 %"] * 20

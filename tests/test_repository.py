@@ -88,6 +88,7 @@ def test_the_commands_of_a_document_are_the_code_s(path):
         for file in files:
             assert (h.ROOT / file).is_file() or "packed/" in file, words
         options = [word.partition("=")[0] for word in words[program:] if word.startswith("--")]
+        files += ["records/vocabulary.py"] * ("--build-vocab" in options)
         known = "".join((h.ROOT / file).read_text() for file in files if (h.ROOT / file).is_file())
         outer = {"--standalone", "--nproc_per_node", "--max-restarts"}  # torchrun's
         assert not files or all(re.search(rf"{option}\b", known) for option in options
@@ -117,18 +118,19 @@ def test_imports_are_torch_numpy_and_the_standard_library():
     inner = {(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name) for n in imports
              if n not in tree.body}
     assert {name.split(".")[0] for name in inner} <= {
-        "fcntl", "sentencepiece", "zstandard", "flash_attn_interface", "retokenize_scylla",
+        "fcntl", "sentencepiece", "zstandard", "flash_attn_interface", "records",
         "resource", "torch", "triton"}
 
 
 def test_what_is_imported_is_required():
     """requirements.txt names every package that a test or a tool imports."""
     packages = re.findall(r"(?m)^[\w-]+", (h.ROOT / "requirements.txt").read_text())
-    required = {name.replace("-", "_") for name in packages}
+    required = {{"pyyaml": "yaml"}.get(name, name.replace("-", "_")) for name in packages}
     paths = [path for pattern in ("*.py", "tests/*.py", "records/*.py", "records/*/*.py")
              for path in h.ROOT.glob(pattern) if not path.stem.endswith("_run")]  # stand-in's torch
     known = required | sys.stdlib_module_names | {path.stem for path in paths} | {
-        "PIL", "functorch", "triton", "flash_attn_interface", "tokenmonster"}  # others', optional
+        "records", "PIL", "functorch", "triton", "flash_attn_interface",
+        "tokenmonster"}  # ours, others', optional
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [
@@ -152,7 +154,7 @@ def test_the_file_keeps_its_shape():
 def test_import_is_light():
     """retokenize_scylla.py loads its packages where they are used."""
     code = ("import sys, retokenize_scylla; print([name for name in ('numba', 'sentencepiece', "
-            "'tokenmonster', 'zstandard', 'torch') if name in sys.modules])")
+            "'tokenmonster', 'zstandard', 'torch', 'yaml') if name in sys.modules])")
     assert subprocess.check_output([sys.executable, "-c", code], cwd=h.ROOT, text=True) == "[]\n"
 
 

@@ -121,6 +121,13 @@ def test_table_equals_sp_decode_on_random_ids(tmp_path):
     model.decode(R.Documents.after_bos(text, 1))
 
 
+def test_a_character_cut_by_documents_is_none(tmp_path):
+    """A document that ends within a character, before one that begins with the rest of it."""
+    (tmp_path / "sp.model").write_bytes(h.sentencepiece_model())
+    model = R.SentencePieceModel(tmp_path / "sp.model")
+    check_table(model, [[1, 290, 4 + 0xE2, 4 + 0x80], [1, 4 + 0x99, 290], [1]])
+
+
 @pytest.mark.parametrize("options", [{"remove_extra_whitespaces": False},
                                      {"add_dummy_prefix": False}])
 def test_table_follows_the_normalizer_of_the_model(tmp_path, options):

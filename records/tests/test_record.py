@@ -101,6 +101,7 @@ def test_made_folder_is_right(made_folder, runs):
     names = {p.name for p in made_folder.iterdir()}
     assert names >= {"README.md", "requirements.txt", "train_gpt.py", "manifest.json", "curves.png",
                      "tiny.yaml", "scylla.meta.npz", LOG, "model_seed42.ptz"}
+    assert "other.yaml" not in names, "the ledger does not name it"
     scores = [float(re.search(r"exact val_loss:\S+ val_bpb:(\S+)\n\Z", log.read_text())[1])
               for log in runs[2]]
     assert [about["seed_results"][k]["val_bpb"] for k in ("42", "1337", "2024")] == scores
