@@ -132,6 +132,7 @@ import harness as h
 import references as ref
 import retokenize_scylla as R
 import train_gpt as t
+from records.vocabulary import vocabulary_yaml
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -239,14 +240,12 @@ def check_random_vocabulary(rng: random.Random) -> None:
     tokens += [token[:rng.randint(1, len(token))] for token in tokens for _ in range(4)]
     entries = [bytes([k]) for k in range(256)] + tokens
     documents = [ref.drawn(rng, tokens + atoms, 12) for _ in range(30)] + [rng.randbytes(30), b""]
-    vocabulary = R.load_vocabulary(R.vocabulary_yaml(entries), "random.yaml")
-    engine, slow = R.ScyllaEngine(vocabulary), ref.Segmenter(entries)
-    block = engine.encode_documents(documents)
-    for k, document in enumerate(documents):
-        ids = block.ids[block.starts[k]:block.starts[k + 1]].tolist()
-        assert ids == [vocabulary.bos_id, *slow.encode(document)]
+    segmenter = R.Segmenter(R.load_vocabulary(vocabulary_yaml(entries), "random.yaml"))
+    slow, block = ref.Segmenter(entries), segmenter.encode_documents(R.Documents.joined(documents))
+    for ids, document in zip(block.ids.split(), documents, strict=True):
+        assert ids.tolist() == [segmenter.bos_id, *slow.encode(document)]
         assert b"".join(entries[identity] for identity in ids[1:]) == document
-        assert engine.segmenter.encode(document) == ids[1:]
+        assert segmenter.encode(document) == ids[1:].tolist()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -266,13 +265,13 @@ def test_vectors_id_for_id(vocabulary, vectors, tmp_path):
 
     A lone byte is one byte: the published table counted three, and BPB came out 5 % too good.
     """
-    engine = R.ScyllaEngine(R.load_vocabulary(vocabulary))
-    R.put_tokenizer(SimpleNamespace(path=tmp_path, put=Path.write_bytes), engine)
+    segmenter = R.Segmenter(R.load_vocabulary(vocabulary))
+    R.OutputFolder(tmp_path).publish(segmenter)
     table = t.load_byte_table(h.config(data_path=str(tmp_path)))
     for line in vectors.read_text().splitlines():
         vector = json.loads(line)
-        text, stream = base64.b64decode(vector["text_b64"]), [engine.bos_id, *vector["ids"]]
-        assert engine.segmenter.encode(text) == vector["ids"], vector["name"]
+        text, stream = base64.b64decode(vector["text_b64"]), [segmenter.bos_id, *vector["ids"]]
+        assert segmenter.encode(text) == vector["ids"], vector["name"]
         assert table.count(stream[:-1], stream[1:]).sum() == len(text), vector["name"]
 
 
