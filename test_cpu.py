@@ -320,7 +320,7 @@ def test_trainer_calls_these_shards_exact(engine, tmp_path):
     documents = tmp_path / "documents.jsonl"
     h.write_documents(documents, texts)
     source = tmp_path / ("v.yaml" if engine == "vocab" else "v.model")
-    source.write_bytes(h.sentencepiece_model() if engine == "sp-model" else R.vocabulary_yaml(
+    source.write_bytes(h.sentencepiece_model() if engine == "sp-model" else vocabulary_yaml(
         [bytes([k]) for k in range(256)] + h.TOKENS))
     assert R.main(["--docs", str(documents), f"--{engine}", str(source), "--split", "val",
                    "--output-dir", str(out), "--workers", "1"]) == 0

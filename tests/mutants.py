@@ -423,7 +423,7 @@ MUTANTS = (
     M("a vocabulary may normalise its text", TOOL, ', "normalization": "none"}', "}",
       "test_lossy_yaml_is_refused_with_its_reasons"),
     M("bytes that are not UTF-8 are text", TOOL, "if is_utf8(text.values) and not", "if not",
-      "test_table_equals_sp_decode_on_random_ids"),
+      "test_invalid_utf8_documents_take_the_slow_way"),
     M("a character may begin in one document and end in the next", TOOL,
       " and not (first & 0xC0 == 0x80).any()", "", "test_a_character_cut_by_documents_is_none"),
     M("a character may go on after a control piece", TOOL, "control * (k != self.bos_id)", 'b""',
