@@ -28,7 +28,7 @@ import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -757,7 +757,7 @@ class OutputFolder:
                     identity: Callable[[], dict]) -> dict[str, int]:
         """Make a shard of whole documents, and its entry; returns its counts.
 
-        `identity` is asked at the end. The SHA-256 is taken of the file as it is on disk.
+        `identity`, asked at the end, tells what it is made from: equal ones give equal bytes.
         """
         self.remove(name)
         counts = dict.fromkeys(COUNTS, 0)
@@ -845,27 +845,34 @@ class Worker:
         return cls.function(task)
 
 
-def pool_map(function: Callable, tasks: Iterable, workers: int) -> Iterator:
-    """function(task) in task order from `workers` processes; tasks are drawn as they are needed."""
+def process_map(function: Callable, tasks: Iterable, workers: int) -> Iterator:
+    """function(task) in task order from `workers` processes, which suit small tasks and answers."""
     if workers <= 1:
         yield from map(function, tasks)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    given_up, waiting, tasks = context.Event(), deque(), iter(tasks)
+    given_up = context.Event()
     pool = ProcessPoolExecutor(workers, context, Worker.start, (function, given_up))
     try:
-        while True:
-            for task in itertools.islice(tasks, 2 * workers - len(waiting)):
-                waiting.append(pool.submit(Worker.do, task))
-            if not waiting:
-                return
-            yield waiting.popleft().result()
+        yield from pool.map(Worker.do, tasks)
     except BrokenProcessPool:
         raise InputError(f"one of {workers} worker processes died (often of too little memory): "
                          "use fewer --workers and run again: finished shards are kept") from None
     finally:
         given_up.set()
         pool.shutdown(cancel_futures=True)
+
+
+def thread_map(function: Callable, tasks: Iterable, workers: int) -> Iterator:
+    """function(task) in task order from `workers` threads; tasks are drawn as they are needed."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for task in tasks:
+            waiting.append(pool.submit(function, task))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class Progress:
@@ -963,11 +970,11 @@ class ShardJob(Job):
         for index in self.indices:
             next(self.documents(index), None)  # its errors come before any work
         known = [index for index in self.indices if self.folder.entry(self.paths[index].name)]
-        finished = set(itertools.compress(known, pool_map(self.is_finished, known, workers)))
+        finished = set(itertools.compress(known, process_map(self.is_finished, known, workers)))
         left = {k: open_shard(self.paths[k]).size for k in self.indices if k not in finished}
         progress = Progress(sum(left.values()), len(finished))
         for done, counts in zip(itertools.accumulate(left.values()),
-                                pool_map(self.make, left, min(workers, len(left))), strict=True):
+                                process_map(self.make, left, min(workers, len(left))), strict=True):
             progress.add(counts, done)
         if left:
             progress.report()
@@ -977,23 +984,21 @@ class ShardJob(Job):
         """Blocks of the documents that begin in a shard."""
         return whole_documents(self.paths, index, self.model.bos_id)
 
-    def identity(self, digest) -> dict:
-        """What a shard is made from: equal identities give equal bytes."""
-        return {**self.origin, "source_sha256": digest.hexdigest()}
-
     def is_finished(self, index: int) -> bool:
         """Whether a shard is there, whole, and made from the source as it is now."""
         digest = hashlib.sha256()
         for ids in self.documents(index):
             digest.update(ids.values)
-        return self.folder.finished(self.paths[index].name, self.identity(digest))
+        identity = dict(self.origin, source_sha256=digest.hexdigest())
+        return self.folder.finished(self.paths[index].name, identity)
 
     def make(self, index: int) -> dict[str, int]:
         """Make one shard, in any process; returns its counts."""
         name, digest = self.paths[index].name, hashlib.sha256()
         try:
-            return self.folder.write_shard(name, self.blocks(index, digest), self.tokenizer.status,
-                                           lambda: self.identity(digest))
+            return self.folder.write_shard(
+                name, self.blocks(index, digest), self.tokenizer.status,
+                lambda: dict(self.origin, source_sha256=digest.hexdigest()))
         except InputError as error:
             where = "" if name in str(error) else f"{self.paths[index]}: "
             raise InputError(f"{where}{error}") from None
@@ -1042,18 +1047,17 @@ class DocumentJob(Job):
     def run(self, workers: int) -> tuple[int, int]:
         """Make all shards after the finished ones; returns how many were made, and how many not."""
         done = skip = made = 0
-        while self.folder.finished(self.name(done), self.identity(skip)):
+        while self.folder.finished(self.name(done), dict(self.origin, first_document=skip)):
             skip += self.folder.entry(self.name(done))["documents"]
             done += 1
         documents = self.reader.documents(skip)
         self.progress = Progress(self.reader.total - self.reader.position, done)
-        blocks = pool_map(self.tokenizer.encode_documents, in_blocks(documents), workers)
-        with contextlib.closing(blocks):
-            for _, pieces in itertools.groupby(self.pieces(blocks), lambda piece: piece[0]):
-                skip += self.folder.write_shard(
-                    self.name(done + made), (piece for _, piece in pieces), self.tokenizer.status,
-                    functools.partial(self.identity, skip))["documents"]
-                made += 1
+        blocks = thread_map(self.tokenizer.encode_documents, in_blocks(documents), workers)
+        for _, pieces in itertools.groupby(self.pieces(blocks), lambda piece: piece[0]):
+            skip += self.folder.write_shard(
+                self.name(done + made), (piece for _, piece in pieces), self.tokenizer.status,
+                functools.partial(dict, self.origin, first_document=skip))["documents"]
+            made += 1
         require(skip, f"{self.reader.paths[0]}: empty source: no documents; check --docs")
         if made:
             self.progress.report()
@@ -1062,10 +1066,6 @@ class DocumentJob(Job):
     def name(self, number: int) -> str:
         """File name of a shard."""
         return f"{self.prefix}{number:06d}.bin"
-
-    def identity(self, first: int) -> dict:
-        """What a shard is made from: equal identities give equal bytes."""
-        return {**self.origin, "first_document": first}
 
     def pieces(self, blocks: Iterator[Encoded]) -> Iterator[tuple[int, Encoded]]:
         """Blocks cut where a shard is full, each piece with the number of its shard."""
@@ -1161,9 +1161,9 @@ def run(options: argparse.Namespace) -> None:
     job.make_room(options.overwrite)
     try:
         made, skipped = job.run(workers)
+        totals = job.folder.publish(tokenizer)
     finally:
         job.folder.clean()  # of files that died with a worker, or with a signal before their guard
-    totals = job.folder.publish(tokenizer)
     drift = totals["decoded_bytes"] - totals["source_bytes"]
     print(f"{output}: {made} made, {skipped} skipped; "
           + " ".join(f"{key}:{totals[key]}" for key in COUNTS)

@@ -69,8 +69,8 @@ def demo_documents(sources: list[tuple[str, Path]], workers: int) -> dict[str, l
 
     Validation documents are chosen by a hash of their name, and lose no text to training.
     """
-    with contextlib.closing(tool.pool_map(module_texts, [path for _, path in sources],
-                                          workers)) as results:
+    with contextlib.closing(tool.process_map(module_texts, [path for _, path in sources],
+                                             workers)) as results:
         texts = dict(zip((name for name, _ in sources), results, strict=True))
     order = sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest())
     seen: set[str] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from retokenize_scylla import (
 
 def with_bos(parts: list[list[int]], bos: int) -> Documents:
     """Documents of lists of ids."""
-    return Documents.after_bos([k for ids in parts for k in (bos, *ids)], bos)
+    each = itertools.chain.from_iterable(ids for part in parts for ids in ((bos,), part))
+    return Documents.after_bos(np.fromiter(each, dtype=np.uint16), bos)
 
 
 class SentencePieceTokenizer(Tokenizer):
