@@ -1112,7 +1112,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--output-dir", metavar="DIR", type=Path, required=True, help="where all of it goes")
     add("--overwrite", action="store_true",
         help="remove shards in --output-dir that were made with another vocabulary or source")
-    add("--workers", metavar="N", type=positive, help="processes (all cores)")
+    add("--workers", metavar="N", type=positive, help="processes; threads with --docs (all cores)")
     add("--allow-lossy", action="store_true",
         help="go on with a vocabulary that is not byte-exact, and count what is wrong")
     add("--bench", action="store_true", help="time --sp-shards into a scratch folder")
