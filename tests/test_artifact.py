@@ -16,6 +16,7 @@ import harness as h
 import train_gpt as t
 
 
+@pytest.mark.slow
 def test_auto_is_the_smallest_stream_by_stream(tmp_path):
     """No codec alone beats auto in any stream; sizes are those of the file."""
     _, stored = h.artifact(tmp_path / "x.ptz")

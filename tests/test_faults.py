@@ -459,6 +459,7 @@ def test_a_run_goes_on_from_the_one_before_a_damaged_checkpoint(two_checkpoints,
     h.check_same_run(folder, undisturbed)
 
 
+@pytest.mark.slow
 def test_the_clock_stands_still_and_goes_on(make_trainer, monkeypatch):
     """A slow checkpoint costs no training time; elapsed time and step times are carried over."""
     write, written = t.Checkpoints.write, []

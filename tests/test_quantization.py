@@ -158,6 +158,7 @@ def test_fixed_bits_are_honoured(fit_model, tmp_path):
         h.export(model, tight, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_log_measures_what_is_stored(fit_model, tmp_path):
     """Bits per weight, entropy, k and error of a class, from the file, by hand."""
     c, model, hessians, code = fit_model

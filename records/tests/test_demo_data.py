@@ -12,6 +12,7 @@ import retokenize_scylla as R
 from records import demo_data as D
 
 
+@pytest.mark.slow
 def test_demo_is_built_once_and_is_honest(tmp_path, monkeypatch):
     monkeypatch.setitem(D.DEMO, "packages", [])
     monkeypatch.setitem(D.DEMO, "val_bytes", 30_000)

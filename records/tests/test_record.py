@@ -546,6 +546,7 @@ def test_every_rule_is_broken_by_a_test(capsys):
     assert {rule for _, rule, _ in BROKEN.values()} == set(names)
 
 
+@pytest.mark.slow
 def test_a_packed_folder_holds_its_source(packed, tmp_path, capsys):
     """The readable source is beside packed code, proven by packing; another one is refused."""
     code, _, run_log = packed

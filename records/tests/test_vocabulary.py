@@ -174,6 +174,7 @@ def test_command_line_builds_a_vocabulary(tmp_path, capsys):
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [source, output]
 
 
+@pytest.mark.slow
 @h.needs_shared
 def test_small_build_beats_scylla_on_unseen_text():
     vocabulary = V.build_vocab(proxy_documents(1_000_000), 1254, rounds=4)
