@@ -1,0 +1,1 @@
+"""The tools of records; a package, so that no other one called `records` comes before it."""
