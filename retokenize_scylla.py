@@ -567,10 +567,7 @@ class SentencePieceModel:
         return PieceTable([none] * self.vocab_size)
 
     def decode(self, ids: Documents) -> Documents:
-        """`sp.decode` of each document's ids, which defines what is source text.
-
-        It is asked where the table's bytes are not UTF-8: some byte pieces, control pieces.
-        """
+        """Source text: `sp.decode` of each document, asked where the table's bytes are no UTF-8."""
         text = self.table.join(ids)
         first = text.values[text.starts[text.starts < text.values.size]]
         if is_utf8(text.values) and not (first & 0xC0 == 0x80).any():
@@ -680,9 +677,9 @@ LEDGER_FOLDER, META_NAME, MANIFEST = ".ledger", "scylla.meta.npz", "manifest.jso
 class OutputFolder:
     """The output folder: every file in it appears whole, with a ledger entry for every shard.
 
-    A shard is renamed into place before its entry is written, and the manifest is made from the
-    entries at the end. Before a shard is made again, its entry and the manifest are removed. So
-    whatever the manifest lists is whole, and a shard without an entry is made again.
+    A shard is renamed into place before its entry is written, and the manifest is made from these
+    at the end. Before a shard is made again, its entry and the manifest are removed. So whatever
+    the manifest lists is whole, and a shard without an entry is made again.
     """
 
     def __init__(self, path: Path | str):
@@ -701,10 +698,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def atomic(self, target: Path) -> Iterator[IO[bytes]]:
-        """A file that appears at `target` when the block ends, and not at all if it fails.
-
-        It is locked for as long as it is open, so that `clean` of another run spares it.
-        """
+        """A file that appears at `target` when the block ends, or not at all; till then locked."""
         with file_errors(f"write {target}"):
             path = None
             while path is None or not path.exists():  # `clean` may come before the lock
@@ -726,6 +720,8 @@ class OutputFolder:
         """Write a small file of the folder; a dictionary becomes JSON."""
         if isinstance(data, dict):
             data = (json.dumps(data, indent=1, sort_keys=True) + "\n").encode()
+        if (self.path / name).is_file() and (self.path / name).read_bytes() == data:
+            return
         with self.atomic(self.path / name) as file:
             file.write(data)
 
@@ -742,24 +738,24 @@ class OutputFolder:
         return {path.stem: entry for path in sorted(self.ledger.glob("*.bin.json"))
                 if (entry := self.entry(path.stem))}
 
-    def remove(self, name: str) -> None:
-        """Remove a shard, before it its entry, and the manifest that lists it."""
-        for path in (self.ledger / f"{name}.json", self.path / MANIFEST, self.path / name):
+    def forget(self, name: str) -> None:
+        """Remove the entry of a shard that will be made again or removed, then the manifest."""
+        for path in (self.ledger / f"{name}.json", self.path / MANIFEST):
             path.unlink(missing_ok=True)
 
-    def finished(self, name: str, identity: dict) -> bool:
-        """True when the shard is there, with the entry of the same work and the same SHA-256."""
+    def finished(self, name: str, identity: dict) -> dict | None:
+        """The entry of a shard that is there, whole, and made by the same work; otherwise None."""
         entry = self.entry(name)
-        return (entry is not None and entry["identity"] == identity
-                and file_sha256(self.path / name) == entry["sha256"])
+        with contextlib.suppress(InputError):  # another run has just removed it
+            if entry and entry["identity"] == identity and (
+                    file_sha256(self.path / name) == entry["sha256"]):
+                return entry
+        return None
 
     def write_shard(self, name: str, blocks: Iterable[Encoded], status: str,
                     identity: Callable[[], dict]) -> dict[str, int]:
-        """Make a shard of whole documents, and its entry; returns its counts.
-
-        `identity`, asked at the end, tells what it is made from: equal ones give equal bytes.
-        """
-        self.remove(name)
+        """Make a shard, and its entry; returns its counts. Equal `identity` gives equal bytes."""
+        self.forget(name)
         counts = dict.fromkeys(COUNTS, 0)
         with self.atomic(self.path / name) as file:
             file.write(bytes(HEADER_BYTES))
@@ -789,6 +785,9 @@ class OutputFolder:
         entries = None
         while entries != (now := self.entries()):  # again if another rank's came meanwhile
             entries = now
+            for shard, entry in entries.items():
+                require(entry["identity"]["tokenizer_sha256"] == tokenizer.sha256, f"{shard}: was "
+                        "made with another vocabulary meanwhile; run again with --overwrite")
             manifest = build_manifest(tokenizer, entries)
             self.put(MANIFEST, manifest)
         return manifest["totals"]["all"]
@@ -833,8 +832,10 @@ class Worker:
 
     @classmethod
     def start(cls, function: Callable, given_up: Any) -> None:
-        """Leave signals to the parent, and end when it has ended, however that was."""
-        on_signals(signal.SIG_IGN)
+        """Leave Ctrl-C to the parent, and end when it has ended, however that was."""
+        on_signals(signal.SIG_DFL)  # SIGTERM is the executor's way to end us
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         cls.function, cls.given_up = staticmethod(function), given_up
         threading.Thread(daemon=True, target=lambda: (
             multiprocessing.parent_process().join(), os._exit(1))).start()
@@ -854,7 +855,10 @@ def process_map(function: Callable, tasks: Iterable, workers: int) -> Iterator:
     given_up = context.Event()
     pool = ProcessPoolExecutor(workers, context, Worker.start, (function, given_up))
     try:
-        yield from pool.map(Worker.do, tasks)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # amid a fork
+        answers = pool.map(Worker.do, tasks)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        yield from answers
     except BrokenProcessPool:
         raise InputError(f"one of {workers} worker processes died (often of too little memory): "
                          "use fewer --workers and run again: finished shards are kept") from None
@@ -933,25 +937,20 @@ class Job:
 
     def make_room(self, overwrite: bool) -> None:
         """InputError when shards were made otherwise (others' with another tokenizer)."""
-        files = {file_sha256(path): path for path in self.folder.path.iterdir()
-                 if path.is_file() and path.suffix not in (".bin", ".json", ".npz")}
-        files[self.tokenizer.sha256] = self.folder.path / self.tokenizer.name
-        meta, gone = self.folder.path / META_NAME, set()
+        names = {self.tokenizer.sha256: f"{self.tokenizer.name} ({self.tokenizer.sha256})"}
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            about = json.loads((self.folder.path / MANIFEST).read_bytes())["tokenizer"]
+            names.setdefault(about["sha256"], f"{about['path']} ({about['sha256']})")
         for name, entry in self.folder.entries().items():
             keys = self.origin if self.makes(name) else ["tokenizer_sha256"]
-            both = {key: (entry["identity"].get(key), self.origin[key]) for key in keys}
-            told = [f"{key} " + ", now ".join(
-                f"{value} ({files[value].name})" if value in files else str(value)
-                for value in pair) for key, pair in both.items() if pair[0] != pair[1]]
-            require(not told or overwrite,
-                    f"{self.folder.path / name} was made otherwise: {'; '.join(told)}. Choose "
-                    "another --output-dir, or pass --overwrite to remove such shards")
+            both = [(key, entry["identity"].get(key), self.origin[key]) for key in keys]
+            told = "; ".join(f"{key} {names.get(old, old)}, now {names.get(new, new)}"
+                             for key, old, new in both if old != new)
+            require(not told or overwrite, f"{self.folder.path / name} was made otherwise: {told}. "
+                    "Choose another --output-dir, or pass --overwrite to remove such shards")
             if told:
-                self.folder.remove(name)
-                gone.add(entry["identity"].get("tokenizer_sha256"))
-        for sha256 in gone - {self.tokenizer.sha256}:
-            for path in (files.get(sha256, meta), meta):
-                path.unlink(missing_ok=True)
+                self.folder.forget(name)
+                (self.folder.path / name).unlink(missing_ok=True)
 
 
 class ShardJob(Job):
@@ -990,7 +989,7 @@ class ShardJob(Job):
         for ids in self.documents(index):
             digest.update(ids.values)
         identity = dict(self.origin, source_sha256=digest.hexdigest())
-        return self.folder.finished(self.paths[index].name, identity)
+        return self.folder.finished(self.paths[index].name, identity) is not None
 
     def make(self, index: int) -> dict[str, int]:
         """Make one shard, in any process; returns its counts."""
@@ -1047,9 +1046,9 @@ class DocumentJob(Job):
     def run(self, workers: int) -> tuple[int, int]:
         """Make all shards after the finished ones; returns how many were made, and how many not."""
         done = skip = made = 0
-        while self.folder.finished(self.name(done), dict(self.origin, first_document=skip)):
-            skip += self.folder.entry(self.name(done))["documents"]
-            done += 1
+        while entry := self.folder.finished(
+                self.name(done), dict(self.origin, first_document=skip)):
+            skip, done = skip + entry["documents"], done + 1
         documents = self.reader.documents(skip)
         self.progress = Progress(self.reader.total - self.reader.position, done)
         blocks = thread_map(self.tokenizer.encode_documents, in_blocks(documents), workers)
@@ -1145,11 +1144,12 @@ def run(options: argparse.Namespace) -> None:
     if options.docs:
         from records.documents import DocumentReader
 
-        job = DocumentJob(OutputFolder(output), tokenizer, DocumentReader(options.docs),
-                          options.split, options.shard_tokens)
+        reader = DocumentReader(options.docs)
+        job = DocumentJob(OutputFolder(output), tokenizer, reader, options.split,
+                          options.shard_tokens)
     else:
         paths = find_shards(options.sp_shards)
-        require(output.resolve() not in [path.parent.resolve() for path in paths],
+        require(output.resolve() not in [path.resolve().parent for path in paths],
                 f"{output}: --output-dir is the folder of the input, whose shards it would "
                 "replace; choose another")
         job = ShardJob(OutputFolder(output), tokenizer, paths, model, rank, world)

@@ -8,9 +8,9 @@ import json
 import lzma
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from retokenize_scylla import InputError, file_errors, needs, require
 
@@ -23,6 +23,12 @@ class DocumentReader:
         for path in paths:
             require(path.is_file(), f"{path}: no such document file; --docs takes .jsonl, .gz, .xz "
                     "or .zst")
+        damage = [EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile]
+        if any(path.suffix == ".zst" for path in paths):
+            with needs("zstandard"):
+                import zstandard
+            damage.append(zstandard.ZstdError)
+        self.damage = tuple(damage)
         self.paths, self.total = paths, sum(path.stat().st_size for path in paths)
         self.position = 0  # bytes of the files that have been read
 
@@ -36,7 +42,7 @@ class DocumentReader:
                         self.position = passed + file.tell()
                         if line.strip():
                             yield f"{path}:{number}", line
-                except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+                except self.damage as error:
                     raise InputError(f"{path}: damaged or truncated ({error}); fetch the file "
                                      "again") from None
                 self.position = passed = passed + path.stat().st_size
@@ -50,26 +56,30 @@ class DocumentReader:
 
 def decompressed(path: Path, file: IO[bytes]) -> Iterable[bytes]:
     """Lines of an open file, decompressed as its name says; EOFError and others when damaged."""
-    if path.suffix != ".zst":
-        return {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, iter)(file)
-    with needs("zstandard"):
+    if path.suffix == ".gz":
+        return gzip.open(file)
+    if path.suffix == ".xz":
+        return frame_lines(file, lzma.LZMADecompressor)
+    if path.suffix == ".zst":
         import zstandard
-    return _zstandard_lines(zstandard, file)
+
+        return frame_lines(file, zstandard.ZstdDecompressor().decompressobj)
+    return file
 
 
-def _zstandard_lines(zstandard, file: IO[bytes]) -> Iterator[bytes]:
-    """Lines of a .zst file. The package's own reader ends without an error where a file is cut."""
-    frames = zstandard.ZstdDecompressor()
-    frame, rest = frames.decompressobj(), b""
-    try:
-        while chunk := file.read(1 << 17):
-            while chunk:
-                frame = frames.decompressobj() if frame.eof else frame
-                *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
-                yield from lines
-                chunk = frame.unused_data
-    except zstandard.ZstdError as error:
-        raise EOFError(error) from None
+def frame_lines(file: IO[bytes], decompressor: Callable[[], Any]) -> Iterator[bytes]:
+    """Lines of an archive of one or more frames, each by a decompressor of its own.
+
+    The packages' own readers end without an error where a .zst is cut, or a .xz is followed by
+    what is none.
+    """
+    frame, rest = decompressor(), b""
+    while chunk := file.read(1 << 17):
+        while chunk := chunk.lstrip(b"\0") if frame.eof else chunk:  # .xz may be padded
+            frame = decompressor() if frame.eof else frame
+            *lines, rest = (rest + frame.decompress(chunk)).split(b"\n")
+            yield from lines
+            chunk = frame.unused_data
     if not frame.eof:
         raise EOFError("the last frame is cut off")
     yield rest

@@ -204,6 +204,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Write a vocabulary built from documents."""
+    require(not options.output.is_dir(), f"--output {options.output}: is a folder; give a file")
     texts = first_bytes(DocumentReader(options.docs).documents(), options.build_bytes)
     data = build_vocab(texts, options.build_vocab, options.build_rounds,
                        lambda line: print(line, file=sys.stderr, flush=True))

@@ -21,6 +21,8 @@ import pytest
 import harness as h
 import references as ref
 import retokenize_scylla as R
+from records.documents import DocumentReader
+from records.other_tokenizers import SentencePieceTokenizer
 
 
 def retokenizer(arguments: list[str], prelude: str = "") -> subprocess.Popen:
@@ -301,16 +303,16 @@ def test_what_was_made_otherwise_is_kept_unless_told(case, retokenize):
     case.vocab = other
     for arguments in (case.arguments(), [*documents, "--vocab", other, "--split", "val"]):
         code, text = retokenize(arguments)
-        assert code == 1 and f"{old} (toy.yaml), now {R.file_sha256(other)} (other.yaml)" in text
+        assert code == 1 and f"toy.yaml ({old}), now other.yaml ({R.file_sha256(other)})" in text
         assert "--overwrite" in text and h.contents(case.output) == before
     assert "4 made, 0 skipped" in retokenize(case.arguments("--overwrite"))[1]
     assert h.read_manifest(case.output)["tokenizer"]["path"] == "other.yaml"
-    assert sorted(path.name for path in case.output.glob("*.yaml")) == ["other.yaml"]
     assert "0 made, 4 skipped" in retokenize(case.arguments("--overwrite"))[1]
     (case.output / "notes.txt").write_text("mine")
     code, text = retokenize([*documents, "--sp-model", case.model, "--overwrite"])
-    assert code == 0 and {path.name for path in case.output.iterdir() if path.is_file()} == {
-        "notes.txt", "sp.model", "manifest.json", "fineweb_train_000000.bin"}
+    assert code == 0 and [p.name for p in case.output.glob("*.bin")] == ["fineweb_train_000000.bin"]
+    assert {path.name for path in case.output.iterdir() if path.suffix in (".txt", ".yaml")} == {
+        "notes.txt", "toy.yaml", "other.yaml"}, "they may be the only copies"
 
 
 def test_shards_are_named_by_paths_or_patterns(case, retokenize):
@@ -364,9 +366,83 @@ def test_progress_is_of_the_documents_that_are_left(case, retokenize, monkeypatc
     assert before_last.exists() and first < 100 and end == (100.0, 200 - done)
 
 
+def test_partial_files_of_live_runs_are_spared(tmp_path, monkeypatch):
+    """Another run clears the folder while a file is open, or just before it is locked."""
+    folder, original = R.OutputFolder(tmp_path), R.fcntl.flock
+    with folder.atomic(tmp_path / "x") as file:
+        file.write(b"data")
+        R.OutputFolder(tmp_path)
+    assert (tmp_path / "x").read_bytes() == b"data"
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o644
+    monkeypatch.setattr(R.fcntl, "flock", lambda *arguments: (
+        monkeypatch.undo(), [part.unlink() for part in folder.ledger.glob("*.part")],
+        original(*arguments)))
+    folder.put("y", b"more")
+    assert (tmp_path / "y").read_bytes() == b"more" and not list(folder.ledger.glob("*.part"))
+
+
+def test_a_cut_shard_is_not_in_the_manifest_of_a_later_job(case, retokenize):
+    """Nor does a name that merely contains "val" make a shard one of validation."""
+    assert retokenize(case.arguments())[0] == 0
+    first, second = (case.output / case.shard(k).name for k in (0, 1))
+    os.truncate(first, 1500)
+    segmenter = R.Segmenter(R.load_vocabulary(case.vocab))
+    folder = R.OutputFolder(case.output)
+    folder.publish(segmenter)
+    assert sorted(h.read_manifest(case.output)["shards"]) == [case.shard(k).name for k in (1, 2, 3)]
+    totals = R.build_manifest(segmenter, {"interval_0.bin": folder.entry(second.name)})["totals"]
+    assert totals["train"] == totals["all"] != totals["val"]
+
+
+def test_other_documents_are_refused(case, retokenize):
+    """The second of two files has changed."""
+    paths = [h.write_documents(case.folder / name, h.texts(9)) for name in ("a.jsonl", "b.jsonl")]
+    arguments = ["--docs", *paths, "--vocab", case.vocab, "--output-dir", case.output]
+    assert retokenize(arguments)[0] == 0
+    h.write_documents(paths[1], h.texts(8))
+    code, text = retokenize(arguments)
+    assert code == 1 and "was made otherwise: source_sha256" in text
+
+
+def test_bad_documents_make_a_lossy_shard(case):
+    """The trainer's table counts one piece wrongly."""
+    tokenizer = SentencePieceTokenizer(R.SentencePieceModel(case.model))
+    tokenizer.counting = R.PieceTable([b"?"] * tokenizer.vocab_size)
+    path = h.write_documents(case.folder / "d.jsonl", h.texts(3))
+    job = R.DocumentJob(R.OutputFolder(case.output), tokenizer, DocumentReader([path]), "val")
+    assert job.run(1) == (1, 0)
+    entry = job.folder.entry("fineweb_val_000000.bin")
+    assert entry["status"] == "lossy" and entry["bad_documents"] == 3
+
+
+def test_workers_and_threads_are_bounded(monkeypatch):
+    """Ranks on a machine share its cores, and documents are drawn as they are needed."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert R.default_workers() == 4
+    drawn: list[int] = []
+    answers = R.thread_map(str, (drawn.append(k) or k for k in range(99)), 2)
+    assert next(answers) == "0" and len(drawn) == 3 and list(answers)[-1] == "98"
+
+
+def test_shards_are_in_the_order_of_their_names(case, retokenize):
+    """Whatever folders they lie in, links included."""
+    assert retokenize(case.arguments())[0] == 0
+    before = h.contents(case.output)
+    for k in range(4):
+        folder = case.folder / f"{3 - k}"
+        folder.mkdir()
+        case.shard(k).rename(folder / case.shard(k).name)
+    arguments = case.arguments()
+    arguments[1] = str(case.folder / "[0-3]" / "*.bin")
+    assert retokenize([*arguments, "--overwrite"])[0] == 0 and h.contents(case.output) == before
+
+
 def test_manifest_sees_entries_that_come_while_it_is_written(tmp_path, monkeypatch):
     folder = R.OutputFolder(tmp_path / "out")
-    entry = {**dict.fromkeys(R.COUNTS, 0), "identity": {"kind": "docs", "model_sha256": None}}
+    segmenter = R.Segmenter(R.load_vocabulary(h.vocabulary()))
+    entry = {**dict.fromkeys(R.COUNTS, 0), "identity": {
+        "kind": "docs", "model_sha256": None, "tokenizer_sha256": segmenter.sha256}}
     original = R.OutputFolder.put
 
     def late(self, target, data):
@@ -376,8 +452,10 @@ def test_manifest_sees_entries_that_come_while_it_is_written(tmp_path, monkeypat
             original(self, ".ledger/b.bin.json", entry)
 
     monkeypatch.setattr(R.OutputFolder, "put", late)
-    folder.publish(R.Segmenter(R.load_vocabulary(h.vocabulary())))
+    folder.publish(segmenter)
     assert list(h.read_manifest(folder.path)["shards"]) == ["b.bin"]
+    with pytest.raises(R.InputError, match="b.bin: was made with another vocabulary meanwhile"):
+        folder.publish(R.Segmenter(R.load_vocabulary(h.vocabulary(h.TOKENS[:3]))))
 
 
 def test_a_dying_worker_is_reported(case):
@@ -386,6 +464,31 @@ def test_a_dying_worker_is_reported(case):
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1 and "one of 2 worker processes died" in error
     assert not list(case.output.glob("*.bin"))
+
+
+IDLE = """
+original = R.ShardJob.make
+def make(self, index):
+    if index == 0:
+        time.sleep(1)
+        print(os.getpid(), file=sys.stderr, flush=True)
+        while not R.Worker.given_up.is_set():
+            time.sleep(0.01)
+    return original(self, index)
+R.ShardJob.make = make
+"""
+
+
+def test_an_idle_worker_that_dies_is_reported(case):
+    """While it waits for a task it holds a lock that the others need."""
+    process = retokenizer(case.arguments("--workers", "2"), IDLE)
+    busy = process.stderr.readline().strip()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    for child in children.stdout.split():
+        if child != busy:
+            os.kill(int(child), signal.SIGKILL)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 1 and "one of 2 worker processes died" in error
 
 
 def append_to(path: Path, data: bytes) -> None:
@@ -414,6 +517,14 @@ DAMAGE = {
     "output": (lambda case: case.output.write_text("a file"), "cannot write the output folder"),
     "duplicate": (lambda case: ((case.folder / "in" / "x.bin").mkdir(), h.write_shard(
         case.folder / "in" / "x.bin" / case.shard(0).name, [1])), "duplicate shard name"),
+    "series": (lambda case: (h.write_shard(case.folder / "in" / "a_0.bin", [1, 5]), h.write_shard(
+        case.folder / "in" / "b_0.bin", [5, 1])), "b_0.bin: the first id is 5, not BOS"),
+    "in place, by a link": (lambda case: case.output.symlink_to(case.folder / "in"),
+                            "is the folder of the input"),
+    "in place, by links": (lambda case: (
+        case.shard(0).rename(case.folder / case.shard(0).name),
+        case.shard(0).symlink_to(case.folder / case.shard(0).name),
+        setattr(case, "output", case.folder)), "is the folder of the input"),
     "in place": (lambda case: (case.shard(0).rename(case.folder / "a_0.bin"), setattr(
         case, "output", case.folder / "in")), "is the folder of the input"),
 }
@@ -432,7 +543,7 @@ def test_bad_shards_are_refused_by_name_(tmp_path, retokenize):
         code, text = retokenize(arguments)
         assert code == 1 and message in text and text.startswith("error: "), (kind, text)
         assert before.items() <= h.contents(case.folder / "in").items(), "input is never touched"
-        if kind in ("output", "in place"):
+        if kind == "output" or kind.startswith("in place"):
             continue
         ledger = case.output / ".ledger"
         assert not list(ledger.glob("*.part")), kind
@@ -478,7 +589,7 @@ def compressed(data: bytes, suffix: str) -> bytes:
     else:
         pack = {"": bytes, ".gz": functools.partial(gzip.compress, mtime=0), ".xz": lzma.compress}[
             suffix]
-    return pack(data[:1000]) + pack(data[1000:])
+    return pack(data[:1000]) + bytes(4 * (suffix == ".xz")) + pack(data[1000:])
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
@@ -523,7 +634,7 @@ def test_truncated_archives_are_refused(case, retokenize):
     data = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in h.texts(50))
     for suffix in (".gz", ".xz", ".zst"):
         path, whole = case.folder / f"docs.jsonl{suffix}", compressed(data, suffix)
-        for damaged in (whole[:-20], b"not an archive" * 9):
+        for damaged in (whole[:-20], b"not an archive" * 9, whole + b"not an archive" * 9):
             path.write_bytes(damaged)
             code, text = retokenize(["--docs", path, "--vocab", case.vocab, "--output-dir",
                                      case.output, "--workers", "1"])

@@ -172,6 +172,10 @@ def test_lossy_yaml_is_refused_with_its_reasons():
         assert right in data
         data = data.replace(right, wrong)
     vocabulary = R.load_vocabulary(data, "half.yaml")
+    plain = vocabulary_yaml([bytes([k]) for k in range(256)])
+    for line, reason in ((b"unk: true\n", "unk"), (b"special: [x]\n", "special"),
+                         (b"deleted: [x]\n", "deleted"), (b"unk: false\nspecial: []\n", "")):
+        assert R.load_vocabulary(plain + line).lossy == f"{reason} entries" * bool(reason)
     for reason in ("capcode 2", "charset utf-8", "normalization nfd", "no token for 56 of the 256"):
         assert reason in vocabulary.lossy
     with pytest.raises(R.InputError, match="half.yaml: refused"):
