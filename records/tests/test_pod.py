@@ -255,7 +255,7 @@ def test_a_signal_to_the_script_ends_the_ranks(tmp_path):
     (pod.root / "test_cpu.py").write_text("def test(): pass\n")
     command(pod.bin / "python", f"""[ "$2" = torch.distributed.run ] || exec {sys.executable} "$@"
 trap 'kill $!; echo ended; exit 1' TERM
-sleep 60 & echo begun; wait
+sleep 60 & sleep 1; echo begun; wait
 """)
     process = subprocess.Popen(["bash", pod.root / "run_8xh100.sh"], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
