@@ -1105,15 +1105,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--split", choices=("train", "val"), default="train", help="what --docs are (train)")
     add("--shard-tokens", metavar="N", type=positive, default=SHARD_TOKENS,
         help="tokens per shard with --docs (100000000)")
-    add("--sp-model", metavar="MODEL", help="SentencePiece model of the shards; with --docs and no "
-        "--vocab, the model to make SentencePiece shards with")
+    add("--sp-model", metavar="MODEL", help="of the input shards, or to make shards of --docs with")
     add("--vocab", metavar="FILE", help="TokenMonster vocabulary, YAML")
     add("--output-dir", metavar="DIR", type=Path, required=True, help="where all of it goes")
-    add("--overwrite", action="store_true",
-        help="remove shards in --output-dir that were made with another vocabulary or source")
+    add("--overwrite", action="store_true", help="remove shards that were made otherwise")
     add("--workers", metavar="N", type=positive, help="processes; threads with --docs (all cores)")
-    add("--allow-lossy", action="store_true",
-        help="go on with a vocabulary that is not byte-exact, and count what is wrong")
+    add("--allow-lossy", action="store_true", help="go on, and count what is not byte-exact")
     add("--bench", action="store_true", help="time --sp-shards into a scratch folder")
     options = parser.parse_args(arguments)
     if options.sp_shards and not (options.sp_model and options.vocab):
@@ -1125,12 +1122,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run(options: argparse.Namespace) -> None:
-    """Tokenize documents, or re-tokenize shards, or time that."""
+def make_job(options: argparse.Namespace) -> Job:
+    """What the command line asks for; InputError before the output folder is touched."""
     rank, world = rank_and_world()
-    if rank and options.docs:
-        print("documents are one stream: rank 0 makes the shards", file=sys.stderr)
-        return
     model = SentencePieceModel(options.sp_model) if options.sp_model else None
     vocabulary = load_vocabulary(options.vocab) if options.vocab else None
     if vocabulary and not (vocabulary.lossy and options.allow_lossy):
@@ -1140,20 +1134,26 @@ def run(options: argparse.Namespace) -> None:
 
         tokenizer = (other.LossyTokenizer(vocabulary) if vocabulary
                      else other.SentencePieceTokenizer(model))
-    output = options.output_dir
     if options.docs:
         from records.documents import DocumentReader
 
         reader = DocumentReader(options.docs)
-        job = DocumentJob(OutputFolder(output), tokenizer, reader, options.split,
-                          options.shard_tokens)
-    else:
-        paths = find_shards(options.sp_shards)
-        require(output.resolve() not in [path.resolve().parent for path in paths],
-                f"{output}: --output-dir is the folder of the input, whose shards it would "
-                "replace; choose another")
-        job = ShardJob(OutputFolder(output), tokenizer, paths, model, rank, world)
-    workers = 1 if tokenizer.status == "lossy" else options.workers or default_workers()
+        return DocumentJob(OutputFolder(options.output_dir), tokenizer, reader, options.split,
+                           options.shard_tokens)
+    paths = find_shards(options.sp_shards)
+    require(options.output_dir.resolve() not in [path.resolve().parent for path in paths],
+            f"{options.output_dir}: --output-dir is the folder of the input, whose shards it would "
+            "replace; choose another")
+    return ShardJob(OutputFolder(options.output_dir), tokenizer, paths, model, rank, world)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Tokenize documents, or re-tokenize shards, or time that."""
+    if options.docs and rank_and_world()[0]:
+        print("documents are one stream: rank 0 makes the shards", file=sys.stderr)
+        return
+    job = make_job(options)
+    workers = 1 if job.tokenizer.status == "lossy" else options.workers or default_workers()
     if options.bench:
         from records.retokenizer_bench import bench
 
@@ -1161,11 +1161,11 @@ def run(options: argparse.Namespace) -> None:
     job.make_room(options.overwrite)
     try:
         made, skipped = job.run(workers)
-        totals = job.folder.publish(tokenizer)
+        totals = job.folder.publish(job.tokenizer)
     finally:
         job.folder.clean()  # of files that died with a worker, or with a signal before their guard
     drift = totals["decoded_bytes"] - totals["source_bytes"]
-    print(f"{output}: {made} made, {skipped} skipped; "
+    print(f"{options.output_dir}: {made} made, {skipped} skipped; "
           + " ".join(f"{key}:{totals[key]}" for key in COUNTS)
           + f" drift:{drift} {'NOT EXACT' if drift or totals['bad_documents'] else 'exact'}")
 

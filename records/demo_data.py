@@ -121,7 +121,9 @@ def build_demo(folder: Path, log: Callable[[str], None] = print) -> dict[str, Pa
     Idempotent (a stamp holds the settings and the sources) and atomic.
     """
     sources = demo_sources()
-    code = [tool.file_sha256(Path(of)) for of in (__file__, tool.__file__, vocabulary.__file__)]
+    beside = ("demo_data.py", "documents.py", "other_tokenizers.py", "vocabulary.py")
+    code = [tool.file_sha256(path) for path in (
+        Path(tool.__file__), *map(Path(__file__).with_name, beside))]
     sizes = [(name, path.stat().st_size) for name, path in sources]
     stamp = hashlib.sha256(repr((sorted(DEMO.items()), sys.version, code, sizes)).encode()
                            ).hexdigest()
@@ -195,5 +197,3 @@ def byte_model_bpb(train_text: Path, val_text: Path) -> float:
         mixed = (counts.ravel()[wanted] + kinds * probability) / np.maximum(total + kinds, 1)
         probability = np.where(total > 0, mixed, probability)
     return float(-np.log2(probability[text[2:] > 0]).mean())
-
-
