@@ -12,7 +12,8 @@
 #   GITHUB_ID     required          your GitHub handle, for submission.json
 #   VOCAB         required          vocabulary, a path or URL; not for the demo or with DATA_PATH
 #   VOCAB_SHA256  Scylla's          SHA-256 of VOCAB; set it for a vocabulary of your own
-#   PRESET        record            record, published, or demo, which brings a text of its own
+#   PRESET        record            record, published, frontier, or demo, which brings a text of its
+#                                   own; or several, such as frontier,demo, of which later ones win
 #   SEEDS         42 1337 2024      one run for each of them
 #   DATA_DIR      data/record       folder for all that is made: shards, runs, logs
 #   SP1024        download          the folder "data" that the challenge's download script filled
@@ -89,10 +90,10 @@ if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then  # empty or -1 asks for the CPU
     gpus=$((listed < gpus ? listed : gpus))
 fi
 NPROC=${NPROC:-$((gpus > 0 ? gpus : 1))}
-if [[ ${PRESET:-record} == demo ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
+if [[ ${PRESET:-} == *demo* ]]; then kind=non_record; name=Demo; else kind=10min; name=PROTEUS; fi
 TRACK=${TRACK:-track_${kind}_16mb} RECORD_NAME=${RECORD_NAME:-$name}
 demo_text=''
-if [[ ${PRESET:-} == demo && -z ${SHARDS:-}${DATA_PATH:-}${SP1024:-} ]]; then demo_text=1; fi
+if [[ ${PRESET:-} == *demo* && -z ${SHARDS:-}${DATA_PATH:-}${SP1024:-} ]]; then demo_text=1; fi
 SHARDS=${SHARDS:-80}
 echo "$gpus GPUs, $NPROC processes on $NNODES machines, seeds $SEEDS"
 for name in NPROC NNODES SHARDS; do
@@ -149,7 +150,7 @@ estimate() {  # minutes of each stage, were nothing done yet, and the cost
     [[ -z ${PYTHON:-} ]] || environment=0
     [[ -n ${SP1024:-}${DATA_PATH:-}$demo_text ]] || fetch=$((SHARDS / 15 + 1))
     [[ -n ${DATA_PATH:-}$demo_text ]] || convert=$((SHARDS / 12 / $(nproc) + 1))
-    if [[ ${PRESET:-} == demo ]]; then smoke=1 each=6 price=0 about="on two idle CPU cores"; fi
+    if [[ ${PRESET:-} == *demo* ]]; then smoke=1 each=6 price=0 about="on two idle CPU cores"; fi
     echo "An estimate of the time, not a measurement; what is done already is skipped:"
     awk -v price="$price" -v gpus=$((NPROC * NNODES)) '{
     minutes = $1; sum += minutes; $1 = ""; printf "%6d min %s\n", minutes, $0
@@ -165,7 +166,7 @@ $convert re-tokenizing, on $(nproc) cores
 $smoke smoke test, with compilation
 $((seeds * each)) $seeds seeds, each $each minutes ($about)"
 }
-[[ $gpus == 0 && ${PRESET:-} != demo ]] || estimate  # a CPU takes days for a large model
+[[ $gpus == 0 && ${PRESET:-} != *demo* ]] || estimate  # a CPU takes days for a large model
 
 stage "2 environment"
 list_settings() {  # of train_gpt.py, by an interpreter; wrong ones end the script, as does a torch

@@ -350,7 +350,11 @@ def test_trainer_calls_these_shards_exact(engine, tmp_path):
          activation_neg_slope=0.1, rope_dims=8, xsa_last_n=6),
     dict(bigram_vocab_size=0, smear_enabled=False, ve_enabled=False, xsa_last_n=0,
          recur_layers=()),
-], ids=["tiny", "record_depth", "untied_recur_in_lanes", "shared_repeats", "plain"])  # fmt: skip
+    h.LEVERS,
+    h.LEVERS | dict(recur_untie_mlp=True, parallel_start_layer=3, recur_layers=(4, 5), num_layers=7,
+                    tie_embeddings=False, attn_gate_dims=32),
+], ids=["tiny", "record_depth", "untied_recur_in_lanes", "shared_repeats", "plain", "levers",
+        "untied_levers_in_lanes"])  # fmt: skip
 @pytest.mark.parametrize("recur", [False, True])
 def test_forward_equals_reference(settings, recur):
     """Logits equal an independent NumPy reading of SPEC section 3, everything randomised."""
@@ -375,10 +379,11 @@ def test_sdpa_equals_softmax(groups):
     torch.testing.assert_close(t.sdpa(q, k, v), ref.softmax_attention(q, k, v), atol=1e-5, rtol=0)
 
 
-def test_causality_every_position():
+@pytest.mark.parametrize("levers", [{}, h.LEVERS], ids=["off", "levers"])
+def test_causality_every_position(levers):
     """Changing token t changes no earlier logit, bit for bit, and does change later ones."""
-    model = h.random_model(h.config(h.DEEP, num_layers=7, parallel_start_layer=4))
-    ids = h.ids((1, 14), bos=((0, 5),))
+    model = h.random_model(h.config(h.DEEP, num_layers=7, parallel_start_layer=4, **levers))
+    ids = h.ids((1, 14), bos=() if levers else ((0, 5),))
     with torch.no_grad():
         before = model.logits(ids)
         for place in range(14):
@@ -393,18 +398,24 @@ def test_causality_every_position():
 
 
 def test_document_boundaries():
-    """Nothing before a boundary reaches it or what follows through SmearGate and bigram."""
+    """Nothing before a boundary reaches it or what follows through SmearGate and bigram.
+
+    With DOC_ATTENTION nothing does through anything, in every layer and pass.
+    """
     model = h.random_model(h.config(h.DEEP))
+    isolated = h.random_model(h.config(h.DEEP, **h.LEVERS))
     ids = h.ids((1, 12), bos=((0, 6),))
     changed = ids.clone()
     changed[0, :6] = (ids[0, :6] + 1) % h.BOS
     with torch.no_grad():
-        a, b = model.embed_tokens(ids), model.embed_tokens(changed)
-        assert torch.equal(a[:, 6:], b[:, 6:]) and not a[:, :6].eq(b[:, :6]).any(-1).any()
+        for see in (lambda ids: model.embed_tokens(ids, model.starts(ids)), isolated.logits):
+            a, b = see(ids), see(changed)
+            assert torch.equal(a[:, 6:], b[:, 6:]) and not a[:, :6].eq(b[:, :6]).all(-1).any()
+        assert not model.logits(ids)[:, 6:].eq(model.logits(changed)[:, 6:]).all(-1).any()
         no_bos = torch.where(ids == h.BOS, 7, ids)
         last = no_bos.clone()
         last[0, 5] = (no_bos[0, 5] + 1) % h.BOS
-        a, b = model.embed_tokens(no_bos), model.embed_tokens(last)
+        a, b = (model.embed_tokens(x, model.starts(x)) for x in (no_bos, last))
     moved = (~a.eq(b).all(-1))[0].nonzero().flatten().tolist()
     assert moved == [5, 6, 7]  # else the bigram of 6 feels it, and SmearGate's next, 7
 
@@ -412,9 +423,9 @@ def test_document_boundaries():
 def test_every_parameter_gets_a_gradient():
     """From the real initial values, every parameter has a gradient after at most two updates.
 
-    lane_merge needs a third: until routes differ, both lanes hold the same.
+    lane_merge needs a third: until routes differ, both lanes hold the same. Softcaps are TTT's.
     """
-    for settings in (dict(), dict(parallel_start_layer=3, recur_layers=(3, 4))):
+    for settings in (dict(), dict(parallel_start_layer=3, recur_layers=(3, 4)), h.LEVERS):
         c = h.config(h.DEEP, grad_clip_norm=0.0, **settings)
         model = h.random_model(c, seed=None)
         with torch.no_grad():
@@ -431,7 +442,7 @@ def test_every_parameter_gets_a_gradient():
                     updates.setdefault(n, done)
             optimizer.step(torch.zeros(1), 1.0, 0.9)
         late = {n: updates.get(n) for n, _ in model.named_parameters() if updates.get(n, 9) > 2}
-        assert late == {"lane_merge": 3}
+        assert late == dict(lane_merge=3) | ({"softcap": None} if c.asym_softcap else {})
 
 
 def test_compiles_to_one_graph_for_each_phase():
@@ -450,16 +461,21 @@ def test_compiles_to_one_graph_for_each_phase():
 # ------------------------------------------------------------------------------------- optimization
 
 
+QUINTIC = (3.4445, -4.7750, 2.0315)  # SPEC section 4
+
+
 @pytest.mark.parametrize("row_norm", [False, True])
-@pytest.mark.parametrize("iterations", [5, 3])
-def test_muon_equals_formula(row_norm, iterations):
+@pytest.mark.parametrize("coefficients, triples", [
+    ("quintic", [QUINTIC] * 5), ("quintic", [QUINTIC] * 3),
+    ("polar", t.COEFFICIENTS["polar"]),  # a test in tests/test_training.py computes these
+    ("polar", [*t.COEFFICIENTS["polar"], t.COEFFICIENTS["polar"][-1]])])
+def test_muon_equals_formula(row_norm, coefficients, triples):
     """Square, tall, wide, and two of a shape in a stack, over four steps."""
     c = h.config(h.DEEP, matrix_lr=0.05, muon_wd=0.1, muon_row_norm=row_norm,
-                 muon_backend_steps=iterations)
+                 muon_backend_steps=len(triples), muon_coefficients=coefficients)
     start, grads, ours = h.run_muon(c, torch.float32, 0.5, 0.9, 4)
     histories = [[step[i].double().numpy() for step in grads] for i in range(len(h.SHAPES))]
-    theirs = ref.muon([w.numpy() for w in start], histories, 0.025, 0.9, 0.1, iterations,
-                      row_norm)
+    theirs = ref.muon([w.numpy() for w in start], histories, 0.025, 0.9, 0.1, triples, row_norm)
     for a, b in zip(ours, theirs, strict=True):
         assert np.abs(a.numpy() - b).max() < 2e-5
 
@@ -1224,7 +1240,7 @@ def parse_setting(text):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(recur_untie_mlp=False, ve_layers=(3,)), dict(
+    dict(), dict(recur_untie_mlp=False, ve_layers=(3,)), h.LEVERS, dict(
         tie_embeddings=False, iterations=2, compressor="rans", mlp_mult=8.0, n_int6_layers=0)])
 def test_independent_scorer(settings, made, tmp_path):
     """NumPy alone, from the artifact's bytes, gives the roundtrip nats within 1e-4 per token.

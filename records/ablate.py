@@ -3,6 +3,7 @@
     python records/ablate.py records/plans/demo_features.json --jobs 2
     python records/ablate.py records/plans/levers.json --list      what would run; runs nothing
     python records/ablate.py records/plans/slopes.json --table     of the results that are kept
+    python records/ablate.py records/plans/frontier.json --only record,frontier    some variants
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
 "variants": {name: {settings against the base}}}; the first variant is the baseline, but for those
@@ -195,14 +196,15 @@ def table(results: dict[str, list[dict]], against: dict[str, str] | None = None)
     rows: list[list] = []
     for name, runs in results.items():
         other = (against or {}).get(name, next(iter(results)))
-        baseline = [run["roundtrip_bpb"] for run in results[other]]
+        baseline = [run["roundtrip_bpb"] for run in results.get(other, [])]
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run["roundtrip_bpb"] for run in runs]
-        text = change_text(finals, baseline)
+        text = change_text(finals, baseline) if baseline else ""
         steps = statistics.fmean(run["steps"] for run in runs)
         milliseconds = statistics.fmean(run["train_ms"] for run in runs)
         rows.append([name, len(runs), *means, f"{max(finals) - min(finals):.4f}"
-                     if len(runs) > 1 else None, *((text, other) if name != other else ("-", "-")),
+                     if len(runs) > 1 else None,
+                     *((text, other) if baseline and name != other else ("-", "-")),
                      figures.mean_of((run["bytes_total"] for run in runs), ".0f"),
                      f"{steps:.0f}", f"{milliseconds / steps:.0f}",
                      figures.mean_of((run.get("seconds_eval") for run in runs), ".0f")])
@@ -223,6 +225,13 @@ def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
                                           for old, new in pairs)], rows)
 
 
+def chosen(variants: dict[str, dict], names: list[str]) -> dict[str, dict]:
+    """The variants of a plan that are named, in the plan's order; SystemExit if one is none."""
+    if strange := [name for name in names if name not in variants]:
+        raise SystemExit(f"--only {','.join(strange)}: the plan has {', '.join(variants)}")
+    return {name: changes for name, changes in variants.items() if name in names}
+
+
 def read_json(path: Path) -> dict:
     """A plan or kept results; SystemExit if there are none."""
     try:
@@ -237,10 +246,13 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--out", type=Path, help="default: data/ablations/<plan>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--only", metavar="NAMES", help="some variants, separated by commas")
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     parser.add_argument("--table", action="store_true", help="only the table of kept results")
     options = parser.parse_args()
     plan = read_json(options.plan)
+    if options.only:
+        plan["variants"] = chosen(plan["variants"], options.only.split(","))
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
     if options.table or options.list:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback

@@ -29,15 +29,15 @@ TYPED = ("author", "github_id", "name", "date", "track")  # all else comes from 
 
 
 def credits() -> list[dict[str, Any]]:
-    """Who found what: technique, where, who, and the settings under which a run uses it."""
+    """Who found what: technique, where, who, and patterns of the settings of runs that use it."""
     return json.loads((HERE / "credits.json").read_text(encoding="utf-8"))
 
 
 def attribution(runs: list[Run]) -> dict[str, str]:
     """technique -> who, where: those that the settings switch on and, for scores, the logs show."""
     def used(row: dict[str, Any]) -> bool:
-        return all(runs[0].settings.get(name, "") in values
-                   for name, values in row.get("when", {}).items()) and (
+        return all(re.fullmatch("|".join(patterns), runs[0].settings.get(name, ""))
+                   for name, patterns in row.get("when", {}).items()) and (
             "stage" not in row or any(row["stage"] in run.scores for run in runs))
 
     return {row["technique"]: f"{row['who']}, {row['where']}" for row in credits() if used(row)}
@@ -97,6 +97,29 @@ def layers(numbers: str) -> str:
     return f"layers {', '.join(first)} and {last}" if first else f"layer {last}"
 
 
+def recurrence(s: dict[str, str]) -> str:
+    """The sentence on the layers that run several times; empty if none do."""
+    passes = int(s.get("RECUR_PASSES", 2))  # logs of older runs do not name it
+    if not s["RECUR_LAYERS"] or passes < 2:
+        return ""
+    late = float(s["RECUR_START_STEP"])
+    start = (f"step {late:g}" if late >= 1 else f"{late:.0%} of the run") if late else "the start"
+    times = {2: "twice", 3: "three times"}.get(passes, f"{passes} times")
+    several = "," in s["RECUR_LAYERS"]
+    again = "the second time" if passes == 2 else "each time after the first"
+    own = f", {again} with {'MLPs of their own' if several else 'an MLP of its own'}"
+    return (f"From {start} on, {layers(s['RECUR_LAYERS'])} run{'' if several else 's'} {times}"
+            f"{own if s['RECUR_UNTIE_MLP'] == '1' else ''}.")
+
+
+def taper(start_and_end: str) -> str:
+    """The sentence on MUON_WD_TAPER; empty where that is."""
+    if not start_and_end:
+        return ""
+    start, end = map(float, start_and_end.split(","))
+    return f"From {start:.0%} of the run on, Muon's weight decay falls to {end:.0%} of its value."
+
+
 def idea(runs: list[Run]) -> str:
     """A paragraph on what the runs had switched on, for authors who write none themselves."""
     s, stages = runs[0].settings, {stage for run in runs for stage in run.scores}
@@ -104,8 +127,12 @@ def idea(runs: list[Run]) -> str:
     snapshots = "the mean of snapshots taken at the end of training (SWA)"
     average = f"an exponential moving average of the weights with decay {s['EMA_DECAY']} (EMA)"
     last = "the weights of the last step"
-    late = "RECUR_LAYERS" in on and float(s["RECUR_START_STEP"])
-    start = (f"step {late:g}" if late >= 1 else f"{late:.0%} of the run") if late else "the start"
+    exclusive = ("All layers" if int(s["XSA_LAST_N"]) >= int(s["NUM_LAYERS"]) else
+                 f"The last {s['XSA_LAST_N']} layers")
+    muon = [text for text, there in (
+        ("normalised rows (MuonEq-R)", "MUON_ROW_NORM" in on),
+        ("the coefficients of Polar Express", s.get("MUON_COEFFICIENTS") == "polar")) if there]
+    again, tapered = recurrence(s), taper(s.get("MUON_WD_TAPER", ""))
     sentences = (
         (True, f"The model has {s['NUM_LAYERS']} layers of width {s['MODEL_DIM']} with "
                f"{s['NUM_HEADS']} heads for queries and {s['NUM_KV_HEADS']} for keys and values, "
@@ -113,16 +140,20 @@ def idea(runs: list[Run]) -> str:
         (int(s["PARALLEL_START_LAYER"]) < int(s["NUM_LAYERS"]),
          f"From layer {s['PARALLEL_START_LAYER']} on, attention and MLP work in two parallel "
          "lanes, which learned weights merge."),
-        ("RECUR_LAYERS" in on, f"From {start} on, {layers(s['RECUR_LAYERS'])} run twice"
-         + (", the second time with MLPs of their own." if "RECUR_UNTIE_MLP" in on else ".")),
-        ("XSA_LAST_N" in on, f"The last {s['XSA_LAST_N']} layers use exclusive self-attention "
-                             "(XSA)."),
+        (again, again),
+        ("XSA_LAST_N" in on, f"{exclusive} use exclusive self-attention (XSA)."),
+        ("DOC_ATTENTION" in on, "A token attends to its own document only."),
+        ("ATTN_GATE_DIMS" in on, "A learned gate scales what each head gives out; it reads the "
+         f"first {s.get('ATTN_GATE_DIMS')} dimensions of the layer's input."),
+        ("SKIP_GATE" in on, "The skips pass through learned gates."),
+        ("ASYM_SOFTCAP" in on, "Positive and negative logits have a softcap each."),
         ("BIGRAM_VOCAB_SIZE" in on, f"A bigram hash table of {s['BIGRAM_VOCAB_SIZE']} rows adds to "
                                     "the embedding."),
         ("SMEAR_ENABLED" in on, "SmearGate blends in the embedding of the previous token."),
         ("VE_ENABLED" in on, f"The values of {layers(s['VE_LAYERS'])} get value embeddings."),
-        (True, "Muon trains the matrices" + (", with normalised rows (MuonEq-R)" if
-               "MUON_ROW_NORM" in on else "") + ", and AdamW trains everything else."),
+        (True, "Muon trains the matrices" + (", with " if muon else "") + " and ".join(muon)
+         + ", and AdamW trains everything else."),
+        (tapered, tapered),
         (True, "What is exported is " + (snapshots if "SWA_ENABLED" in on else average if
                                          "EMA_DECAY" in on else last) + "."),
         ("LATE_QAT_THRESHOLD" in on, "Quantization is simulated in training (QAT) once the "
@@ -140,11 +171,15 @@ def idea(runs: list[Run]) -> str:
 
 
 def changed_settings(run: Run) -> dict[str, str]:
-    """The preset of a run and the settings in which it differs from that, its names apart."""
+    """The presets of a run and the settings in which it differs from them, its names apart.
+
+    Of several presets ("frontier,demo") the later ones win.
+    """
     import train_gpt
 
     preset = run.settings["PRESET"]
-    base = train_gpt.settings_listing(train_gpt.Config(**train_gpt.PRESETS[preset]))
+    defaults = train_gpt.preset_values(tuple(train_gpt.split_list(preset)))
+    base = train_gpt.settings_listing(train_gpt.Config(**defaults))
     changed = {name: value for name, value in run.settings.items()
                if name not in PER_RUN | {"PRESET"} and f"{name}={value}" not in base.splitlines()}
     return {"PRESET": preset} | changed

@@ -105,8 +105,8 @@ class Figure(NamedTuple):
 
 def yardstick(machine: dict[str, Any]) -> Yardstick | None:
     """That of the GPU of a `machine` event; none for other models than the record's."""
-    return next((known for name, known in YARDSTICKS.items()
-                 if name in machine["device"] and machine["preset"] != "demo"), None)
+    return next((known for name, known in YARDSTICKS.items() if name in machine["device"]
+                 and machine["preset"] in ("record", "published")), None)
 
 
 def figures(primed: list[dict[str, Any]], links: dict[str, dict[str, float]], share: float,

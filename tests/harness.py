@@ -45,16 +45,20 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost, and much where core
 
 # ------------------------------------------------------------------------------- settings
 
+PLAIN = dict(  # without the levers of PRESET=frontier
+    recur_passes=2, attn_gate_dims=0, skip_gate=False, doc_attention=False, asym_softcap=False,
+    muon_coefficients="quintic", muon_wd_taper=(),
+)  # fmt: skip
 RECORD = dict(  # SPEC section 1, and the settings that it leaves open
-    preset="record", run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
+    preset=("record",), run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
     tokenizer_path="", tokenizer_meta_path="", vocab_size=0, dry_run=False,
     num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0, tie_embeddings=True,
     rope_base=10000.0, rope_dims=16, logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True,
     xsa_last_n=4, smear_enabled=True, bigram_vocab_size=2048, bigram_dim=128, ve_enabled=True,
     ve_dim=128, ve_layers=(9, 10), activation_neg_slope=0.5, parallel_start_layer=7,
-    recur_layers=(4, 5), recur_start_step=3000.0, recur_untie_mlp=True,
+    recur_layers=(4, 5), recur_start_step=3000.0, recur_untie_mlp=True, **PLAIN,
     train_batch_tokens=786432, micro_batch_tokens=0, train_seq_len=2048, iterations=20000,
-    warmdown_iters=3500, warmup_steps=20, max_wallclock_seconds=600.0, matrix_lr=0.025,
+    warmdown_iters=3500.0, warmup_steps=20, max_wallclock_seconds=600.0, matrix_lr=0.025,
     scalar_lr=0.025, tied_embed_lr=0.035, embed_lr=0.6, head_lr=0.008, tied_embed_init_std=0.005,
     min_lr=0.0, muon_momentum=0.99, muon_momentum_warmup_start=0.92,
     muon_momentum_warmup_steps=1500, muon_backend_steps=5, muon_wd=0.04, muon_row_norm=False,
@@ -72,14 +76,14 @@ RECORD = dict(  # SPEC section 1, and the settings that it leaves open
 )  # fmt: skip
 VOCAB, BOS = 300, 299  # of the tiny data; its last id is the boundary
 TINY = dict(
-    preset="record", run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
+    preset=("record",), run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
     tokenizer_path="", tokenizer_meta_path="", vocab_size=0, dry_run=False,
     num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=3.0, tie_embeddings=True,
     rope_base=10000.0, rope_dims=8, logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True,
     xsa_last_n=2, smear_enabled=True, bigram_vocab_size=64, bigram_dim=8, ve_enabled=True, ve_dim=8,
     ve_layers=(2, 3), activation_neg_slope=0.5, parallel_start_layer=3, recur_layers=(1, 2),
-    recur_start_step=3.0, recur_untie_mlp=True, train_batch_tokens=256, micro_batch_tokens=0,
-    train_seq_len=32, iterations=8, warmdown_iters=20, warmup_steps=2, max_wallclock_seconds=0.0,
+    recur_start_step=3.0, recur_untie_mlp=True, **PLAIN, train_batch_tokens=256, micro_batch_tokens=0,
+    train_seq_len=32, iterations=8, warmdown_iters=20.0, warmup_steps=2, max_wallclock_seconds=0.0,
     matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035, embed_lr=0.6, head_lr=0.008,
     tied_embed_init_std=0.005, min_lr=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_steps=4, muon_backend_steps=5, muon_wd=0.04, muon_row_norm=False,
@@ -102,6 +106,10 @@ DEEP = TINY | dict(  # six layers: lanes, recurrence and skips apart from each o
     val_batch_size=256, warmdown_iters=4, warmup_steps=0, muon_momentum_warmup_steps=4,
     ema_decay=0.98, swa_every=10, late_qat_threshold=0.15, compressor="zlib", ttt_lr=0.03,
     ttt_chunk_tokens=2048,
+)  # fmt: skip
+LEVERS = dict(  # those that change what the model computes, all on
+    recur_passes=3, recur_untie_mlp=False, attn_gate_dims=12, skip_gate=True, doc_attention=True,
+    asym_softcap=True,
 )  # fmt: skip
 SHALLOW = dict(num_layers=2, parallel_start_layer=1, recur_layers=(0,), ve_layers=(0, 1),
                xsa_last_n=1)  # fmt: skip
@@ -142,7 +150,8 @@ def runtime(rank: int = 0, world: int = 1, device: str = "cpu") -> t.Runtime:
     made.rank, made.world, made.cuda, made.compiles = rank, world, False, False
     made.local_rank, made.local_world = rank, world
     made.device, made.dtype = torch.device(device), torch.float32
-    made.attention, made.attention_name, made.fused_mlp = t.sdpa, "sdpa", False
+    made.attention, made.document_mask, made.fused_mlp = t.sdpa, t.dense_mask, False
+    made.attention_name = "sdpa"
     made.signal, made.defer_signals = 0, False
     made.log = types.SimpleNamespace(line=lambda *_, **__: None, event=lambda *_, **__: None,
                                      run_id="none")
@@ -165,7 +174,7 @@ def choices(patch: pytest.MonkeyPatch, c: t.Config, attention: list, mlp: list) 
 
     on = runtime()
     on.cuda = True
-    patch.setattr(t, "use_attention", lambda name: name)
+    patch.setattr(t, "use_attention", lambda name: (name, t.dense_mask))
     return *t.select_attention(*timed(attention)), *t.select_mlp(*timed(mlp))
 
 
@@ -847,7 +856,7 @@ def codecs() -> list[str]:
 def parts(path: Path) -> tuple[dict, bytes]:
     """(header, streams) of an artifact, read without the code under test."""
     data = path.read_bytes()
-    assert data[:10] == b"PROTEUS 3\n"
+    assert data[:10] == b"PROTEUS 4\n"
     end = 46 + struct.unpack("<I", data[42:46])[0]
     return json.loads(zlib.decompress(data[46:end])), data[end:]
 
@@ -861,7 +870,7 @@ def forge(path: Path, header: dict | bytes, body: bytes, sha256: bytes | None = 
         while left:
             part = zlib.decompressobj(-15)
             raw, left = raw + part.decompress(left), part.unused_data
-    path.write_bytes(b"PROTEUS 3\n" + (sha256 or hashlib.sha256(rest + raw).digest()) + rest)
+    path.write_bytes(b"PROTEUS 4\n" + (sha256 or hashlib.sha256(rest + raw).digest()) + rest)
 
 
 def refused(path: Path, action: Callable[[], Any]) -> str:

@@ -73,8 +73,8 @@ def rope(x: np.ndarray, c: t.Config) -> np.ndarray:
     return out
 
 
-def attention(p: dict, c: t.Config, i: int, x: np.ndarray, value) -> np.ndarray:
-    """SPEC section 3, Attention of layer i."""
+def attention(p: dict, c: t.Config, i: int, x: np.ndarray, value, seen: np.ndarray) -> np.ndarray:
+    """SPEC section 3, Attention of layer i; `seen` (B, T, T) are the keys that a query sees."""
     w = {n: p[f"blocks.{i}.attn.{n}.weight"] for n in ("q", "k", "v", "out")}
     B, T, D = x.shape
     H, G = c.num_heads, c.num_kv_heads
@@ -88,12 +88,15 @@ def attention(p: dict, c: t.Config, i: int, x: np.ndarray, value) -> np.ndarray:
     for head in range(H):
         kv = head // (H // G)
         scores = q[:, :, head] @ k[:, :, kv].swapaxes(1, 2) / math.sqrt(K)
-        scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+        scores = np.where(seen, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         y[:, :, head] = weights / weights.sum(-1, keepdims=True) @ v[:, :, kv]
         if i >= c.num_layers - c.xsa_last_n:
             own = v[:, :, kv] / np.linalg.norm(v[:, :, kv], axis=-1, keepdims=True)
             y[:, :, head] -= (y[:, :, head] * own).sum(-1, keepdims=True) * own
+        if c.attn_gate_dims:  # FRONTIER section 2, as are skip gates, softcaps and documents
+            gate = x[:, :, : c.attn_gate_dims] @ p[f"blocks.{i}.attn.gate"][head]
+            y[:, :, head] /= 1 + np.exp(-0.5 * gate)[:, :, None]
     return y.reshape(B, T, D) @ w["out"].T
 
 
@@ -115,13 +118,20 @@ def scores(p: dict, c, boundary: np.ndarray, ids: np.ndarray, recur: bool) -> np
     x0 = model_input(p, c, boundary, ids)
     order = [(i, None) for i in range(c.num_layers)]
     if recur and c.recur_layers:
-        after = order.index((c.recur_layers[-1], None)) + 1
-        order[after:after] = [(i, n) for n, i in enumerate(c.recur_layers)]
+        after, count = order.index((c.recur_layers[-1], None)) + 1, len(c.recur_layers)
+        order[after:after] = [(i, (again - 1) * count + n) for again in range(1, c.recur_passes)
+                              for n, i in enumerate(c.recur_layers)]
+    seen = np.tri(ids.shape[1], dtype=bool) & (ids >= 0)[:, :, None]
+    if c.doc_attention:
+        for b, query, key in np.argwhere(seen):
+            seen[b, query, key] = not boundary[ids[b, key + 1 : query + 1]].any()
     half, stored, a_lane, m_lane = c.num_layers // 2, [], x0, x0
     for i, again in order:
         pre, scale = f"blocks.{i}.", (i + 1) ** -0.5 if c.ln_scale else 1.0
         if again is None and half <= i < 2 * half:
             skip = p["skip_weights"][i - half] * stored.pop()
+            if c.skip_gate:
+                skip = skip / (1 + np.exp(-p["skip_gates"][i - half]))
             a_lane, m_lane = a_lane + skip, m_lane + skip
         value = None
         if c.ve_enabled and i in c.ve_layers:
@@ -131,14 +141,14 @@ def scores(p: dict, c, boundary: np.ndarray, ids: np.ndarray, recur: bool) -> np
         mix_a = p[pre + "resid_mix"]
         if i < c.parallel_start_layer:
             x = mix_a[0] * a_lane + mix_a[1] * x0
-            x = x + p[pre + "attn_scale"] * attention(p, c, i, norm(x) * scale, value)
+            x = x + p[pre + "attn_scale"] * attention(p, c, i, norm(x) * scale, value, seen)
             x = x + p[pre + "mlp_scale"] * mlp(p, c, owner, norm(x) * scale)
             a_lane = m_lane = x
         else:
             mix_m, r = p[pre + "resid_mix_mlp"], p[pre + "route"]
             a = norm(mix_a[0] * a_lane + mix_a[1] * x0) * scale
             m = norm(mix_m[0] * m_lane + mix_m[1] * x0) * scale
-            a = p[pre + "attn_scale"] * attention(p, c, i, a, value)
+            a = p[pre + "attn_scale"] * attention(p, c, i, a, value, seen)
             m = p[pre + "mlp_scale"] * mlp(p, c, owner, m)
             a_lane, m_lane = a_lane + r[0] * a + r[2] * m, m_lane + r[1] * a + r[3] * m
         if again is None and i < half:
@@ -146,10 +156,11 @@ def scores(p: dict, c, boundary: np.ndarray, ids: np.ndarray, recur: bool) -> np
     w = p.get("lane_merge", 0.5)
     hidden = norm(w * a_lane + (1 - w) * m_lane)
     z = hidden @ p["embed.weight" if c.tie_embeddings else "head.weight"].T
-    return c.logit_softcap * np.tanh(z / c.logit_softcap)
+    above, below = p["softcap"] if c.asym_softcap else 2 * [c.logit_softcap]
+    return np.where(z > 0, above * np.tanh(z / above), below * np.tanh(z / below))
 
 
-def muon(weights, grads, lr, momentum, wd, steps, row_norm) -> list[np.ndarray]:
+def muon(weights, grads, lr, momentum, wd, triples, row_norm) -> list[np.ndarray]:
     """Muon as SPEC section 4 writes it, float64, one matrix after the other."""
     out = []
     for w, history in zip(weights, grads, strict=True):
@@ -160,22 +171,27 @@ def muon(weights, grads, lr, momentum, wd, steps, row_norm) -> list[np.ndarray]:
             x = x / np.linalg.norm(x, axis=1, keepdims=True) if row_norm else x
             x = x / np.linalg.norm(x)
             x = x.T if w.shape[0] > w.shape[1] else x
-            for _ in range(steps):
+            for first, third, fifth in triples:
                 a = x @ x.T
-                x = 3.4445 * x - 4.7750 * a @ x + 2.0315 * a @ a @ x
+                x = first * x + third * a @ x + fifth * a @ a @ x
             x = x.T if w.shape[0] > w.shape[1] else x
             w = w * (1 - lr * wd) - lr * math.sqrt(max(1, w.shape[0] / w.shape[1])) * x
         out.append(w)
     return out
 
 
-def softmax_attention(q, k, v):
-    """Explicit causal grouped-query attention, (B, T, heads, K), scale 1 / sqrt(K)."""
+def softmax_attention(q, k, v, starts=None):
+    """Explicit causal grouped-query attention, (B, T, heads, K), scale 1 / sqrt(K).
+
+    With `starts` (B, T) a query sees no key before the last start up to itself.
+    """
     group = q.size(2) // k.size(2)
     k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
     scores = torch.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.size(-1))
     T = q.size(1)
     scores = scores.masked_fill(~torch.ones(T, T).tril().bool(), -math.inf)
+    for b, place in starts.nonzero().tolist() if starts is not None else ():
+        scores[b, :, place:, :place] = -math.inf
     return torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v)
 
 
@@ -494,7 +510,7 @@ def read_artifact(path):
     """
     data = Path(path).read_bytes()
     at = 46 + struct.unpack_from("<I", data, 42)[0]
-    assert data[:10] == b"PROTEUS 3\n"
+    assert data[:10] == b"PROTEUS 4\n"
     header, seen = json.loads(zlib.decompress(data[46:at])), hashlib.sha256(data[42:])
     filters = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
     streams = {}

@@ -546,7 +546,8 @@ def test_each_yardstick_can_say_no(tmp_path, capsys, changes, reason):
     code, text = verdict(tmp_path, capsys, **changes)
     assert code == 1 and text.splitlines()[-1].startswith("NO GO: ")
     assert reason in text.splitlines()[-1]
-    for other in (dict(device=A100), dict(preset="demo")):
+    for other in (dict(device=A100), dict(preset="demo"), dict(preset="frontier,demo"),
+                  dict(preset="frontier")):
         code, text = verdict(tmp_path, capsys, **changes | other)
         assert code == 0 and text.splitlines()[-1].startswith("GO: there is no yardstick")
 
