@@ -604,16 +604,18 @@ def planned(c: t.Config, lag: int, ms: list[int], save: int, reserve: float) -> 
         now += lag * usual
         left = (usable - now) / usual if usual else c.iterations - step
         scale = c.min_lr + (1 - c.min_lr) * min(1, left / c.warmdown_iters)
-        recur, qat = recur or now / cap >= c.recur_start_step, qat or scale < c.late_qat_threshold
+        over, (begin, end) = 1 - (usable - now) / (cap - t.CLOCK_RESERVE_MS), c.muon_wd_taper
+        taper = 1 - (1 - end) * min(1, max(0, over - begin) / (1 - begin))
+        recur, qat = recur or over >= c.recur_start_step, qat or scale < c.late_qat_threshold
         momentum = first + (peak - first) * min(1, step / c.muon_momentum_warmup_steps)
         trace += [("forward", recur, qat), ("momentum", momentum), ("adam", scale * c.scalar_lr),
-                  ("muon", scale * c.matrix_lr), ("average", step, scale)]
+                  ("muon", scale * c.matrix_lr, taper), ("average", step, scale)]
     return trace + [("save", step)] * (step != save) + [("validate", step)]
 
 
 @pytest.mark.parametrize("lag, stop", [(1, 44), (2, 33)])
 def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
-    """Rates, momentum, phase, average, pauses and stop of each step, on a fake device that lags.
+    """Rates, decay, phase, average, pauses and stop of each step, on a fake device that lags.
 
     The scale rises within late QAT, as steps get faster. With lag 2 the checkpoint takes in two
     steps at once: the first is late for the slow step, which the second no longer looks back to.
@@ -625,7 +627,8 @@ def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
         **h.SHALLOW, iterations=1000, val_loss_every=10, checkpoint_every=save - lag, min_lr=0.1,
         max_wallclock_seconds=(4640 + t.CLOCK_RESERVE_MS + reserve) / 1e3, warmdown_iters=16,
         recur_start_step=0.4, late_qat_threshold=0.85, muon_momentum_warmup_steps=12,
-        scalar_lr=0.02, tied_embed_lr=0.02, gptq_calibration_seqs=4)  # fmt: skip
+        scalar_lr=0.02, tied_embed_lr=0.02, muon_wd_taper=(0.6, 0.1),
+        gptq_calibration_seqs=4)  # fmt: skip
     device, trace, model, runtime = h.Device(), [], trainer.model, trainer.runtime
     runtime.event, runtime.synchronize = device.event, device.synchronize
     trainer.lag, trainer.saved_at = lag, 0.0
@@ -645,7 +648,7 @@ def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
     spy(trainer, "backward", lambda *_: ("forward", model.recur, model.embed.qat_bits > 0))
     spy(t.Muon, "start", lambda _, factor, momentum: ("momentum", momentum))
     spy(torch.optim.AdamW, "step", lambda adam: ("adam", *{g["lr"] for g in adam.param_groups}))
-    spy(t.Muon, "finish", lambda _, lr: ("muon", lr))
+    spy(t.Muon, "finish", lambda _, lr, taper: ("muon", lr, taper))
     spy(trainer.average, "update", lambda *arguments: ("average", *arguments), *ms)
     spy(t.Checkpoints, "write", lambda *_: ("save", trainer.steps), 3000)
     spy(trainer.evaluator, "score", lambda *_: ("validate", trainer.steps), *[5000] * 9)
@@ -655,8 +658,9 @@ def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
     assert trace == [pytest.approx(entry) for entry in want] and trainer.steps == stop
     scales = [entry[2] for entry in want if entry[0] == "average"]
     assert scales[22] < trainer.config.late_qat_threshold < max(scales[23:])
+    phases = [entry[1:] for entry in want if entry[0] == "forward"]  # (recurrence, QAT)
     assert [(e["name"], e["step"]) for e in h.trainer_events(trainer, "phase")] == [
-        ("recur", 15), ("qat", 22)]
+        ("recur", phases.index((True, False))), ("qat", phases.index((True, True)))]
     assert [(e["step"], e["train_ms"]) for e in h.trainer_events(trainer, "val")] == [
         (step, sum(ms[:step])) for step in (*range(10, stop, 10), stop)]
     trainer.finish()
@@ -957,9 +961,13 @@ def test_container_round_trip(codec, bits, tmp_path):
     assert (tmp_path / "y.ptz").read_bytes() == path.read_bytes()
 
 
-def test_a_flipped_byte_is_damage(small_artifact, tmp_path):
+@pytest.mark.parametrize("levers", [{}, h.LEVERS], ids=["off", "levers"])
+def test_a_flipped_byte_is_damage(levers, tmp_path):
     """Every byte of the head and the header, and 400 bytes anywhere, one at a time."""
-    data, path = bytearray(small_artifact.read_bytes()), tmp_path / "flipped.ptz"
+    path = tmp_path / "flipped.ptz"
+    h.artifact(path, "zlib", **h.SMALLEST, **levers)
+    assert h.load_tiny(path).config.skip_gate == bool(levers)
+    data = bytearray(path.read_bytes())
     random = np.random.default_rng(0)
     places = [*range(200), *random.integers(200, len(data), 400).tolist(), len(data) - 1]
     for place in places:
@@ -1103,11 +1111,13 @@ def check_mode(mode, seed=0, places=(20, 37, 66), sums=(), **settings):
     return nats, events
 
 
-@pytest.mark.parametrize("settings", h.PLANS, ids=["sliding", "plain", "uneven"])
+@pytest.mark.parametrize("settings", [*h.PLANS, h.LEVERS],
+                         ids=["sliding", "plain", "uneven", "levers"])
 @pytest.mark.parametrize("mode", h.MODES)
 def test_every_mode_is_legal(mode, settings):
     """The four conditions; the events that they are about did happen."""
-    sums = (58,) if settings == h.PLANS[-1] and mode != "ttt" else ()  # V runs; ngram_ttt has both
+    long = settings == h.PLANS[-1] and mode != "ttt"  # V runs; ngram_ttt has both
+    sums = (58,) if long or settings == h.LEVERS and mode in ("sliding", "ttt") else ()
     nats, events = check_mode(mode, sums=sums, **settings)
     kinds = Counter(event[0] for event in events)
     chunks = math.ceil(74 / h.config(**(h.SHORT | settings)).ttt_chunk_tokens)
@@ -1149,17 +1159,15 @@ def test_a_window_belongs_to_the_chunk_of_its_first_target(settings):
 
 @pytest.mark.parametrize("freeze, frozen", [
     (0, ""), (1, r"embed|bigram|smear|blocks\.0\."),
-    (2, r"embed|bigram|smear|blocks\.[01]\.|skip_weights"),
-    (3, r"embed|bigram|smear|blocks\.[012]\.|skip_weights|value\."),
+    (2, r"embed|bigram|smear|blocks\.[01]\."),  # skips are added from layer 2 on
+    (3, r"embed|bigram|smear|blocks\.[012]\.|skip_|value\."),
 ])  # fmt: skip
-@pytest.mark.parametrize("more", [dict(), dict(recur_untie_mlp=False), dict(tie_embeddings=False)])
+@pytest.mark.parametrize("more", [dict(), h.LEVERS, dict(tie_embeddings=False)])
 def test_frozen_is_frozen(freeze, frozen, more):
     """Not a bit of what is frozen moves; everything else does; afterwards all is as before."""
     ttt, c = h.ttt_trainer(num_layers=4, ve_layers=(2, 3), parallel_start_layer=3,
                            recur_layers=(1, 2), ttt_freeze_blocks=freeze, **more)
-    assert ttt.model.config.num_layers // 2 == 2  # skips are added from layer 2 on
     before = {n: p.detach().clone() for n, p in ttt.model.named_parameters()}
-    frozen = frozen.replace("|skip_weights", "" if freeze == 2 else "|skip_weights")
     ttt.learn(0, [0, 24, 48, 74], torch.zeros(74))
     for name, parameter in ttt.model.named_parameters():
         still = bool(frozen and re.match(frozen, name))

@@ -543,10 +543,12 @@ class Runtime:
         shape = self, c, micro_batch_seqs(rank_seqs, c, self)  # in which training runs
         backend, times = self.on_first_rank(lambda: select_attention(*shape))
         self.attention, self.document_mask = use_attention(backend)
+        if backend == "flex" and self.compiles:  # for GPTQ's hooks, which run the model eagerly
+            self.attention = torch.compile(flex, fullgraph=True, dynamic=False)
         kind = f", {self.document_mask.__name__}" * c.doc_attention
         self.attention_name = f"{backend}{kind} ({times})"
-        self.fused_mlp, times = self.on_first_rank(lambda: select_mlp(*shape))
-        self.mlp_name = ("triton" if self.fused_mlp else "torch") + f" ({times})"
+        kernel, times = self.on_first_rank(lambda: select_mlp(*shape))
+        self.fused_mlp, self.mlp_name = kernel == "triton", f"{kernel} ({times})"
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
 
@@ -856,13 +858,30 @@ def device_ms(work: Callable[[], Any]) -> float:
     return min(rounds[1:])
 
 
-def fastest(times: dict[Any, float]) -> Any:
-    """The first that took at most 5 % more than the least: noise shall not decide between two."""
-    return next(name for name, ms in times.items() if ms <= 1.05 * min(times.values()))
+def fastest(what: str, names: list[str], build: Callable[[str], Callable], inputs: tuple,
+            slow: tuple[str, ...] = ()) -> tuple[str, str]:
+    """The fastest of `names`, forward and backward; all times and failures. `slow` ones come last.
+
+    `build` gives the forward pass of one. Of two within 5 % it is the first: noise may not decide.
+    """
+    notes, times = [], dict[str, float]()
+    for name in names:
+        if times and name in slow:
+            break
+        try:
+            forward = build(name)
+            times[name] = device_ms(lambda forward=forward: torch.autograd.grad(
+                forward(), inputs, inputs[0].detach()))
+            notes.append(f"{name} {times[name]:.2f} ms")
+        except Exception as error:  # of any kind: the others are tried, and the log says why
+            notes.append(f"{name}: {first_line(error)}")
+    told = "; ".join(notes)
+    require(times, f"no {what} works on this GPU: {told}")
+    return next(name for name, ms in times.items() if ms <= 1.05 * min(times.values())), told
 
 
 def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
-    """The fastest attention, forward and backward, for `seqs` sequences; all times and failures."""
+    """The attention for `seqs` sequences: its name, and why it."""
     if not runtime.cuda:
         return "sdpa", "no CUDA"
     if c.attention != "auto":
@@ -870,47 +889,34 @@ def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
     q, k, v = (torch.ones(seqs, c.train_seq_len, heads, c.head_dim, device=runtime.device,
                           dtype=runtime.dtype, requires_grad=True)
                for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
-    starts = torch.arange(seqs * c.train_seq_len, device=runtime.device) % 1000 == 0
-    starts = starts.view(seqs, -1).index_fill(1, starts.new_zeros(1, dtype=torch.long), True)
-    notes, times = [], dict[str, float]()
-    for name in attentions(c):
-        if times and name in SDPA_KERNELS[0 if c.doc_attention else 2 :]:
-            break  # these are many times slower, and large
+    starts = torch.arange(c.train_seq_len, device=q.device).expand(seqs, -1) % 1000 == 0
+
+    def build(name: str) -> Callable:
         attend, mask = use_attention(name)
-        try:
-            require(name != "flex" or runtime.compiles, "nothing is compiled")
-            if attend is not sdpa and runtime.compiles:
-                attend = torch.compile(attend, fullgraph=True)  # some builds cannot be traced
-            masks = [mask(starts)] * c.doc_attention
-            times[name] = device_ms(lambda attend=attend, masks=masks: torch.autograd.grad(
-                attend(q, k, v, *masks), (q, k, v), q.detach()))
-            notes.append(f"{name} {times[name]:.2f} ms")
-        except Exception as error:  # of any kind: the others are tried, and the log says why
-            notes.append(f"{name}: {first_line(error)}")
-    require(times, "no attention works on this GPU: " + "; ".join(notes))
-    return fastest(times), "; ".join(notes)
+        require(name != "flex" or runtime.compiles, "nothing is compiled")
+        if attend is not sdpa and runtime.compiles:
+            attend = torch.compile(attend, fullgraph=True)  # some builds cannot be traced
+        return functools.partial(attend, q, k, v, *[mask(starts)] * c.doc_attention)
+
+    return fastest("attention", attentions(c), build, (q, k, v),
+                   SDPA_KERNELS[0 if c.doc_attention else 2 :])  # many times slower, and large
 
 
-def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[bool, str]:
-    """Whether Triton's MLP is the faster, forward and backward, for `seqs` sequences; times."""
+def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
+    """The training MLP for `seqs` sequences, torch or triton, and why it."""
     if not runtime.cuda:
-        return False, "no CUDA"
+        return "torch", "no CUDA"
     if c.mlp_kernel != "auto":
-        return c.mlp_kernel == "triton", "as MLP_KERNEL says"
+        return c.mlp_kernel, "as MLP_KERNEL says"
     x = torch.randn(seqs, c.train_seq_len, c.model_dim, device=runtime.device,
                     dtype=runtime.dtype, requires_grad=True)
     scale, mlp = vector(1).to(runtime.device), MLP(c).to(runtime.device)
-    notes, times = [], dict[bool, float]()
-    for mlp.fused in (False, True):
-        step, name = runtime.compile(mlp), "triton" if mlp.fused else "torch"
-        try:
-            times[mlp.fused] = device_ms(lambda step=step: torch.autograd.grad(
-                step(x, scale), (x, *mlp.parameters()), x.detach()))
-            notes.append(f"{name} {times[mlp.fused]:.2f} ms")
-        except Exception as error:  # of any kind: no Triton, another GPU, a width it cannot do
-            notes.append(f"{name}: {first_line(error)}")
-    require(times, "the MLP fails on this GPU: " + "; ".join(notes))
-    return fastest(times), "; ".join(notes)
+
+    def build(name: str) -> Callable:
+        mlp.fused = name == "triton"
+        return functools.partial(runtime.compile(mlp), x, scale)
+
+    return fastest("MLP", ["torch", "triton"], build, (x, *mlp.parameters()))
 
 
 # --- 3 data -----------------------------------------------------------
@@ -1723,9 +1729,9 @@ def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
 # Divided by powers of 1.01, so that rounding does not carry a value beyond what they are made for.
 COEFFICIENTS = dict(
     quintic=((3.4445, -4.7750, 2.0315),),
-    polar=((8.386464, -24.369700, 17.725078), (4.141420, -3.017228, 0.552427),
-           (3.922631, -2.867161, 0.535652), (3.254046, -2.392201, 0.482734),
-           (2.251238, -1.596261, 0.395991)))
+    polar=((8.386464, -24.369650, 17.725117), (4.141420, -3.017275, 0.552427),
+           (3.922631, -2.867185, 0.535652), (3.254046, -2.392233, 0.482733),
+           (2.251238, -1.596291, 0.395991)))
 
 
 def newton_schulz(g: Tensor, steps: int, coefficients: str = "quintic") -> Tensor:

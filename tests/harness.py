@@ -82,8 +82,9 @@ TINY = dict(
     rope_base=10000.0, rope_dims=8, logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True,
     xsa_last_n=2, smear_enabled=True, bigram_vocab_size=64, bigram_dim=8, ve_enabled=True, ve_dim=8,
     ve_layers=(2, 3), activation_neg_slope=0.5, parallel_start_layer=3, recur_layers=(1, 2),
-    recur_start_step=3.0, recur_untie_mlp=True, **PLAIN, train_batch_tokens=256, micro_batch_tokens=0,
-    train_seq_len=32, iterations=8, warmdown_iters=20.0, warmup_steps=2, max_wallclock_seconds=0.0,
+    recur_start_step=3.0, recur_untie_mlp=True, **PLAIN, train_batch_tokens=256,
+    micro_batch_tokens=0, train_seq_len=32, iterations=8, warmdown_iters=20.0, warmup_steps=2,
+    max_wallclock_seconds=0.0,
     matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035, embed_lr=0.6, head_lr=0.008,
     tied_embed_init_std=0.005, min_lr=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_steps=4, muon_backend_steps=5, muon_wd=0.04, muon_row_norm=False,
@@ -159,7 +160,8 @@ def runtime(rank: int = 0, world: int = 1, device: str = "cpu") -> t.Runtime:
     return made
 
 
-def choices(patch: pytest.MonkeyPatch, c: t.Config, attention: list, mlp: list) -> tuple:
+def choices(patch: pytest.MonkeyPatch, c: t.Config, attention: list, mlp: list,
+            compiles: bool = False) -> tuple:  # fmt: skip
     """What a runtime on CUDA chooses and says, if candidates take so long or raise an error."""
     def timed(results):
         left = iter(results)
@@ -173,8 +175,9 @@ def choices(patch: pytest.MonkeyPatch, c: t.Config, attention: list, mlp: list) 
         return on, c, 1
 
     on = runtime()
-    on.cuda = True
-    patch.setattr(t, "use_attention", lambda name: (name, t.dense_mask))
+    on.cuda, on.compiles, on.compile = True, compiles, lambda module: module
+    patch.setattr(torch, "compile", lambda function, **_: function)
+    patch.setattr(t, "use_attention", lambda name: (lambda *_: None, t.dense_mask))
     return *t.select_attention(*timed(attention)), *t.select_mlp(*timed(mlp))
 
 

@@ -69,10 +69,10 @@ def test_what_is_no_artifact_is_refused(small_artifact, tmp_path):
                b'{"a":' * 200000, bomb]
     assert not_refused(path, [*((size, data[:size]) for size in cuts), ("longer", data + b"\0"),
                               *((text[:6], forged(path, text, body)) for text in headers)]) == {}
-    for magic in (b"PROTEUS 1\n", b"PROTEUS 4\n", b"PROTEUS\nxy", b"PK\3\4......"):
+    for magic in (b"PROTEUS 1\n", b"PROTEUS 3\n", b"PROTEUS\nxy", b"PK\3\4......"):
         path.write_bytes(magic + data[10:])
         message = h.refused(path, lambda: t.read_artifact(str(path)))
-        assert f"begins with {magic}, not {b'PROTEUS 3' + bytes([10])}: not an artifact" in message
+        assert f"begins with {magic}, not {b'PROTEUS 4' + bytes([10])}: not an artifact" in message
     for other in (tmp_path / "none.ptz", tmp_path):
         assert "exists" in h.refused(other, lambda other=other: t.read_artifact(str(other)))
 
@@ -96,6 +96,9 @@ TAMPERED = {  # place in the header: values that it may not have
     "model.BIGRAM_VOCAB_SIZE": ["1000000000000", "-3"], "model.BIGRAM_DIM": ["1000000000000"],
     "model.VE_DIM": ["x"], "model.VE_LAYERS": ["0,1", "x", "9"], "model.XSA_LAST_N": ["x", "3"],
     "model.PARALLEL_START_LAYER": ["9", "x"], "model.RECUR_LAYERS": ["5", "0,1"],
+    "model.RECUR_PASSES": ["1", "3", "0", "17", "1000000000", "x"],
+    "model.ATTN_GATE_DIMS": ["4", "17", "-1", "x"], "model.SKIP_GATE": ["1", "2"],
+    "model.ASYM_SOFTCAP": ["1", "x"], "model.DOC_ATTENTION": ["2", "x"],
 }  # fmt: skip
 
 

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask
 
 import harness as h
 import references as ref
 import train_gpt as t
 
-KERNELS = t.ATTENTIONS[1:]  # PyTorch's own
+KERNELS = t.SDPA_KERNELS
 SETTLED = dict(  # nothing is left to be compiled or timed
     attention="math", mlp_kernel="torch", torch_compile_disable=True)
 
@@ -90,24 +91,42 @@ def test_softcap_and_loss_are_computed_in_fp32():
 # -------------------------------------------------------------------------------- kernels
 
 
-@pytest.mark.parametrize("asked", [True, False])
-@pytest.mark.parametrize("name", t.ATTENTIONS)
-def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, asked):
+NAMED = [(name, documents, asked) for name in t.ATTENTIONS for documents in (False, True)
+         for asked in (True, False) if name != ("flash" if documents else "flex")
+         and (name, asked) != ("flex", False)]  # it is not chosen where nothing is compiled
+
+
+@pytest.mark.parametrize("name, documents, asked", NAMED)
+def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, documents, asked):
     """What the log names is what runs in the model, and what was timed under that name.
 
-    Asked for by ATTENTION, or chosen because no other one works.
+    Asked for by ATTENTION, or chosen because no other one works. With DOC_ATTENTION each is given
+    a mask of its kind, which the log names too.
     """
-    called = []
+    called, masks = [], dict(flash_attention_3="document_bounds", flex="block_mask")
 
-    def flash_attn_func(q, k, v, causal):
-        called.append("flash_attention_3")
+    def attention(kernel, q, k, v):
+        called.append(kernel)
         return ref.softmax_attention(q, k, v)
 
-    def scaled_dot_product_attention(q, k, v, is_causal, enable_gqa):
-        called.append("+".join(kernel for kernel in KERNELS if getattr(
-            torch.backends.cuda, f"{kernel}_sdp_enabled")()))
+    def flash_attn_func(q, k, v, causal):
+        assert causal and not documents
+        return attention("flash_attention_3", q, k, v)
+
+    def flash_attn_varlen_func(q, k, v, cu_seqlens_q, causal, **_):
+        assert causal and documents and cu_seqlens_q.dtype == torch.int32
+        return attention("flash_attention_3", q[None], k[None], v[None])[0]
+
+    def flex_attention(q, k, v, block_mask, enable_gqa):
+        assert documents and enable_gqa and isinstance(block_mask, BlockMask)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return ref.softmax_attention(q, k, v).transpose(1, 2)
+        return attention("flex", q, k, v).transpose(1, 2)
+
+    def scaled_dot_product_attention(q, k, v, mask, is_causal, enable_gqa):
+        assert is_causal != documents and (mask is not None) == documents
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return attention("+".join(kernel for kernel in KERNELS if getattr(
+            torch.backends.cuda, f"{kernel}_sdp_enabled")()), q, k, v).transpose(1, 2)
 
     def device_ms(work):
         called.clear()
@@ -115,17 +134,21 @@ def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, asked):
         assert called == [name]  # an error means that it does not work
         return 1.0
 
-    stub = types.SimpleNamespace(flash_attn_func=flash_attn_func)
+    stub = types.SimpleNamespace(flash_attn_func=flash_attn_func,
+                                 flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
     monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
     monkeypatch.setattr(t, "device_ms", device_ms)
-    c = h.config(**SETTLED | dict(attention=name if asked else "auto", run_id="k"))
+    c = h.config(**SETTLED | dict(attention=name if asked else "auto", run_id="k",
+                                  doc_attention=documents))
     with contextlib.closing(t.Runtime(c)) as runtime:
         t.log_start(runtime, c, t.Validation(np.zeros(2, np.uint16), np.ones(1), "exact", ""),
                     h.table())
     (machine,), called[:] = h.events(Path(), "machine"), []
     why = "as ATTENTION says" if asked else f"{name} 1.00 ms"
-    assert machine["attention"].startswith(f"{name} (") and why in machine["attention"]
+    kind = f", {masks.get(name, 'dense_mask')}" * documents
+    assert machine["attention"].startswith(f"{name}{kind} (") and why in machine["attention"]
     assert machine["dtype"] == str(runtime.dtype)
     runtime.device = torch.device("cpu")
     t.GPT(c, h.table().is_boundary, runtime)(h.ids(), h.ids())
@@ -135,7 +158,7 @@ def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, asked):
 def test_select_attention_on_cpu():
     """Without CUDA the choice is sdpa, and the log's name says why."""
     assert t.select_attention(h.runtime(), h.config(), 8) == ("sdpa", "no CUDA")
-    assert t.use_attention("sdpa") is t.sdpa
+    assert t.use_attention("sdpa") == (t.sdpa, t.dense_mask)
 
 
 def test_the_fastest_kernels_are_chosen(monkeypatch):
@@ -144,14 +167,20 @@ def test_the_fastest_kernels_are_chosen(monkeypatch):
     chosen = functools.partial(h.choices, monkeypatch, c)
     assert chosen([missing, 2.3, 3.6], [1.8, 1.5]) == (
         "cudnn", "flash_attention_3: no FA3; cudnn 2.30 ms; flash 3.60 ms",
-        True, "torch 1.80 ms; triton 1.50 ms")
-    assert chosen([2.0, 2.5, 1.5], [1.8, 1.9])[::2] == ("flash", False)
-    assert chosen([2.0, 1.92, 1.95], [1.8, 1.72])[::2] == ("flash_attention_3", False)  # noise
+        "triton", "torch 1.80 ms; triton 1.50 ms")
+    assert chosen([2.0, 2.5, 1.5], [1.8, 1.9])[::2] == ("flash", "torch")
+    assert chosen([2.0, 1.92, 1.95], [1.8, 1.72])[::2] == ("flash_attention_3", "torch")  # noise
     assert chosen([missing] * 3 + [9.0], [1.8, RuntimeError("sm_80")]) == (
         "mem_efficient", "flash_attention_3: no FA3; cudnn: no FA3; flash: no FA3; "
-        "mem_efficient 9.00 ms", False, "torch 1.80 ms; triton: sm_80")
+        "mem_efficient 9.00 ms", "torch", "torch 1.80 ms; triton: sm_80")
     with pytest.raises(t.RunError, match="no attention works on this GPU: .*; math: no FA3"):
         chosen([missing] * 5, [])
+    chosen = functools.partial(h.choices, monkeypatch, h.config(doc_attention=True))
+    assert chosen([missing, 2.3], [1.8, 1.5], compiles=True)[:2] == (
+        "flex", "flash_attention_3: no FA3; flex 2.30 ms")  # a dense mask is not even tried
+    assert chosen([1.5, 2.3], [1.8, 1.5], compiles=True)[0] == "flash_attention_3"
+    assert chosen([missing, 9.0], [1.8, 1.5])[:2] == (
+        "cudnn", "flash_attention_3: no FA3; flex: nothing is compiled; cudnn 9.00 ms")
 
 
 @pytest.mark.parametrize("as_tuple", [False, True])

@@ -16,6 +16,16 @@ import harness as h
 import train_gpt as t
 
 
+def test_document_attention_needs_boundaries(tmp_path):
+    """A vocabulary without an id that begins a document is refused, naming file and remedy."""
+    data, about = h.dataset(tmp_path), h.table()
+    h.write_meta(tmp_path / "tiny.meta.npz", about._replace(
+        is_boundary=np.zeros_like(about.is_boundary)))
+    t.load_byte_table(h.config(data_path=str(data)))
+    with pytest.raises(t.RunError, match=r"DOC_ATTENTION=1, but .*tiny\.meta\.npz has no id .*=0"):
+        t.load_byte_table(h.config(data_path=str(data), doc_attention=True))
+
+
 def test_bad_shards_are_refused_by_name(tmp_path):
     """Wrong magic, version or count: the file, what is wrong, what to do."""
     path = tmp_path / "bad_shard.bin"

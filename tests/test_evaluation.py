@@ -192,25 +192,25 @@ def test_slot_is_caught(condition):
         condition(score, h.short_stream(), (58,))
 
 
-def check_documents(mode):
-    """With attention muted, a document's tokens change no score of another document's."""
+def check_documents(mode, **settings):
+    """A document's tokens change no score of another's; without DOC_ATTENTION, attention muted."""
     ids = h.short_stream()
     starts = np.flatnonzero(ids == h.SHORT_VOCAB - 1)
 
     def random_model(c, *arguments, original=h.random_model, **more):
         model = original(c, *arguments, **more)
         with torch.no_grad():
-            for block in model.blocks:
+            for block in model.blocks if not c.doc_attention else ():
                 block.attn.out.weight.zero_()  # SmearGate and bigram are what is left
         return model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(h, "random_model", random_model)
-        before = h.score(mode, ids)[0]
+        before = h.score(mode, ids, **settings)[0]
         for begin in starts[2:6]:
             other = ids.copy()
             other[begin - 1] = (ids[begin - 1] + 1) % (h.SHORT_VOCAB - 1)
-            after = h.score(mode, other)[0]
+            after = h.score(mode, other, **settings)[0]
             assert after[begin:].tobytes() == before[begin:].tobytes(), "documents leak"
             assert after[begin - 1] != before[begin - 1]  # the boundary is predicted from inside
 
@@ -232,6 +232,31 @@ def test_documents_do_not_leak(mode, broken, monkeypatch):
     monkeypatch.setattr(broken, method, crossing)
     with pytest.raises(AssertionError, match="documents leak"):
         check_documents(mode)
+
+
+@pytest.mark.parametrize("mode", ["roundtrip", "sliding"])
+def test_nothing_leaks_with_document_attention(mode, monkeypatch):
+    """Every layer, pass and gate as it is; a mask that is merely causal is caught."""
+    check_documents(mode, **h.LEVERS)
+    mask = t.dense_mask
+    monkeypatch.setattr(h, "runtime", lambda *_, runtime=h.runtime: vars(on := runtime()).update(
+        document_mask=lambda starts: mask(torch.zeros_like(starts))) or on)
+    with pytest.raises(AssertionError, match="documents leak"):
+        check_documents(mode, **h.LEVERS)
+
+
+def test_ttt_alone_trains_the_softcaps(make_trainer):
+    """Training leaves both as they are, also after TTT was compiled; a chunk of TTT moves both."""
+    trainer = make_trainer(asym_softcap=True, iterations=2)
+    trainer.compile_ttt()
+    assert [n for n, p in trainer.model.named_parameters() if not p.requires_grad] == ["softcap"]
+    trainer.run()
+    assert trainer.model.softcap.tolist() == [5.0, 5.0]
+    ttt, _ = h.ttt_trainer(asym_softcap=True)
+    before = ttt.model.softcap.detach().clone()
+    ttt.learn(0, [0, 24, 48, 74], torch.zeros(74))
+    moved = ttt.model.softcap - before
+    assert moved.ne(0).all() and moved[0] != moved[1]
 
 
 RANK_CODE = """

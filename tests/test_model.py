@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +32,11 @@ def test_parameter_count(vocab, expected, monkeypatch):
     c = h.config(h.RECORD)
     for changes, more in ((dict(), 0), (dict(parallel_start_layer=6), 1028),
                           (dict(parallel_start_layer=5), 2 * 1028),
-                          (dict(recur_untie_mlp=False), -4 * 512 * 1536)):
+                          (dict(recur_untie_mlp=False), -4 * 512 * 1536),
+                          (dict(recur_passes=1), -4 * 512 * 1536),
+                          (dict(recur_passes=4), 8 * 512 * 1536),
+                          (dict(attn_gate_dims=12), 11 * 96), (dict(skip_gate=True), 5 * 512),
+                          (dict(asym_softcap=True), 2), (dict(doc_attention=True), 0)):
         assert count_parameters(replace(c, **changes), vocab) == expected + more
 
 
@@ -36,7 +44,7 @@ def test_every_tensor_in_one_row():
     """Each parameter matches exactly one row of PARAM_TABLE; a stranger is refused."""
     import re
 
-    model = h.random_model(h.config(h.DEEP, tie_embeddings=False))
+    model = h.random_model(h.config(h.DEEP, tie_embeddings=False, **h.LEVERS))
     for name, _ in model.named_parameters():
         rows = [r[0] for r in t.PARAM_TABLE if re.fullmatch(r[0], name)]
         assert len(rows) == 1, (name, rows)
@@ -104,7 +112,8 @@ def test_silent_repeats_change_nothing(settings):
     dict(bigram_vocab_size=0), dict(smear_enabled=False), dict(ve_enabled=False),
     dict(ve_layers=(1, 5)), dict(ln_scale=False), dict(logit_softcap=6.0),
     dict(activation_neg_slope=0.4), dict(tie_embeddings=False), dict(rope_base=5000.0),
-    dict(rope_dims=6),
+    dict(rope_dims=6), dict(recur_passes=3), dict(recur_passes=3, recur_untie_mlp=False),
+    dict(attn_gate_dims=12), dict(skip_gate=True), dict(asym_softcap=True),
 ], ids=str)  # fmt: skip
 def test_every_switch_changes_the_output(change):
     """Each feature switch is felt at every position that it can reach."""
@@ -118,8 +127,99 @@ def test_every_switch_changes_the_output(change):
     assert (gap[:, 2:] > 1e-5).all(), gap
 
 
+def documents(T: int = 32) -> torch.Tensor:
+    """Where documents begin: in the first tokens, in a row, at the last token, or nowhere."""
+    starts = torch.zeros(4, T, dtype=torch.bool)
+    starts[:, 0] = True
+    starts[0, [1, 5, 6, 7]] = starts[1, T - 1] = starts[2, [3, T // 2]] = True
+    return starts
+
+
+def varlen_contract(  # noqa: PLR0913
+        q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+    """FlashAttention-3's call for documents in a row: (tokens, heads, K), int32 bounds.
+
+    Each attends to itself; what lies beyond the last bound is not written.
+    """
+    assert causal and cu_seqlens_q is cu_seqlens_k and cu_seqlens_q.dtype == torch.int32
+    bounds, out = cu_seqlens_q.tolist(), torch.full_like(q, 7.0)  # any memory
+    assert bounds[0] == 0 and bounds == sorted(bounds) and bounds[-1] <= len(q)
+    for begin, end in itertools.pairwise(bounds):
+        assert end - begin <= max_seqlen_q == max_seqlen_k
+        if begin < end:
+            part = (x[None, begin:end] for x in (q, k, v))
+            out[begin:end] = ref.softmax_attention(*part)[0]
+    return out, None
+
+
+@pytest.mark.parametrize("attend, mask", [
+    (t.sdpa, t.dense_mask), (t.flash_attention_3, t.document_bounds), (t.flex, t.block_mask)])
+def test_document_attention_equals_softmax(attend, mask, monkeypatch):
+    """Dense mask, FlashAttention-3's call by its contract, FlexAttention: values and gradients."""
+    stub = SimpleNamespace(flash_attn_varlen_func=varlen_contract)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
+    starts, inputs = documents(), h.matrices((4, 32, 4, 16), (4, 32, 2, 16), (4, 32, 2, 16))
+    trains, results = attend is not t.flex, []  # which has no backward on a CPU
+    with torch.no_grad():
+        made = mask(starts)
+    for function, context in ((attend, made), (ref.softmax_attention, starts)):
+        leaves = [x.clone().requires_grad_(trains) for x in inputs]
+        with warnings.catch_warnings(action="ignore"):  # it is not compiled
+            out = function(*leaves, context)
+        results.append([out, *(torch.autograd.grad(out, leaves, out.detach().cos())
+                               if trains else ())])
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_bounds_have_room_or_say_so(monkeypatch):
+    """One length for each shape; documents that find no room get NaN, and never each other."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface",
+                        SimpleNamespace(flash_attn_varlen_func=varlen_contract))
+    sizes = {}
+    for grad in (True, False):
+        room = 2 + 2 * 256 // (128 if grad else 16)
+        for count in (2, 3, room, room + 1):
+            starts = torch.zeros(512, dtype=torch.bool)
+            starts[[0, 256]] = True  # each row begins one
+            starts[torch.arange(1, count - 1)] = True
+            assert starts.sum() == count
+            with torch.set_grad_enabled(grad):
+                bounds = t.document_bounds(starts.view(2, 256))
+            sizes.setdefault(grad, set()).add(len(bounds))
+            places = starts.nonzero().flatten().tolist()
+            assert bounds.tolist() == (places + [512] * (room + 1))[: room + 1]
+            q, k, v = h.matrices((2, 256, 2, 4), (2, 256, 1, 4), (2, 256, 1, 4))
+            out = t.flash_attention_3(q, k, v, bounds)
+            lost = out.isnan().flatten(1).any(1)
+            assert lost.tolist() == ([False, False] if count <= room else [False, True])
+            wanted = ref.softmax_attention(q, k, v, starts.view(2, 256))
+            kept = ~out.isnan()
+            torch.testing.assert_close(out[kept], wanted[kept], atol=1e-5, rtol=1e-5)
+    assert sizes == {True: {7}, False: {35}}
+
+
+def test_softcaps_are_those_of_their_signs():
+    """Positive and negative logits by a cap each; equal ones are as one, bit for bit."""
+    models = [h.random_model(h.config(h.DEEP, asym_softcap=asym)) for asym in (False, True)]
+    plain, two = (model.state_dict() for model in models)
+    models[1].load_state_dict(plain | dict(softcap=torch.tensor([5.0, 5.0])))
+    ids = h.ids()
+    with torch.no_grad():
+        before = models[0].logits(ids)
+        assert torch.equal(models[1].logits(ids), before)
+        assert torch.equal(models[1](ids, ids), models[0](ids, ids))
+        models[1].softcap.copy_(torch.tensor([7.0, 3.0]))
+        after = models[1].logits(ids)
+        inner = 5 * torch.atanh(before.double() / 5)
+    wanted = torch.where(inner > 0, 7 * torch.tanh(inner / 7), 3 * torch.tanh(inner / 3))
+    torch.testing.assert_close(after.double(), wanted, atol=1e-3, rtol=1e-3)
+    assert two["softcap"].shape == (2,) and not models[1].softcap.requires_grad
+
+
 @pytest.mark.slow
-def test_backward_keeps_the_logits_once_in_bf16():
+@pytest.mark.parametrize("levers", [{}, h.LEVERS], ids=["off", "levers"])
+def test_backward_keeps_the_logits_once_in_bf16(levers):
     """What the compiled forward saves for backward holds no fp32 array of logits."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
@@ -136,7 +236,7 @@ def test_backward_keeps_the_logits_once_in_bf16():
     torch._dynamo.reset()
     runtime = h.runtime()
     runtime.dtype = torch.bfloat16
-    model = t.GPT(h.config(h.DEEP, **h.SHALLOW), h.table().is_boundary, runtime)
+    model = t.GPT(h.config(h.DEEP, **h.SHALLOW, **levers), h.table().is_boundary, runtime)
     forward = torch.compile(model, fullgraph=True, dynamic=False, backend=aot_autograd(
         fw_compiler=keep_saved, bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
         partition_fn=min_cut_rematerialization_partition, decompositions=select_decomp_table()))
@@ -261,9 +361,24 @@ def test_layer_plan_record():
         assert pairs == [(5, 4), (6, 3), (7, 2), (8, 1), (9, 0)] and not stack
 
 
+def test_layer_plan_frontier():
+    """17 passes: layers 3, 4, 5 three times in a row, with their own MLPs or a repeat's each."""
+    c = h.config(h.RECORD, **t.PRESETS["frontier"] | dict(preset=("frontier",)))
+    plan = t.layer_plan(c, True)
+    assert [r.layer for r in plan] == [0, 1, 2, *3 * (3, 4, 5), 6, 7, 8, 9, 10]
+    assert {r.repeat for r in plan} == {None} and not any(
+        r.store or r.skip is not None for r in plan[6:12])
+    assert [r.layer for r in plan if r.lanes] == [8, 9, 10]
+    untied = t.layer_plan(replace(c, recur_untie_mlp=True), True)
+    assert [r.repeat for r in untied] == [None] * 6 + [*range(6)] + [None] * 5
+    for one_pass in (t.layer_plan(c, False), t.layer_plan(replace(c, recur_passes=1), True)):
+        assert [r.layer for r in one_pass] == [*range(11)]
+
+
 def test_initial_values():
     """The table of GPT's docstring, and orthogonality of q, k, v and up."""
-    c = h.config(h.DEEP, tie_embeddings=False, tied_embed_init_std=0.005, qk_gain_init=1.7)
+    c = h.config(h.DEEP, tie_embeddings=False, tied_embed_init_std=0.005, qk_gain_init=1.7,
+                 **h.LEVERS)
     model = h.random_model(c, seed=None, vocab=4000)
     p = {n: x.detach() for n, x in model.named_parameters()}
     assert abs(p["embed.weight"].std() / 0.005 - 1) < 0.02 and p["embed.weight"].mean() < 1e-3
@@ -275,7 +390,7 @@ def test_initial_values():
         if leaf in ("q", "k", "v", "up"):
             small = x if x.size(0) <= x.size(1) else x.T
             torch.testing.assert_close(small @ small.T, torch.eye(len(small)), atol=1e-5, rtol=0)
-        elif leaf in ("out", "down", "gate", "head") or name == "value.proj.weight":
+        elif leaf in ("out", "down", "gate", "skip_gates", "head") or name == "value.proj.weight":
             assert not x.any(), name
         elif leaf in ("attn_scale", "mlp_scale", "route", "skip_weights", "layer_scale"):
             assert torch.equal(x, torch.ones_like(x)), name
@@ -283,6 +398,8 @@ def test_initial_values():
             assert x[0].eq(1).all() and x[1].eq(0).all(), name
         elif leaf == "lane_merge":
             assert x.item() == 0.5
+        elif leaf == "softcap":
+            assert x.tolist() == [5.0, 5.0]
         elif leaf == "q_gain":
             assert torch.equal(x, torch.full_like(x, 1.7))
         else:

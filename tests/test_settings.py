@@ -22,7 +22,8 @@ def test_every_setting_is_read_from_its_variable():
     """Each field takes a typed value from the variable of its name, lists and booleans too."""
     for f in fields(t.Config):
         text = {"int": "12", "int | None": "auto", "float": "0.5", "bool": "1", "str": "text",
-                "tuple[int, ...]": "4, 5", "tuple[str, ...]": "a,b"}[f.type]
+                "tuple[int, ...]": "4, 5", "tuple[float, ...]": "0.5, 1",
+                "tuple[str, ...]": "a,b"}[f.type]
         text = f.metadata["choices"][0] if f.metadata["choices"] else text
         problems = []
         low = f.metadata["low"]
@@ -32,6 +33,8 @@ def test_every_setting_is_read_from_its_variable():
         assert type(values[f.name]) is type(f.default)
     assert t.parse_settings({"RECUR_LAYERS": " 4, 5 "}, [])["recur_layers"] == (4, 5)
     assert t.parse_settings({"RECUR_LAYERS": ""}, [])["recur_layers"] == ()
+    assert t.parse_settings({"MUON_WD_TAPER": "0.7, 1"}, [])["muon_wd_taper"] == (0.7, 1.0)
+    assert t.parse_settings({"PRESET": "frontier, demo"}, [])["preset"] == ("frontier", "demo")
     assert t.parse_settings({"EVAL_MODES": "ttt, slot,"}, [])["eval_modes"] == ("ttt", "slot")
     for text, value in {"1": True, "0": False, "true": True, "False": False}.items():
         assert t.parse_settings({"SWA_ENABLED": text}, [])["swa_enabled"] is value
@@ -42,11 +45,14 @@ BAD_VALUES = {  # what is expected: settings that are not
     "expected a finite number": "MATRIX_LR=nan MATRIX_LR=inf MATRIX_LR=",
     "expected 0 or 1": "SWA_ENABLED=2",
     "expected a comma list of whole numbers": "RECUR_LAYERS=4;5",
-    "allowed are record,published,demo": "PRESET=fast",
+    "expected a comma list of numbers": "MUON_WD_TAPER=0.7;0.5",
+    "allowed are record,published,frontier,demo": "PRESET=fast PRESET=demo,fast PRESET=",
+    "allowed are quintic,polar": "MUON_COEFFICIENTS=cubic",
     "allowed are auto,rans,lzma,zlib,zstd": "COMPRESSOR=brotli",
     "must be at least": "SEED=-1 NUM_LAYERS=1 NUM_HEADS=0 NUM_KV_HEADS=0 TRAIN_SEQ_LEN=1 "
     "ITERATIONS=0 MATRIX_LR=-0.1 MUON_BACKEND_STEPS=0 LATE_QAT_THRESHOLD=-0.5 LOGIT_SOFTCAP=0.0 "
-    "EVAL_STRIDE=0 VAL_BATCH_SIZE=0 SIZE_LIMIT=0 VAL_TOKENS_LIMIT=-5",
+    "EVAL_STRIDE=0 VAL_BATCH_SIZE=0 SIZE_LIMIT=0 VAL_TOKENS_LIMIT=-5 RECUR_PASSES=0 "
+    "ATTN_GATE_DIMS=-1",
     "and at most": "VOCAB_SIZE=65537 MUON_MOMENTUM=1.0 BETA2=1.0 MIN_LR=1.5 EMA_DECAY=1.0",
 }  # fmt: skip
 
@@ -78,7 +84,13 @@ CONTRADICTIONS = {  # change of the tiny settings: what is said of it
     "PARALLEL_START_LAYER=1": r"2\.\.4", "PARALLEL_START_LAYER=5": r"2\.\.4",
     "RECUR_LAYERS=0,2": "consecutive", "RECUR_LAYERS=2,1": "consecutive",
     "RECUR_LAYERS=3,4": r"0\.\.3", "RECUR_LAYERS=2,3": "crosses PARALLEL_START_LAYER=3",
-    "RECUR_START_STEP=2.5": "fraction below 1",
+    "RECUR_START_STEP=2.5": "fraction below 1", "WARMDOWN_ITERS=2.5": "fraction below 1",
+    "RECUR_PASSES=3 RECUR_LAYERS=": "RECUR_PASSES=3: .*no RECUR_LAYERS.* RECUR_PASSES=1",
+    "ATTN_GATE_DIMS=33": "at most MODEL_DIM=32, or 0",
+    "MUON_WD_TAPER=0.7,1.5": "START,END", "MUON_WD_TAPER=-0.1,0.5": "START,END",
+    "MUON_WD_TAPER=0.7": "START,END", "MUON_WD_TAPER=0.7,nan": "START,END",
+    "ATTENTION=flex": "flash_attention_3,cudnn,flash,mem_efficient,math can",
+    "ATTENTION=flash DOC_ATTENTION=1": "flash_attention_3,flex,cudnn,mem_efficient,math can",
     "VE_LAYERS=1,4": r"0\.\.3", "VE_LAYERS=2,2": "once", "VE_LAYERS=": "VE_ENABLED=0",
     "XSA_LAST_N=5": "4 layers", "BIGRAM_VOCAB_SIZE=1": "at least 2",
     "N_INT6_LAYERS=3": "even and at most 4", "N_INT6_LAYERS=6": "even and at most 4",
@@ -99,7 +111,9 @@ POSSIBLE = [
     "RECUR_START_STEP=0.4", "VE_ENABLED=0 VE_LAYERS=", "BIGRAM_VOCAB_SIZE=0", "ROPE_DIMS=16",
     "CLASS_BITS=mlp=2,attn=8,repeat=4,embed=6", "EVAL_STRIDE=32", "XSA_LAST_N=4",
     "MICRO_BATCH_TOKENS=64", "TTT_CHUNK_TOKENS=32", "TTT_FREEZE_BLOCKS=4 TTT_ENABLED=0",
-    "NUM_LAYERS=5 N_INT6_LAYERS=6",
+    "NUM_LAYERS=5 N_INT6_LAYERS=6", "RECUR_LAYERS= RECUR_PASSES=1", "RECUR_PASSES=16",
+    "WARMDOWN_ITERS=0.85", "WARMDOWN_ITERS=0", "ATTN_GATE_DIMS=32", "MUON_WD_TAPER=0,1",
+    "MUON_WD_TAPER=1,0", "DOC_ATTENTION=1 ATTENTION=flex",
 ]  # fmt: skip
 
 
@@ -146,11 +160,11 @@ def test_foreign_variables_are_left_alone():
 def test_demo_is_chosen_only_without_cuda_and_without_data():
     """PRESET and DATA_PATH and CUDA each keep the record configuration."""
     demo = t.Config.from_env({}, cuda=False)
-    assert demo.preset == "demo" and demo.model_dim < 512
+    assert demo.preset == ("demo",) and demo.model_dim < 512
     assert {k: v for k, v in asdict(demo).items() if k in t.PRESETS["demo"]} == t.PRESETS["demo"]
-    assert t.Config.from_env({}, cuda=True).preset == "record"
+    assert t.Config.from_env({}, cuda=True).preset == ("record",)
     assert t.Config.from_env({"DATA_PATH": "d"}, cuda=False) == t.Config(data_path="d")
-    assert t.Config.from_env({"PRESET": "published"}, cuda=False).preset == "published"
+    assert t.Config.from_env({"PRESET": "published"}, cuda=False).preset == ("published",)
     assert t.Config.from_env({"PRESET": "demo"}, cuda=True) == demo
     assert t.Config.from_env({"SEED": "5"}, cuda=False) == replace(demo, seed=5)
 
@@ -162,6 +176,32 @@ def test_explicit_values_win_over_the_preset():
     assert config.train_seq_len == t.PRESETS["demo"]["train_seq_len"]
     for preset in t.PRESETS:
         assert t.contradictions(t.Config(**t.PRESETS[preset])) == []
+
+
+def test_presets_combine():
+    """The levers of one and the sizes and schedules of the other; the later one wins, always."""
+    both = t.Config.from_env({"PRESET": "frontier,demo"}, cuda=True)
+    frontier, demo = t.PRESETS["frontier"], t.PRESETS["demo"]
+    assert {"muon_momentum", "recur_start_step", "eval_seq_len"} <= {*frontier} & {*demo}
+    for name, value in (frontier | demo).items():
+        assert getattr(both, name) == value, name
+    other = t.Config.from_env({"PRESET": "demo,frontier", "TTT_CHUNK_TOKENS": "4096"}, cuda=True)
+    assert (other.muon_momentum, other.model_dim) == (0.97, 64)
+    assert t.Config.from_env({"PRESET": "frontier,demo", "RECUR_PASSES": "2"}, True) == replace(
+        both, recur_passes=2)
+    for preset in t.PRESETS:
+        assert t.contradictions(t.Config(**t.preset_values((preset, "demo")))) == [], preset
+
+
+def test_the_frontier_is_frontier_md():
+    """FRONTIER.md section 2, value by value; whatever it does not name is the record's."""
+    assert t.preset_values(("frontier",)) == dict(
+        xsa_last_n=11, mlp_mult=4.0, muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
+        muon_coefficients="polar", qk_gain_init=5.25, matrix_lr=0.026, tied_embed_lr=0.03,
+        scalar_lr=0.02, beta2=0.99, min_lr=0.1, ema_decay=0.9965, muon_momentum=0.97,
+        warmdown_iters=0.85, recur_layers=(3, 4, 5), recur_passes=3, recur_untie_mlp=False,
+        recur_start_step=0.35, parallel_start_layer=8, attn_gate_dims=12, skip_gate=True,
+        doc_attention=True, asym_softcap=True, gptq_calibration_seqs=256, eval_seq_len=2560)
 
 
 def test_help_prints_the_table(capsys, monkeypatch):
@@ -186,15 +226,18 @@ def test_help_may_be_cut_short(command):
 
 
 def test_settings_table_shows_defaults_demo_and_choices():
-    """One row for each setting: name, record value, demo value, meaning; as one would type it."""
+    """One row for each setting: name, values of three presets, meaning; as one would type it."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")]
             for row in t.settings_table().splitlines()[2:]]
     for row, f in zip(rows, fields(t.Config), strict=True):
-        demo = t.show(t.PRESETS["demo"][f.name]) if f.name in t.PRESETS["demo"] else ""
-        assert row[:3] == [f.name.upper(), t.show(f.default), demo] and len(row) == 4 and row[3]
-        assert all(choice in row[3] for choice in f.metadata["choices"])
-    assert [t.show(value) for value in (7, (4, 5), (), 1e4, 1e-8, 0.1 + 0.2, True, None)] == [
-        "7", "4,5", "", "10000", "1e-08", "0.30000000000000004", "1", "auto"]
+        others = [t.show(t.PRESETS[preset][f.name]) if f.name in t.PRESETS[preset] else ""
+                  for preset in ("frontier", "demo")]
+        assert row[:4] == [f.name.upper(), t.show(f.default), *others] and len(row) == 5 and row[4]
+        assert all(choice in row[4] for choice in f.metadata["choices"])
+    assert [t.show(value) for value in (7, (4, 5), (), 1e4, 1e-8, 0.1 + 0.2, True, None,
+                                        (0.7, 1.0), ("frontier", "demo"))] == [
+        "7", "4,5", "", "10000", "1e-08", "0.30000000000000004", "1", "auto", "0.7,1",
+        "frontier,demo"]
 
 
 def see_model(c, made):
@@ -287,7 +330,7 @@ def see_compile(c, made):
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(t, "select_attention", lambda *_: ("sdpa", "no CUDA"))
-        patch.setattr(t, "select_mlp", lambda *_: (False, "no CUDA"))
+        patch.setattr(t, "select_mlp", lambda *_: ("torch", "no CUDA"))
         patch.setattr(t, "micro_batch_seqs", lambda *_: 1)
         patch.setattr(torch, "ones", lambda *_, **__: None)
         patch.setattr(torch, "compile", lambda function, **_: lambda x: x)
@@ -305,7 +348,7 @@ def see_choices(c, made):
 
 def see_preset(c, made):
     """What PRESET makes of an empty environment."""
-    return t.Config.from_env({"PRESET": c.preset}, cuda=True).model_dim
+    return t.Config.from_env({"PRESET": t.show(c.preset)}, cuda=True).model_dim
 
 
 BASE = h.SHALLOW | dict(  # what a run needs least of
@@ -315,7 +358,7 @@ LOADED = dict(load_artifact="made.ptz", val_tokens_limit=300, ttt_chunk_tokens=1
               eval_modes=("sliding", "ttt", "ngram", "slot"))
 TTT, NGRAM, SLOT = (LOADED | {f"{mode}_enabled": True} for mode in ("ttt", "ngram", "slot"))
 FLIPS = [  # (what is seen, settings that it needs, another value of each of these settings)
-    (see_preset, {}, dict(preset="demo")),
+    (see_preset, {}, dict(preset=("demo",))),
     (see_inputs, {}, dict(
         data_path="elsewhere", vocab_size=h.VOCAB + 1, tokenizer_path="elsewhere.vocab",
         tokenizer_meta_path="elsewhere.meta.npz")),
@@ -324,14 +367,16 @@ FLIPS = [  # (what is seen, settings that it needs, another value of each of the
         tie_embeddings=False, rope_base=100.0, rope_dims=4, logit_softcap=5.0, ln_scale=False,
         xsa_last_n=1, smear_enabled=False, bigram_vocab_size=0, bigram_dim=4, ve_enabled=False,
         ve_dim=4, ve_layers=(1, 3), activation_neg_slope=0.1, parallel_start_layer=4,
-        recur_layers=(0, 1), recur_untie_mlp=False)),
+        recur_layers=(0, 1), recur_untie_mlp=False, recur_passes=3, attn_gate_dims=8,
+        skip_gate=True, asym_softcap=True, doc_attention=True)),
     (see_init, {}, dict(qk_gain_init=1.0, tied_embed_init_std=0.02)),
     (see_train, {}, dict(
         seed=1, recur_start_step=5.0, train_batch_tokens=128, micro_batch_tokens=32,
         train_seq_len=16, iterations=5, warmdown_iters=10, warmup_steps=9,
         max_wallclock_seconds=0.26, matrix_lr=0.01, scalar_lr=0.01, tied_embed_lr=0.01, min_lr=0.3,
         muon_momentum=0.9, muon_momentum_warmup_start=0.5, muon_momentum_warmup_steps=2,
-        muon_backend_steps=3, muon_wd=0.5, muon_row_norm=True, adam_wd=0.5, beta1=0.8, beta2=0.8,
+        muon_backend_steps=3, muon_coefficients="polar", muon_wd=0.5, muon_wd_taper=(0.5, 0.0),
+        muon_row_norm=True, adam_wd=0.5, beta1=0.8, beta2=0.8,
         adam_eps=1e-4, grad_clip_norm=0.01, ema_decay=0.0, swa_enabled=True,
         late_qat_threshold=0.0)),
     (see_train, dict(tie_embeddings=False), dict(embed_lr=0.01, head_lr=0.02)),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import bz2
 import linecache
-import lzma
 import re
 from dataclasses import fields
 
@@ -115,10 +115,9 @@ def test_pack_is_a_command(tmp_path, monkeypatch, capsys):
     assert pack.main([str(out), "--unpack"]) == 2
 
 
-def stream(text: str | bytes, dict_size: int = 1 << 20) -> bytes:
-    """An xz stream of a text, as a packed file holds one."""
-    raw = text.encode() if isinstance(text, str) else text
-    return lzma.compress(raw, filters=[dict(id=lzma.FILTER_LZMA2, dict_size=dict_size)])
+def stream(text: str | bytes) -> bytes:
+    """A bz2 stream of a text, as a packed file holds one."""
+    return bz2.compress(text.encode() if isinstance(text, str) else text)
 
 
 GOOD, HIDDEN = pack.pack(SOURCE), b"open('ran', 'w')\n"
@@ -132,7 +131,7 @@ REFUSED = {
     "no stub": (pack.COOKIE + HIDDEN, "this version"),
     "a call in the literal": (GOOD[:END] + b'"""+open("ran","w").name+"""' + GOOD[END:], "more"),
     "a second literal": (GOOD[:END] + b'""" """' + GOOD[END:], "more"),
-    "another escape": (GOOD.replace(rb"7zXZ\0", rb"7zXZ\x00"), "more"),
+    "another escape": (GOOD.replace(rb"\0", rb"\x00", 1), "more"),
     "a second stream": (pack.packed(stream("a = 1\n") + stream(HIDDEN)), "more"),
     "bytes after the stream": (pack.packed(stream("a = 1\n") + HIDDEN), "more"),
     "half a stream": (pack.packed(stream("a = 1\n")[:-8]), "more"),
@@ -140,7 +139,6 @@ REFUSED = {
     "no stream": (pack.packed(b"open('ran', 'w')"), "damaged"),
     "no Unicode": (pack.packed(stream(b"a = '\xff'\n")), "damaged"),
     "a bomb": (pack.packed(stream("#" * (1 << 27))), "over 1048576"),
-    "a large window": (pack.packed(stream("a = 1\n", dict_size=1 << 27)), "damaged"),
 }
 
 
