@@ -667,9 +667,11 @@ def test_every_step_follows_its_schedules(lag, stop, make_trainer, monkeypatch):
     assert trainer.clock.elapsed_ms == sum(ms[:stop]) + calibrations[2]
 
 
-def test_recurrence_switch(make_trainer):
+@pytest.mark.parametrize("passes", [2, 3])
+def test_recurrence_switch(make_trainer, passes):
     """Until the switch the repeats rest; then weights, momentum, EMA and SWA are copies."""
     trainer = make_trainer(iterations=7, recur_start_step=4.0, swa_enabled=True, swa_every=1,
+                           recur_passes=passes,
                            warmdown_iters=100, late_qat_threshold=0.0, warmup_steps=2)
     model, seen = trainer.model, []
     start = [(a.detach().clone(), b.detach().clone()) for a, b in model.repeats()]
@@ -691,7 +693,7 @@ def test_recurrence_switch(make_trainer):
                 assert not torch.equal(average[place[base]], base)
         with torch.no_grad():
             repeats = [p for _, p in model.repeats()]
-            assert len(repeats) == 4 and len({p.data_ptr() for p in repeats}) == 4
+            assert len(repeats) == len({p.data_ptr() for p in repeats}) == 4 * (passes - 1)
         seen.append(trainer.steps)
 
     trainer.copy_to_repeats = spy

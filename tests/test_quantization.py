@@ -197,15 +197,18 @@ def test_the_run_expects_the_limit(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_full_width_export(tmp_path, capsys):
-    """30.3 million parameters, fitted by GPTQ: inside 16,000,000 bytes and 6 GB."""
+@pytest.mark.parametrize("preset, vocab", [
+    ("record", 1254), ("frontier", 1024), ("frontier", 1254), ("frontier", 8192)])
+def test_full_width_export(preset, vocab, tmp_path, capsys):
+    """27 to 37 million parameters, fitted by GPTQ: inside 16,000,000 bytes and 6 GB."""
     code = textwrap.dedent(f"""
         import sys, time, resource, types
         sys.path[:0] = [{str(h.ROOT)!r}, {str(h.ROOT / 'tests')!r}]
         import numpy as np, torch, train_gpt as t, harness as h
         torch.set_num_threads(2)
-        c = h.config(h.RECORD, artifact_path="full.ptz", train_seq_len=256, eval_seq_len=256)
-        V = 1254
+        c = h.config(h.RECORD | t.PRESETS["{preset}"] | dict(
+            artifact_path="full.ptz", train_seq_len=256, eval_seq_len=256))
+        V = {vocab}
         runtime = h.runtime()
         runtime.on_first_rank = lambda work: work()
         runtime.log = types.SimpleNamespace(line=print, event=lambda kind, template="", **v:

@@ -43,9 +43,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missi
 
 # MiB that a step of 16,384 tokens took at most at commit 7686edb; `compiled` has 4 layers, not 11.
 PEAKS = dict(whole=5520, rank0of8=5444, compiled=1804)  # whole: 4894 if the kernel is chosen
-KERNELS = dict(  # there times are no times: only the first run may choose by them
-    whole={}, rank0of8=dict(ATTENTION="cudnn", MLP_KERNEL="torch"),
-    compiled=dict(ATTENTION="cudnn", MLP_KERNEL="triton"))
+RUNS = dict(  # mode and settings; there times are no times: only the first run may choose by them
+    whole=("whole", {}), rank0of8=("rank0of8", dict(ATTENTION="cudnn", MLP_KERNEL="torch")),
+    compiled=("compiled", dict(ATTENTION="cudnn", MLP_KERNEL="triton")),
+    frontier=("compiled", dict(  # one phase, and a clock, so that the calibration is primed
+        PRESET="frontier", ATTENTION="flex", MLP_KERNEL="triton", ITERATIONS=4, VAL_LOSS_EVERY=2,
+        RECUR_START_STEP=0, LATE_QAT_THRESHOLD=0, WARMDOWN_ITERS=0.5, MAX_WALLCLOCK_SECONDS=60)))
+FRONTIER_PEAK = 2284  # MiB, as above
 # A step at full width, with the MLP's kernel: kernels of inductor, and GB of elementwise traffic.
 BUDGETS = dict(off=(311, 54.8), qat_on=(604, 63.6))  # what is in `on` is in qat_on too
 every_run = pytest.mark.parametrize("name", PEAKS)
@@ -64,8 +68,9 @@ def run(tmp_path_factory) -> Callable[..., dict[str, Any]]:
         run_id = f"{name}_{local_rank}"
         settings = dict(RUN_ID=run_id, LATE_QAT_THRESHOLD="0.3", LOCAL_RANK=local_rank,
                         LOCAL_WORLD_SIZE=8, NULLCUDA_DEVICES=8, UNTIL_CLOCK="1" * local_rank)
-        settings |= KERNELS[name]
-        command = [STANDIN / "run", name, *(f"{k}={v}" for k, v in settings.items()),
+        mode, more = RUNS[name]
+        settings |= more
+        command = [STANDIN / "run", mode, *(f"{k}={v}" for k, v in settings.items()),
                    PYTHON, ROOT / "tests" / "standin_run.py"]  # `run` gives all of it to env(1)
         done = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=1800,
@@ -73,7 +78,7 @@ def run(tmp_path_factory) -> Callable[..., dict[str, Any]]:
         assert done.returncode == 0, done.stdout[-5000:]
         events = (folder / "logs" / f"{run_id}.jsonl").read_text().splitlines()
         return json.loads((folder / "whole" / "report.json").read_text()) | dict(
-            events=[json.loads(line) for line in events])
+            events=[json.loads(line) for line in events], console=done.stdout)
 
     return report
 
@@ -137,6 +142,25 @@ def test_each_graph_is_compiled_once_and_before_the_clock(run):
     assert graphs - counts["start"][0] == 3 * 2 + 2
     assert counts["trained"] == counts["clock"]
     assert counts["end"][2] == missed  # what the artifact's model needs is in the cache
+
+
+def test_the_frontier_runs_on_cuda(run):
+    """All levers in one graph, with FlexAttention: no wait, nothing compiled late, every score.
+
+    GPTQ's hooks run the model eagerly, where FlexAttention would write out all its scores.
+    """
+    report = run("frontier")
+    (attention,) = values(report, "machine", "attention")
+    assert attention.startswith("flex, block_mask (")
+    assert values(report, "final", "mode") == ["roundtrip", "sliding", "ttt"]
+    assert [s["phase"] for s in report["steps"]] == [[True, False]] * 4
+    calls = [call for step in report["steps"] for call in step["calls"]]
+    assert not [call for call in calls if re.search("SYNC|BLOCKING|PAGEABLE", call)]
+    assert report["graphs"]["end"] == report["graphs"]["trained"] == report["graphs"]["clock"]
+    assert "without torch.compile" not in report["console"]
+    peak = max(step["mib"] for step in report["steps"])
+    print(f"frontier: {peak} MiB")
+    assert 0 < peak < 1.05 * FRONTIER_PEAK
 
 
 def test_another_rank_of_the_node_compiles_nothing(run):

@@ -10,6 +10,7 @@
     steps       60 steps of the full model without and with recurrence, artifact, reload
     train       120 s against the clock with recurrence and late QAT, artifact, reload, every score
     profile     ms a step, and where they go, without and with recurrence
+    frontier    40 steps of PRESET=frontier without and with recurrence, artifact, reload
 
 Each part has the GPU to itself, and finds in the compiler's cache what the parts before it have
 compiled. With --limit SECONDS, the part that runs then is ended, and no other starts. As each part
@@ -54,6 +55,9 @@ PARTS = {  # settings of train_gpt.py beside those of `settings`
                              EVAL_MODES="roundtrip", VAL_TOKENS_LIMIT=65537),
     "train": dict(SIZE_LIMIT=64_000_000, MAX_WALLCLOCK_SECONDS=120, RECUR_START_STEP=0,
                   WARMDOWN_ITERS=800, TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
+    "frontier": NO_LIMIT | dict(PRESET="frontier", ITERATIONS=40, RECUR_START_STEP=0.5,
+                                LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1, EVAL_MODES="roundtrip",
+                                VAL_TOKENS_LIMIT=65537),
 }
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",
@@ -82,6 +86,7 @@ class Protocol:
             clock = min(6, own.get("MAX_WALLCLOCK_SECONDS", 0))
             own |= dict(VAL_TOKENS_LIMIT=3000, WARMUP_STEPS=6, MAX_WALLCLOCK_SECONDS=clock)
             base = REHEARSAL
+            own["PRESET"] = ",".join(filter(None, (own.get("PRESET"), base["PRESET"])))
         given = dict(pair.split("=", 1) for pair in self.options.set)
         return {k: str(v) for k, v in (base | own | dict(DATA_PATH=self.shards) | given).items()}
 
@@ -312,7 +317,7 @@ def run_parts(protocol: Protocol, options: argparse.Namespace) -> int:
         protocol.run("tests", [
             sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rs",
             "-rP", "--durations=10", str(ROOT / "tests" / "test_gpu.py")], {})
-    for name in PARTS:
+    for name in ("steps", "train"):
         if name in options.only:
             protocol.train_gpt(name)
     if "profile" in options.only:
@@ -322,6 +327,8 @@ def run_parts(protocol: Protocol, options: argparse.Namespace) -> int:
         found = protocol.out / "profile.json"
         if found.exists():
             protocol.summary["parts"]["profile"]["profile"] = json.loads(found.read_text("utf-8"))
+    if "frontier" in options.only:
+        protocol.train_gpt("frontier")
     protocol.save()
     report(protocol.out)
     return int(any(part["exit_code"] for part in protocol.summary["parts"].values()))
@@ -338,7 +345,7 @@ def main(arguments: list[str]) -> int:
         return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ["tests", "steps", "train", "profile"]
+    every = ["tests", "steps", "train", "profile", "frontier"]
     add = parser.add_argument
     add("--only", nargs="+", choices=every, default=every, metavar="PART", help="these parts")
     add("--rehearse", action="store_true", help="run on the CPU with a tiny model")

@@ -190,8 +190,8 @@ def chains(model: train_gpt.GPT, recur: bool) -> list[Chain]:
 
 def record_model(c: train_gpt.Config, vocab_size: int) -> train_gpt.GPT:
     """The model of a configuration, without memory."""
-    runtime = argparse.Namespace(dtype=torch.bfloat16, attention=None, fused_mlp=False,
-                                 device="meta")
+    runtime = argparse.Namespace(dtype=torch.bfloat16, attention=None, document_mask=None,
+                                 fused_mlp=False, device="meta")
     with torch.device("meta"):
         return train_gpt.GPT(c, np.zeros(vocab_size, bool), runtime, initialize=False)
 
