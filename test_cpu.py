@@ -1000,11 +1000,11 @@ def test_artifacts_of_another_vocabulary_are_refused(made, tmp_path):
             t.run(h.config(data_path=str(data), load_artifact=str(made[2])))
 
 
-@pytest.mark.parametrize("untied", [True, False])
-def test_a_run_that_ends_before_recurrence_stores_no_repeats(untied, made, tmp_path):
+@pytest.mark.parametrize("untied, passes", [(True, 2), (False, 3)])
+def test_a_run_that_ends_before_recurrence_stores_no_repeats(untied, passes, made, tmp_path):
     """Neither tensors nor the setting; and it reloads and scores like the model in memory."""
     config = h.config(data_path=str(made[1]), recur_start_step=100.0, recur_untie_mlp=untied,
-                      eval_modes=("roundtrip",), compressor="zlib")
+                      recur_passes=passes, eval_modes=("roundtrip",), compressor="zlib")
     with h.inside(tmp_path) as console:
         t.run(config)
     header, stored = t.read_artifact(str(tmp_path / config.artifact_path))

@@ -120,8 +120,8 @@ def test_ablation_table_and_plans():
     rows = ablate.table(runs, {"more": "less"}).splitlines()
     assert "| -0.1000 | less |" in rows[4] and "| +0.5000 | base |" in rows[3]
     part = {name: runs[name] for name in ("less", "more")}  # their baseline was not run
-    assert all("| - | - |" in row for row in ablate.table(part, dict(less="base", more="base")
-                                                          ).splitlines()[2:])
+    rows = ablate.table(part, dict(less="base", more="base")).splitlines()[2:4]
+    assert len(rows) == 2 and all(" | - | - | " in row for row in rows)
     assert ablate.table(json.loads(ablate.results_text(runs))) == ablate.table(runs)
     plans = sorted((h.ROOT / "records" / "plans").glob("*.json"))
     assert plans
