@@ -1682,7 +1682,8 @@ CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
 
 def usable_ms(c: Config) -> float:
     """Milliseconds that training steps may take: the cap less the reserve, or without end."""
-    return 1e3 * c.max_wallclock_seconds - CLOCK_RESERVE_MS if c.max_wallclock_seconds else math.inf
+    cap_ms = 1e3 * c.max_wallclock_seconds or math.inf
+    return max(1.0, cap_ms - CLOCK_RESERVE_MS)
 
 
 def share_of_run(step: float, elapsed_ms: float, c: Config) -> float:

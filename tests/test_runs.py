@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from dataclasses import fields
 
 import pytest
@@ -80,3 +82,41 @@ def test_dry_run_prints_and_leaves(made, tmp_path):
     predicted = int(re.search(r"predicted_bytes code:\d+ total:(\d+)", out)[1])
     measured = int(re.search(r"Total submission size: (\d+) bytes", made[3])[1])
     assert abs(predicted - measured) < 0.1 * measured
+
+
+@pytest.mark.slow
+def test_the_frontier_in_small(data, tmp_path):
+    """PRESET=frontier,demo as a user starts it: every phase and score; its log names both."""
+    variables = dict(PRESET="frontier,demo", DATA_PATH=str(data), RUN_ID="k", ITERATIONS="12",
+                     TRAIN_LOG_EVERY="1", VAL_TOKENS_LIMIT="600", ARTIFACT_PATH="k.ptz",
+                     GPTQ_CALIBRATION_SEQS="8", WARMDOWN_ITERS="0.85", LATE_QAT_THRESHOLD="0.3",
+                     CHECKPOINT_PATH="checkpoints", OMP_NUM_THREADS="1")
+    done = h.python([h.SCRIPT], tmp_path, variables, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (machine,), (config,) = (h.events(tmp_path, kind) for kind in ("machine", "config"))
+    assert machine["preset"] == "frontier,demo" and config["recur_passes"] == 3
+    assert machine["attention"] == "sdpa, dense_mask (no CUDA)"
+    assert [e["name"] for e in h.events(tmp_path, "phase")] == ["recur", "qat"]
+    assert [e["mode"] for e in h.events(tmp_path, "final")] == ["roundtrip", "sliding", "ttt"]
+    losses = h.losses(tmp_path, "k")
+    assert losses[-1] < losses[0] - 0.3 and len(losses) == 12
+
+
+@pytest.mark.slow
+def test_levers_survive_a_kill(data, tmp_path):
+    """Stopped by a signal and resumed: the artifact and the losses are those of a run that was not.
+
+    With more passes, tied and untied, gates, softcaps, taper and shares of the run.
+    """
+    for untied in (False, True):
+        settings = h.LEVERS | dict(recur_untie_mlp=untied, muon_wd_taper=(0.3, 0.2),
+                                   muon_coefficients="polar", warmdown_iters=0.6)
+        folders = [tmp_path / f"{name}{untied}" for name in ("whole", "killed")]
+        assert h.run_switching(folders[0], data, **settings)[0] == 0
+        with h.after_step(13, lambda _: os.kill(os.getpid(), signal.SIGTERM)):
+            assert h.run_switching(folders[1], data, **settings)[0] == 75
+        assert h.run_switching(folders[1], data, **settings, resume=True)[0] == 0
+        whole, killed = (folder / "k.ptz" for folder in folders)
+        assert whole.read_bytes() == killed.read_bytes()
+        seen = [{e["step"]: e["loss"] for e in h.events(folder, "train")} for folder in folders]
+        assert seen[0] == seen[1] and len(seen[0]) == 24
