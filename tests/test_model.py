@@ -172,6 +172,23 @@ def test_document_attention_equals_softmax(attend, mask, monkeypatch):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("attend, mask", [
+    (t.flash_attention_3, t.document_bounds), (t.flex, t.block_mask)])
+def test_a_model_is_the_same_with_each_attention(attend, mask, monkeypatch):
+    """All passes and lanes, as the runtime gives attention and mask to it."""
+    stub = SimpleNamespace(flash_attn_varlen_func=varlen_contract)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
+    c, on = h.config(h.DEEP, **h.LEVERS, model_dim=64, train_seq_len=32), h.runtime()
+    dense = h.random_model(c)
+    on.attention, on.document_mask = attend, mask
+    other = t.GPT(c, h.table().is_boundary, on)
+    other.load_state_dict(dense.state_dict())
+    other.set_phase(t.Phase(recur=True))
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        ids = h.ids((2, 32))
+        torch.testing.assert_close(other.logits(ids), dense.logits(ids), atol=2e-5, rtol=0)
+
+
 def test_bounds_have_room_or_say_so(monkeypatch):
     """One length for each shape; documents that find no room get NaN, and never each other."""
     monkeypatch.setitem(sys.modules, "flash_attn_interface",
