@@ -363,6 +363,8 @@ def test_forward_equals_reference(settings, recur):
     with torch.no_grad():
         logits = model.logits(ids).numpy()
         nats = model(ids[:, :-1], ids[:, 1:]).numpy()
+    trained = model(ids[:, :-1], ids[:, 1:]).detach().numpy()  # with gradients, as in training
+    assert np.abs(trained - nats).max() < 1e-5
     expected = ref.logits(model, ids, recur)
     assert logits.std() > 0.5 and np.abs(logits - expected).max() < 1e-4
     z = expected[:, :-1]
@@ -840,17 +842,21 @@ def test_qat_forward_is_the_quantized_model(settings):
 def test_the_table_decides_bits():
     """Attention and repeats 6, MLP 6 at both ends and 5 between, tables 8, projections fp16."""
     model = t.GPT(h.config(num_layers=8, n_int6_layers=4, parallel_start_layer=5,
-                           recur_layers=(3, 4), ve_layers=(6,)), h.table().is_boundary, h.runtime())
+                           recur_layers=(3, 4), ve_layers=(6,),
+                           **h.LEVERS | dict(recur_untie_mlp=True)), h.table().is_boundary,
+                  h.runtime())
     for name, parameter in model.named_parameters():
         spec = t.param_spec(name, model.config)
         layer = int(name.split(".")[1]) if name.startswith("blocks") else None
         edge = layer in (0, 1, 6, 7)
         want = (8 if name.endswith(("embed.weight", "table.weight")) else
                 16 if name.endswith("proj.weight") else
+                32 if name.endswith("gate") else  # of heads
                 6 if ".attn." in name and parameter.dim() == 2 or name.startswith("repeat") else
                 6 if ".mlp." in name and edge else 5 if ".mlp." in name else 32)
         assert spec.bits == want, name
-        assert (parameter.dim() == 2) == (want < 32) or name.endswith(("mix", "mix_mlp", "weights"))
+        assert (parameter.dim() == 2) == (want < 32) or name.endswith(
+            ("mix", "mix_mlp", "weights", "gate", "gates"))
     untied = t.GPT(h.config(tie_embeddings=False), h.table().is_boundary, h.runtime())
     assert t.param_spec("head.weight", untied.config).bits == 8
     with pytest.raises(AssertionError, match="in no row of PARAM_TABLE"):
@@ -968,7 +974,7 @@ def test_a_flipped_byte_is_damage(levers, tmp_path):
     """Every byte of the head and the header, and 400 bytes anywhere, one at a time."""
     path = tmp_path / "flipped.ptz"
     h.artifact(path, "zlib", **h.SMALLEST, **levers)
-    assert h.load_tiny(path).config.skip_gate == bool(levers)
+    assert h.load_tiny(path, doc_attention=bool(levers)).config.skip_gate == bool(levers)
     data = bytearray(path.read_bytes())
     random = np.random.default_rng(0)
     places = [*range(200), *random.integers(200, len(data), 400).tolist(), len(data) - 1]

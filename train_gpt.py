@@ -1074,8 +1074,6 @@ def load_byte_table(c: Config) -> ByteTable:
     table = (table_from_sentencepiece if found[0].suffix == ".model" else table_from_meta)(found[0])
     require(c.vocab_size in (0, len(table.base_bytes)), f"VOCAB_SIZE={c.vocab_size} but "
             f"{found[0]} has {len(table.base_bytes)} ids; leave VOCAB_SIZE unset")
-    require(table.is_boundary.any() or not c.doc_attention, f"DOC_ATTENTION=1, but {found[0]} has "
-            "no id that begins a document; set DOC_ATTENTION=0, or re-tokenize the data")
     return table
 
 
@@ -1094,6 +1092,9 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     ids = np.concatenate([check_ids(np.asarray(open_shard(path)), len(table.base_bytes), path)
                           for path in paths])
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
+    require(not c.doc_attention or table.is_boundary[ids].any(), "DOC_ATTENTION=1, but by "
+            f"{table.path} no validation token begins a document; set DOC_ATTENTION=0, or "
+            "re-tokenize the data with a vocabulary that has such an id")
     cuts = range(1 << 22, len(ids) - 1, 1 << 22)  # bounds memory
     pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
     scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
@@ -1687,7 +1688,7 @@ def usable_ms(c: Config) -> float:
 
 
 def share_of_run(step: float, elapsed_ms: float, c: Config) -> float:
-    """How much of the run is over, of its steps or of the time that it may take; 0..1."""
+    """How much of the run is over, of its steps or of the time that it may take."""
     return max(step / c.iterations, elapsed_ms / usable_ms(c))
 
 
@@ -2450,6 +2451,9 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
     complete = (isinstance(texts, dict) and set(texts) == {name.upper() for name in MODEL_FIELDS}
                 and all(isinstance(text, str) for text in texts.values()))
     config = replace(c, n_int6_layers=None, **parse_settings(texts if complete else {}, problems))
+    require(not complete or config.doc_attention == c.doc_attention, f"{path}: its model has "
+            f"DOC_ATTENTION={config.doc_attention:d}; set that, as attention was chosen for "
+            f"DOC_ATTENTION={c.doc_attention:d}", ArtifactError)
     problems += contradictions(config)
     require(complete and not problems,
             f"{path}: impossible model configuration: {problems or texts}", ArtifactError)

@@ -884,10 +884,10 @@ def refused(path: Path, action: Callable[[], Any]) -> str:
     return str(caught.value)
 
 
-def load_tiny(path: Path) -> t.GPT:
+def load_tiny(path: Path, **settings) -> t.GPT:
     """Load a model as an evaluation does."""
     about = types.SimpleNamespace(vocab_sha256="5" * 64)
-    return t.load_model(str(path), about, table(), runtime(), config())
+    return t.load_model(str(path), about, table(), runtime(), config(**settings))
 
 
 SMALLEST = dict(model_dim=16, num_layers=2, ve_layers=(1,), recur_layers=(0,), mlp_mult=0.5,

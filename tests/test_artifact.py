@@ -7,6 +7,7 @@ import json
 import operator
 import zlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ TAMPERED = {  # place in the header: values that it may not have
     "model.PARALLEL_START_LAYER": ["9", "x"], "model.RECUR_LAYERS": ["5", "0,1"],
     "model.RECUR_PASSES": ["1", "3", "0", "17", "1000000000", "x"],
     "model.ATTN_GATE_DIMS": ["4", "17", "-1", "x"], "model.SKIP_GATE": ["1", "2"],
-    "model.ASYM_SOFTCAP": ["1", "x"], "model.DOC_ATTENTION": ["2", "x"],
+    "model.ASYM_SOFTCAP": ["1", "x"], "model.DOC_ATTENTION": ["1", "2", "x"],
 }  # fmt: skip
 
 
@@ -112,6 +113,18 @@ def test_a_tampered_header_is_refused(small_artifact, tmp_path):
             functools.reduce(operator.getitem, outer, header)[last] = value
             cases.append(((place, repr(value)), forged(path, header, body)))
     assert not_refused(path, cases, lambda _: h.load_tiny(path)) == {}
+
+
+def test_an_artifact_names_its_attention(tmp_path):
+    """Another DOC_ATTENTION than the environment's, for which attention was chosen, is refused."""
+    path = tmp_path / "x.ptz"
+    h.artifact(path, "zlib", **h.SMALLEST, doc_attention=True)
+    about = SimpleNamespace(vocab_sha256="5" * 64)
+    for attention in ("auto", "flash"):
+        c = h.config(attention=attention)
+        with pytest.raises(t.ArtifactError, match=r"x\.ptz: its model has DOC_ATTENTION=1; set"):
+            t.load_model(str(path), about, h.table(), h.runtime(), c)
+    t.load_model(str(path), about, h.table(), h.runtime(), h.config(doc_attention=True))
 
 
 def test_streams_that_do_not_decompress_are_refused(tmp_path):

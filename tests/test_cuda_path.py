@@ -155,6 +155,18 @@ def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, documents
     assert called == [name] * c.num_layers
 
 
+def test_flex_is_compiled_for_what_runs_eagerly(gpu, monkeypatch):
+    """GPTQ's hooks need a model that is not compiled; FlexAttention alone is, in it."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or f)
+    monkeypatch.setattr(t, "select_compiler", lambda *_: (True, "inductor"))
+    for name, wanted in (("flex", [t.flex]), ("cudnn", [])):
+        c = h.config(mlp_kernel="torch", attention=name, doc_attention=True, run_id=name)
+        compiled.clear()
+        t.Runtime(c).close()
+        assert compiled == wanted
+
+
 def test_select_attention_on_cpu():
     """Without CUDA the choice is sdpa, and the log's name says why."""
     assert t.select_attention(h.runtime(), h.config(), 8) == ("sdpa", "no CUDA")

@@ -17,13 +17,17 @@ import train_gpt as t
 
 
 def test_document_attention_needs_boundaries(tmp_path):
-    """A vocabulary without an id that begins a document is refused, naming file and remedy."""
-    data, about = h.dataset(tmp_path), h.table()
-    h.write_meta(tmp_path / "tiny.meta.npz", about._replace(
-        is_boundary=np.zeros_like(about.is_boundary)))
-    t.load_byte_table(h.config(data_path=str(data)))
-    with pytest.raises(t.RunError, match=r"DOC_ATTENTION=1, but .*tiny\.meta\.npz has no id .*=0"):
-        t.load_byte_table(h.config(data_path=str(data), doc_attention=True))
+    """Without a document's start in the text it is refused, whatever boundaries the table has."""
+    data, about = h.dataset(tmp_path, byte_exact=False), h.table()
+    h.audit(data, doc_attention=True)
+    for boundary in (np.zeros(h.VOCAB, bool), np.arange(h.VOCAB) == h.VOCAB - 2):
+        h.write_meta(tmp_path / "tiny.meta.npz", about._replace(is_boundary=boundary))
+        for path in data.glob("fineweb_val_*.bin"):
+            ids = np.array(h.read_shard(path))
+            h.write_shard(path, np.where(ids == h.VOCAB - 2, 1, ids))
+        h.audit(data)
+        with pytest.raises(t.RunError, match=r"DOC_ATTENTION=1, but by .*tiny\.meta\.npz no .*=0"):
+            h.audit(data, doc_attention=True)
 
 
 def test_bad_shards_are_refused_by_name(tmp_path):

@@ -339,8 +339,8 @@ def test_chunk_line_is_the_score_so_far():
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_training_is_the_formula(world, clip, monkeypatch):
     """Plain SGD on the mean over each batch's targets, however many ranks share the sequences."""
-    settings = dict(ttt_chunk_tokens=40, ttt_batch_seqs=2, ttt_grad_clip=clip, ttt_freeze_blocks=0,
-                    ttt_lr=0.5 if clip else 0.02)
+    settings = dict(ttt_chunk_tokens=40, ttt_batch_seqs=2, ttt_grad_clip=clip,
+                    ttt_freeze_blocks=int(world == 2), ttt_lr=0.5 if clip else 0.02)
     edges, ids = [0, 40, 80, 99], h.short_stream(100)
     ttt, c = h.ttt_trainer(ids, **settings)
     model, momentum = ttt.model, {}
@@ -355,10 +355,11 @@ def test_training_is_the_formula(world, clip, monkeypatch):
                     nats = model(row[None, :-1], row[None, 1:])[0, first:]
                     total, count = total + nats.sum(), count + len(nats)
                 (total / count).backward()
-                norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters()))
+                trained = [p for p in model.parameters() if p.grad is not None]  # not frozen
+                norm = torch.sqrt(sum(p.grad.square().sum() for p in trained))
                 factor = min(1.0, clip / float(norm)) if clip else 1.0
                 with torch.no_grad():
-                    for p in model.parameters():
+                    for p in trained:
                         momentum[p] = c.ttt_momentum * momentum.get(p, 0) + factor * p.grad
                         p -= lr * momentum[p]
     wanted = {n: p.detach() for n, p in model.named_parameters()}
@@ -581,8 +582,11 @@ def test_short_validation_works(count):
 
 def test_scores_that_are_not_finite_are_no_result():
     """A learning rate that destroys the model ends the run, naming the setting."""
-    with pytest.raises(t.RunError, match="legal_ttt: .*lower TTT_LR"):
-        h.score("ttt", h.short_stream(), ttt_lr=1e30, ttt_grad_clip=0.0)
+    for documents in (False, True):
+        with pytest.raises(t.RunError, match="legal_ttt: .*lower TTT_LR") as caught:
+            h.score("ttt", h.short_stream(), ttt_lr=1e30, ttt_grad_clip=0.0,
+                    doc_attention=documents)
+        assert ("set ATTENTION=flex" in str(caught.value)) == documents
 
 
 def test_the_documented_lines_recompute_the_score(made, tmp_path):

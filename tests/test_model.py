@@ -189,6 +189,20 @@ def test_a_model_is_the_same_with_each_attention(attend, mask, monkeypatch):
         torch.testing.assert_close(other.logits(ids), dense.logits(ids), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["embed.weight", "blocks.3.attn.gate", "skip_gates"])
+def test_gradients_are_those_of_the_loss(name):
+    """Along its gradient a parameter changes the loss as central differences say."""
+    model, ids = h.random_model(h.config(h.DEEP, **h.LEVERS)), h.ids()
+    parameter = dict(model.named_parameters())[name]
+    (gradient,) = torch.autograd.grad(model(ids, ids.roll(-1, 1)).mean(), parameter)
+    step, losses = 3e-3 * gradient / gradient.norm(), []
+    with torch.no_grad():
+        for sign in (1, -2):
+            parameter += sign * step
+            losses.append(model(ids, ids.roll(-1, 1)).double().mean())
+    assert float(losses[0] - losses[1]) / 6e-3 == pytest.approx(float(gradient.norm()), rel=2e-3)
+
+
 def test_bounds_have_room_or_say_so(monkeypatch):
     """One length for each shape; documents that find no room get NaN, and never each other."""
     monkeypatch.setitem(sys.modules, "flash_attn_interface",

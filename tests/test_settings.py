@@ -169,6 +169,18 @@ def test_demo_is_chosen_only_without_cuda_and_without_data():
     assert t.Config.from_env({"SEED": "5"}, cuda=False) == replace(demo, seed=5)
 
 
+def test_the_demo_s_data_are_built_for_its_preset(tmp_path, monkeypatch):
+    """Alone or among others, in the demo's folder only."""
+    built = []
+    monkeypatch.setattr(t, "build_demo", lambda c, _: built.append(c.preset) or {})
+    folder = t.PRESETS["demo"]["data_path"]
+    for names, path in ((("demo",), folder), (("frontier", "demo"), folder),
+                        (("frontier",), folder), (("demo",), "elsewhere")):
+        with h.inside(tmp_path), pytest.raises(t.RunError, match="no shards match"):
+            t.run(h.config(preset=names, data_path=path))
+    assert built == [("demo",), ("frontier", "demo")]
+
+
 def test_explicit_values_win_over_the_preset():
     """Even where the explicit value is the default of the record run."""
     config = t.Config.from_env({"PRESET": "demo", "MODEL_DIM": "512", "ITERATIONS": "9"})

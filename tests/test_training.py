@@ -190,9 +190,10 @@ def test_train_clock():
     assert clock.elapsed_ms == 350
 
 
-def test_non_finite_loss(make_trainer):
-    """The run stops at the step whose loss is not finite, and names it."""
-    trainer = make_trainer(iterations=8)
+@pytest.mark.parametrize("documents", [False, True])
+def test_non_finite_loss(make_trainer, documents):
+    """The run stops at the step whose loss is not finite, naming it and what may be the cause."""
+    trainer = make_trainer(iterations=8, doc_attention=documents)
     forward, calls = trainer.forward, []
 
     def broken(x, y):
@@ -200,9 +201,9 @@ def test_non_finite_loss(make_trainer):
         return forward(x, y) * (math.nan if len(calls) == 5 else 1.0)
 
     trainer.forward = broken
-    with pytest.raises(t.RunError, match=r"loss nan.* at step 5:"):
+    with pytest.raises(t.RunError, match=r"loss nan.* at step 5:") as caught:
         trainer.run()
-    assert len(calls) == 5
+    assert len(calls) == 5 and ("set ATTENTION=flex" in str(caught.value)) == documents
 
 
 class HostReads(TorchDispatchMode):
@@ -319,9 +320,13 @@ def test_handicaps_are_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     runtime = h.runtime()
     runtime.compiles, runtime.compiler, runtime.cuda = True, "inductor", True
-    for name in ("flash_attention_3 (installed)", "cudnn (flash_attention_3: none)"):
+    for name in ("flash_attention_3 (installed)", "cudnn (flash_attention_3: none)",
+                 "flash_attention_3, document_bounds (installed)", "flex, block_mask (timed)"):
         runtime.attention_name = name
         assert runtime.handicaps() == []
+    runtime.attention_name = "cudnn, dense_mask (flex: none)"
+    assert [text.split(" (")[0] for text in runtime.handicaps()] == [
+        "attention is cudnn, dense_mask"]
     runtime.attention_name = "flash (cudnn: none)"
     assert [text.split(",")[0] for text in runtime.handicaps()] == [
         "attention is flash (cudnn: none)"]
@@ -514,13 +519,18 @@ def test_muon_taper():
             assert t.muon_taper(step, elapsed, c) == pytest.approx(expected), (step, elapsed)
     assert t.muon_taper(999, 0, replace(c, muon_wd_taper=(1.0, 0.0))) == 1
     assert t.muon_taper(500, 0, replace(c, muon_wd_taper=(0.0, 0.0))) == pytest.approx(0.5)
-    c = h.config(h.DEEP, muon_wd=0.5, matrix_lr=0.1)
-    model = h.random_model(c)
-    optimizer, before = t.Optimizer(model, c, h.runtime()), model.blocks[0].attn.q.weight.clone()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step(torch.zeros(1), 0.8, 0.9, 0.25)
-    torch.testing.assert_close(model.blocks[0].attn.q.weight, before * (1 - 0.8 * 0.1 * 0.5 * 0.25))
+    moved = {}
+    for wd, taper in ((0.0, 1.0), (0.5, 0.25)):
+        c = h.config(h.DEEP, muon_wd=wd, matrix_lr=0.1)
+        model = h.random_model(c)
+        optimizer, weight = t.Optimizer(model, c, h.runtime()), model.blocks[0].attn.q.weight
+        before = weight.detach().clone()
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step(torch.zeros(1), 0.8, 0.9, taper)
+        moved[wd] = weight.detach() - before * (1 - 0.8 * 0.1 * wd * taper)
+    torch.testing.assert_close(moved[0.5], moved[0.0])  # the update itself does not taper
+    assert moved[0.0].abs().max() > 1e-3
 
 
 def test_muon_momentum():
