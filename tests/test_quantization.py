@@ -197,9 +197,9 @@ def test_the_run_expects_the_limit(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset, vocab", [
-    ("record", 1254), ("frontier", 1024), ("frontier", 1254), ("frontier", 8192)])
-def test_full_width_export(preset, vocab, tmp_path, capsys):
+@pytest.mark.parametrize("preset, vocab, compressor", [
+    ("record", 1254, "auto"), *(("frontier", vocab, "rans") for vocab in (1024, 1254, 8192))])
+def test_full_width_export(preset, vocab, compressor, tmp_path, capsys):
     """27 to 37 million parameters, fitted by GPTQ: inside 16,000,000 bytes and 6 GB."""
     code = textwrap.dedent(f"""
         import sys, time, resource, types
@@ -207,7 +207,8 @@ def test_full_width_export(preset, vocab, tmp_path, capsys):
         import numpy as np, torch, train_gpt as t, harness as h
         torch.set_num_threads(2)
         c = h.config(h.RECORD | t.PRESETS["{preset}"] | dict(
-            artifact_path="full.ptz", train_seq_len=256, eval_seq_len=256))
+            artifact_path="full.ptz", train_seq_len=256, eval_seq_len=256,
+            compressor="{compressor}"))
         V = {vocab}
         runtime = h.runtime()
         runtime.on_first_rank = lambda work: work()
