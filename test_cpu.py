@@ -1497,7 +1497,7 @@ def test_preflight_02_hyperparameters():
         name: (value, type(value)) for name, value in h.RECORD.items()}
     assert t.Config.from_env({"PRESET": "record"}, cuda=True) == c
     published = t.Config.from_env({"PRESET": "published"}, cuda=True)
-    assert published == replace(c, preset="published", quant="rtn", n_int6_layers=4)
+    assert published == replace(c, preset=("published",), quant="rtn", n_int6_layers=4)
     assert (c.head_dim, c.kv_dim, c.hidden_dim) == (64, 256, 1536)
     assert c.train_batch_tokens // c.train_seq_len % 8 == 0 == c.val_batch_size % (8 * 2048)
     for preset in t.PRESETS:
