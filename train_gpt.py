@@ -121,7 +121,7 @@ class Config:
     rope_dims: int = setting(16, "rotated dimensions of each head (even)", 2)
     logit_softcap: float = setting(30.0, "logits are cap * tanh(z / cap)", 1e-3, 40)
     asym_softcap: bool = setting(False, "positive and negative logits have caps of their own, "
-                                 "which TTT trains")
+                                 "equal until TTT trains them")
     qk_gain_init: float = setting(1.5, "initial gain of the normalised queries", 0)
     ln_scale: bool = setting(True, "scale normalised inputs of layer i by 1 / sqrt(i + 1)")
     xsa_last_n: int = setting(4, "layers from the end with exclusive self-attention", 0)
@@ -137,8 +137,9 @@ class Config:
     activation_neg_slope: float = setting(0.5, "negative slope of LeakyReLU^2", 0, 1)
     parallel_start_layer: int = setting(7, "first layer with two lanes; NUM_LAYERS: none", 1)
     skip_gate: bool = setting(False, "each skip is gated, dimension by dimension")
-    recur_layers: tuple[int, ...] = setting((4, 5), "layers run again, as one block; empty: none")
-    recur_passes: int = setting(2, "passes over RECUR_LAYERS, the first included", 1, 16)
+    recur_layers: tuple[int, ...] = setting((4, 5), "layers run again, as one block; empty: none, "
+                                            "with RECUR_PASSES=1")
+    recur_passes: int = setting(2, "passes over RECUR_LAYERS in all; 1: no recurrence", 1, 16)
     recur_start_step: float = setting(3000.0, "recurrence starts here; < 1: share of the run", 0)
     recur_untie_mlp: bool = setting(True, "each further pass has MLPs of its own")
     # batch and length of training
@@ -165,8 +166,8 @@ class Config:
     muon_coefficients: str = setting("quintic", "of Newton-Schulz: one triple, or Polar Express's "
                                      "five", choices=("quintic", "polar"))
     muon_wd: float = setting(0.04, "decoupled weight decay of Muon", 0)
-    muon_wd_taper: tuple[float, ...] = setting((), "START,END: after that share of the run MUON_WD "
-                                               "falls linearly to that part of it; empty: never")
+    muon_wd_taper: tuple[float, ...] = setting((), "START,END: from that share of the run on "
+                                               "linear to END times MUON_WD; empty: never")
     muon_row_norm: bool = setting(False, "MuonEq-R: normalise rows before Newton-Schulz")
     adam_wd: float = setting(0.04, "weight decay of embeddings and projections", 0)
     beta1: float = setting(0.9, "AdamW", 0, 0.9999)
@@ -215,7 +216,8 @@ class Config:
     checkpoint_path: str = setting("checkpoints", "parent of the folder <RUN_ID> of checkpoints")
     resume: bool = setting(False, "go on from RUN_ID's newest checkpoint (torchrun's restarts do)")
     attention: str = setting("auto", "attention on CUDA; auto: the fastest at this shape, timed at "
-                             "the start", choices=("auto", *ATTENTIONS))
+                             "the start; flex for DOC_ATTENTION only, flash without it only",
+                             choices=("auto", *ATTENTIONS))
     mlp_kernel: str = setting("auto", "the training MLP on CUDA: PyTorch's operations or a Triton "
                               "kernel; auto: the faster, timed at the start",
                               choices=("auto", "torch", "triton"))
