@@ -91,7 +91,8 @@ def setting(default: Any, text: str, low: float | None = None, high: float | Non
 EVAL_MODES = ("roundtrip", "sliding", "ttt", "ngram", "slot")
 STORED_AS_CODES = ("attn", "mlp", "repeat", "embed")
 CODECS = ("rans", "lzma", "zlib", "zstd")
-ATTENTIONS = ("flash_attention_3", "cudnn", "flash", "mem_efficient", "math")
+SDPA_KERNELS = ("cudnn", "flash", "mem_efficient", "math")  # PyTorch's
+ATTENTIONS = ("flash_attention_3", "flex", *SDPA_KERNELS)
 CODE_BYTES = os.path.getsize(__file__)  # of the file that runs
 
 
@@ -100,7 +101,8 @@ class Config:
     """Every setting of a run. The defaults are the record run on 8xH100."""
 
     # run, data, tokenizer
-    preset: str = setting("record", "set of defaults", choices=("record", "published", "demo"))
+    preset: tuple[str, ...] = setting(("record",), "sets of defaults, later ones win", choices=(
+        "record", "published", "frontier", "demo"))
     run_id: str = setting("", "name of logs/<RUN_ID>.txt and .jsonl; empty: time and a random tag")
     seed: int = setting(1337, "initial weights and order of the data", 0, 2**31 - 1)
     data_path: str = setting("./data/datasets/fineweb10B_scylla", "folder of the shards")
@@ -118,9 +120,14 @@ class Config:
     rope_base: float = setting(10000.0, "base of the rotary frequencies", 1)
     rope_dims: int = setting(16, "rotated dimensions of each head (even)", 2)
     logit_softcap: float = setting(30.0, "logits are cap * tanh(z / cap)", 1e-3, 40)
+    asym_softcap: bool = setting(False, "positive and negative logits have caps of their own, "
+                                 "equal until TTT trains them")
     qk_gain_init: float = setting(1.5, "initial gain of the normalised queries", 0)
     ln_scale: bool = setting(True, "scale normalised inputs of layer i by 1 / sqrt(i + 1)")
     xsa_last_n: int = setting(4, "layers from the end with exclusive self-attention", 0)
+    attn_gate_dims: int = setting(0, "each head's output is gated by so many dimensions of the "
+                                  "attention's input; 0: no gate", 0)
+    doc_attention: bool = setting(False, "a token attends to its own document only")
     smear_enabled: bool = setting(True, "SmearGate: blend in the previous token's embedding")
     bigram_vocab_size: int = setting(2048, "rows of the bigram hash table; 0: no table", 0)
     bigram_dim: int = setting(128, "width of the bigram table", 1)
@@ -129,15 +136,19 @@ class Config:
     ve_layers: tuple[int, ...] = setting((9, 10), "layers whose values get a value embedding")
     activation_neg_slope: float = setting(0.5, "negative slope of LeakyReLU^2", 0, 1)
     parallel_start_layer: int = setting(7, "first layer with two lanes; NUM_LAYERS: none", 1)
-    recur_layers: tuple[int, ...] = setting((4, 5), "layers run twice, as one block; empty: none")
+    skip_gate: bool = setting(False, "each skip is gated, dimension by dimension")
+    recur_layers: tuple[int, ...] = setting((4, 5), "layers run again, as one block; empty: none, "
+                                            "with RECUR_PASSES=1")
+    recur_passes: int = setting(2, "passes over RECUR_LAYERS in all; 1: no recurrence", 1, 16)
     recur_start_step: float = setting(3000.0, "recurrence starts here; < 1: share of the run", 0)
-    recur_untie_mlp: bool = setting(True, "the second pass has MLPs of its own")
+    recur_untie_mlp: bool = setting(True, "each further pass has MLPs of its own")
     # batch and length of training
     train_batch_tokens: int = setting(786432, "tokens per step over all ranks", 1)
     micro_batch_tokens: int = setting(0, "tokens per forward pass and device; 0: by memory", 0)
     train_seq_len: int = setting(2048, "tokens per training sequence", 2)
     iterations: int = setting(20000, "steps at most", 1)
-    warmdown_iters: int = setting(3500, "steps of the final linear decay of the learning rate", 0)
+    warmdown_iters: float = setting(3500.0, "steps of the final linear decay of the learning rate; "
+                                    "< 1: share of the run", 0)
     warmup_steps: int = setting(20, "priming steps on random tokens before the clock", 0)
     max_wallclock_seconds: float = setting(600.0, "training time at most; 0: no cap", 0)
     # optimization
@@ -152,7 +163,11 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", 0)
     muon_backend_steps: int = setting(5, "Newton-Schulz iterations", 1, 20)
+    muon_coefficients: str = setting("quintic", "of Newton-Schulz: one triple, or Polar Express's "
+                                     "five", choices=("quintic", "polar"))
     muon_wd: float = setting(0.04, "decoupled weight decay of Muon", 0)
+    muon_wd_taper: tuple[float, ...] = setting((), "START,END: from that share of the run on "
+                                               "linear to END times MUON_WD; empty: never")
     muon_row_norm: bool = setting(False, "MuonEq-R: normalise rows before Newton-Schulz")
     adam_wd: float = setting(0.04, "weight decay of embeddings and projections", 0)
     beta1: float = setting(0.9, "AdamW", 0, 0.9999)
@@ -201,7 +216,8 @@ class Config:
     checkpoint_path: str = setting("checkpoints", "parent of the folder <RUN_ID> of checkpoints")
     resume: bool = setting(False, "go on from RUN_ID's newest checkpoint (torchrun's restarts do)")
     attention: str = setting("auto", "attention on CUDA; auto: the fastest at this shape, timed at "
-                             "the start", choices=("auto", *ATTENTIONS))
+                             "the start; flex for DOC_ATTENTION only, flash without it only",
+                             choices=("auto", *ATTENTIONS))
     mlp_kernel: str = setting("auto", "the training MLP on CUDA: PyTorch's operations or a Triton "
                               "kernel; auto: the faster, timed at the start",
                               choices=("auto", "torch", "triton"))
@@ -223,6 +239,11 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     @property
+    def recurs(self) -> bool:
+        """Whether some layers run more than once."""
+        return bool(self.recur_layers) and self.recur_passes > 1
+
+    @property
     def modes(self) -> list[str]:
         """The scores to compute: modes of EVAL_MODES that are enabled, in a fixed order."""
         return [mode for mode in EVAL_MODES if mode in self.eval_modes
@@ -237,10 +258,10 @@ class Config:
         problems = unknown_names(environ)
         explicit = parse_settings(environ, problems)
         if not cuda and not {"preset", "data_path"} & set(explicit):
-            explicit["preset"] = "demo"
+            explicit["preset"] = ("demo",)
         if environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # by torchrun, after a fault
             explicit["resume"] = bool(explicit.get("run_id")) and "load_artifact" not in explicit
-        config = cls(**(PRESETS[explicit.get("preset", "record")] | explicit))
+        config = cls(**(preset_values(explicit.get("preset", ())) | explicit))
         problems += contradictions(config)
         require(not problems, "\n  ".join(["the settings are wrong:", *problems]))
         return config
@@ -249,6 +270,13 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "published": dict(quant="rtn", n_int6_layers=4),  # no fit: the yardstick of every A/B
+    "frontier": dict(  # what the field found after PROTEUS v1.6
+        mlp_mult=4.0, qk_gain_init=5.25, xsa_last_n=11, attn_gate_dims=12, doc_attention=True,
+        asym_softcap=True, parallel_start_layer=8, skip_gate=True, recur_layers=(3, 4, 5),
+        recur_passes=3, recur_start_step=0.35, recur_untie_mlp=False, warmdown_iters=0.85,
+        matrix_lr=0.026, scalar_lr=0.02, tied_embed_lr=0.03, min_lr=0.1, muon_momentum=0.97,
+        muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
+        beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560),
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
@@ -266,6 +294,11 @@ DROPPED = {  # spellings of published scripts -> what to set here
     "SMEAR_GATE": "SMEAR_ENABLED", "TRAIN_FILES": "DATA_PATH", "VAL_FILES": "DATA_PATH",
     "GRAD_ACCUM_STEPS": "MICRO_BATCH_TOKENS",
 }
+
+
+def preset_values(names: tuple[str, ...]) -> dict[str, Any]:
+    """What presets set, by the name of the field; of several the last one counts."""
+    return {field: value for name in names for field, value in PRESETS[name].items()}
 
 
 def unknown_names(environ: Mapping[str, str]) -> list[str]:
@@ -292,6 +325,7 @@ PARSERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "bool": ("0 or 1", lambda t: {"0": False, "1": True, "false": False, "true": True}[t.lower()]),
     "str": ("text", str),
     "tuple[int, ...]": ("a comma list of whole numbers", lambda t: tuple(map(int, split_list(t)))),
+    "tuple[float, ...]": ("a comma list of numbers", lambda t: tuple(map(float, split_list(t)))),
     "tuple[str, ...]": ("a comma list of names", lambda t: tuple(split_list(t))),
 }
 
@@ -308,10 +342,11 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
             value = parse(environ[name])
         except (ValueError, KeyError):
             value = math.nan  # not readable
+        chosen = set(value if isinstance(value, tuple) else [value])
         if isinstance(value, float) and not math.isfinite(value):
             problems.append(f"{name}={environ[name]}: expected {expected}")
-        elif choices and value not in choices:
-            problems.append(f"{name}={value}: allowed are {show(choices)}")
+        elif choices and not set() < chosen <= set(choices):
+            problems.append(f"{name}={environ[name]}: allowed are {show(choices)}")
         elif None not in (value, low) and not low <= value <= (math.inf if high is None else high):
             upper = "" if high is None else f" and at most {high}"
             problems.append(f"{name}={value}: must be at least {low}{upper}")
@@ -322,31 +357,57 @@ def parse_settings(environ: Mapping[str, str], problems: list[str]) -> dict[str,
 
 def contradictions(c: Config) -> list[str]:
     """A line for each way in which the settings contradict each other."""
+    return [f"{name.upper()}={show(getattr(c, name))}: {reason}"
+            for holds, name, reason in [*model_rules(c), *run_rules(c)] if not holds]
+
+
+def model_rules(c: Config) -> list[tuple[Any, str, str]]:
+    """What must hold of a model: (whether it does, setting, what is wrong otherwise)."""
     recur, lanes, layers = c.recur_layers, c.parallel_start_layer, c.num_layers
     block = tuple(range(recur[0], recur[0] + len(recur))) if recur else ()
     valued = c.ve_layers if c.ve_enabled else (0,)
-    window, chosen, start = c.eval_seq_len, set(c.eval_modes), c.recur_start_step
-    multiples = dict(model_dim="num_heads", num_heads="num_kv_heads",
-                     train_batch_tokens="train_seq_len", micro_batch_tokens="train_seq_len")
-    rules = [
-        *((getattr(c, name) % getattr(c, of) == 0, name,
-           f"not a multiple of {of.upper()}={getattr(c, of)}") for name, of in multiples.items()),
+    return [
+        (c.model_dim % c.num_heads == 0, "model_dim", f"not a multiple of NUM_HEADS={c.num_heads}"),
+        (c.num_heads % c.num_kv_heads == 0, "num_heads",
+         f"not a multiple of NUM_KV_HEADS={c.num_kv_heads}"),
         (c.rope_dims % 2 == 0 and c.rope_dims <= c.head_dim, "rope_dims",
          f"must be even and at most the head dimension {c.head_dim}"),
-        (c.eval_stride <= window, "eval_stride", f"over EVAL_SEQ_LEN={window}: would skip tokens"),
+        (c.attn_gate_dims <= c.model_dim, "attn_gate_dims",
+         f"wider than the input: at most MODEL_DIM={c.model_dim}, or 0 for no gate"),
         (layers // 2 <= lanes <= layers, "parallel_start_layer",
          f"must be in {layers // 2}..{layers}, as skips are stored from one stream"),
         (recur == block and set(recur) <= set(range(layers)), "recur_layers",
          f"must be consecutive layers of 0..{layers - 1}, as they run again as one block"),
         (not recur or max(recur) < lanes or min(recur) >= lanes, "recur_layers", "crosses "
          f"PARALLEL_START_LAYER={lanes}; two lanes cannot run a one-lane layer again"),
-        (start < 1 or start % 1 == 0, "recur_start_step", "must be whole, or a fraction below 1"),
+        (recur or c.recur_passes <= 2, "recur_passes",
+         "there are no RECUR_LAYERS to pass over; name some, or set RECUR_PASSES=1"),
         (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)), "ve_layers",
          f"name layers of 0..{layers - 1}, each once; VE_ENABLED=0 turns them off"),
         (c.xsa_last_n <= layers, "xsa_last_n", f"there are {layers} layers"),
         (c.n_int6_layers in (None, *range(0, layers + 2, 2)), "n_int6_layers",
          f"must be auto, or even and at most {layers + layers % 2}"),
         (c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
+        (parse_class_bits(c.class_bits) is not None, "class_bits",
+         f"must be a list of CLASS=2..8 with CLASS of {show(STORED_AS_CODES)}"),
+    ]
+
+
+def run_rules(c: Config) -> list[tuple[Any, str, str]]:
+    """What must hold of a run, in the same form."""
+    window, chosen, taper = c.eval_seq_len, set(c.eval_modes), c.muon_wd_taper
+    whole = "must be whole, or a fraction below 1"
+    return [
+        *((getattr(c, name) % c.train_seq_len == 0, name,
+           f"not a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
+          for name in ("train_batch_tokens", "micro_batch_tokens")),
+        *((getattr(c, name) < 1 or getattr(c, name) % 1 == 0, name, whole)
+          for name in ("recur_start_step", "warmdown_iters")),
+        (len(taper) in (0, 2) and all(0 <= share <= 1 for share in taper), "muon_wd_taper",
+         "must be START,END, both in 0..1, such as 0.7,0.5; empty for none"),
+        (c.attention in ("auto", *attentions(c)), "attention", f"cannot do DOC_ATTENTION="
+         f"{c.doc_attention:d}; {show(tuple(attentions(c)))} can, and auto takes the fastest"),
+        (c.eval_stride <= window, "eval_stride", f"over EVAL_SEQ_LEN={window}: would skip tokens"),
         (c.val_tokens_limit != 1, "val_tokens_limit", "must be 0 (all) or at least 2"),
         (not set("/\\") & set(c.run_id), "run_id", "must be a file name"),
         (c.artifact_path, "artifact_path", "must name a file"),
@@ -358,13 +419,9 @@ def contradictions(c: Config) -> list[str]:
          f"name some of {show(EVAL_MODES)}, each once, with one besides slot that is enabled"),
         (c.ttt_chunk_tokens >= window, "ttt_chunk_tokens",
          f"smaller than a window, EVAL_SEQ_LEN={window}"),
-        (c.ttt_freeze_blocks < layers or not c.ttt_enabled, "ttt_freeze_blocks",
-         f"leaves none of {layers} layers to train; TTT_ENABLED=0 turns training off"),
-        (parse_class_bits(c.class_bits) is not None, "class_bits",
-         f"must be a list of CLASS=2..8 with CLASS of {show(STORED_AS_CODES)}"),
+        (c.ttt_freeze_blocks < c.num_layers or not c.ttt_enabled, "ttt_freeze_blocks",
+         f"leaves none of {c.num_layers} layers to train; TTT_ENABLED=0 turns training off"),
     ]
-    return [f"{name.upper()}={show(getattr(c, name))}: {reason}"
-            for holds, name, reason in rules if not holds]
 
 
 def parse_class_bits(text: str) -> dict[str, int] | None:
@@ -379,7 +436,7 @@ def show(value: Any) -> str:
     if value is None:
         return "auto"
     if isinstance(value, tuple):
-        return ",".join(map(str, value))
+        return ",".join(map(show, value))
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, float) and float(f"{value:g}") == value:
@@ -393,12 +450,13 @@ def settings_listing(c: Config) -> str:
 
 
 def settings_table() -> str:
-    """Every setting as a Markdown table: the README's table and the answer to --help."""
-    rows = ["| setting | record | demo | what it is |", "|--|--|--|--|"]
+    """Every setting as a Markdown table: the table of docs/settings.md and the answer to --help."""
+    rows = ["| setting | record | frontier | demo | what it is |", "|--|--|--|--|--|"]
     for f in fields(Config):
-        demo, text = show(PRESETS["demo"].get(f.name, "")), f.metadata["help"]
+        frontier, demo = (show(PRESETS[p].get(f.name, "")) for p in ("frontier", "demo"))
+        text = f.metadata["help"]
         text += " (" + ", ".join(f.metadata["choices"]) + ")" if f.metadata["choices"] else ""
-        rows.append(f"| {f.name.upper()} | {show(f.default)} | {demo} | {text} |")
+        rows.append(f"| {f.name.upper()} | {show(f.default)} | {frontier} | {demo} | {text} |")
     return "\n".join(rows)
 
 
@@ -486,9 +544,13 @@ class Runtime:
         rank_seqs = max(1, c.train_batch_tokens // c.train_seq_len // self.world)
         shape = self, c, micro_batch_seqs(rank_seqs, c, self)  # in which training runs
         backend, times = self.on_first_rank(lambda: select_attention(*shape))
-        self.attention, self.attention_name = use_attention(backend), f"{backend} ({times})"
-        self.fused_mlp, times = self.on_first_rank(lambda: select_mlp(*shape))
-        self.mlp_name = ("triton" if self.fused_mlp else "torch") + f" ({times})"
+        self.attention, self.document_mask = use_attention(backend)
+        if backend == "flex" and self.compiles:  # for GPTQ's hooks, which run the model eagerly
+            self.attention = torch.compile(flex, fullgraph=True, dynamic=False)
+        kind = f", {self.document_mask.__name__}" * c.doc_attention
+        self.attention_name = f"{backend}{kind} ({times})"
+        kernel, times = self.on_first_rank(lambda: select_mlp(*shape))
+        self.fused_mlp, self.mlp_name = kernel == "triton", f"{kernel} ({times})"
         self.log = RunLog(c.run_id)
         self.on_first_rank(lambda: self.log.open(c.resume))
 
@@ -497,7 +559,8 @@ class Runtime:
         if not self.cuda:
             return ["it runs on a CPU"]
         gpu = torch.cuda.get_device_name()
-        fast = self.attention_name.startswith(("flash_attention_3", "cudnn"))
+        fast = (self.attention_name.startswith(("flash_attention_3", "flex", "cudnn"))
+                and "dense_mask" not in self.attention_name)
         return [text for slow, text in (
             ("H100" not in gpu, f"it runs on {gpu}, not on an H100"),
             (not self.compiles, f"nothing is compiled ({self.compiler})"),
@@ -698,27 +761,88 @@ def select_compiler(device: torch.device, c: Config) -> tuple[bool, str]:
     return True, "inductor"
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal grouped-query attention; q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K)."""
+def attentions(c: Config) -> list[str]:
+    """Those of ATTENTIONS that can do what DOC_ATTENTION asks for: flex is for masks, flash not."""
+    return [name for name in ATTENTIONS if name != ("flash" if c.doc_attention else "flex")]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Causal grouped-query attention; q (B, T, H, K), k and v (B, T, G, K) -> (B, T, H, K).
+
+    `mask` is what `dense_mask` makes of the documents of these tokens; None: they are one.
+    """
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.size(1) != k.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-def flash_attention_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by FlashAttention-3; raises ImportError where it is not installed."""
-    from flash_attn_interface import flash_attn_func
-
-    out = flash_attn_func(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out
+def dense_mask(starts: Tensor) -> Tensor:
+    """Which tokens a token attends to, bool (B, 1, T, T); `starts` (B, T): it begins a document."""
+    document = starts.cumsum(1)
+    return (document[:, :, None] == document[:, None]).tril().unsqueeze(1)
 
 
-def use_attention(backend: str) -> Callable:
-    """The attention function of a backend, PyTorch's only one from now on; sdpa: any of them."""
-    for name in ATTENTIONS[1:]:
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """The same by FlexAttention, with what `block_mask` makes of the documents."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return flex_attention(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
+
+
+def block_mask(starts: Tensor) -> Any:
+    """`dense_mask` as FlexAttention wants it: it leaves out blocks without an entry."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    document, (B, T) = starts.cumsum(1), starts.shape
+
+    def attended(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[b, query] == document[b, key])
+
+    return create_block_mask(attended, B, None, T, T, device=starts.device)
+
+
+def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
+    """The same by FlashAttention-3, with `document_bounds`; ImportError where it is not installed.
+
+    Tokens beyond the last bound, which no document has, get NaN.
+    """
+    import flash_attn_interface as flash
+
+    if bounds is None:
+        out = flash.flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    out = flash.flash_attn_varlen_func(
+        *rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=q.size(1),
+        max_seqlen_k=q.size(1), causal=True)
+    out = out[0] if isinstance(out, tuple) else out
+    inside = torch.arange(len(out), device=q.device) < bounds[-1]
+    return out.where(inside[:, None, None], math.nan).view_as(q)
+
+
+def document_bounds(starts: Tensor) -> Tensor:
+    """Where the documents of a batch (B, T) begin as one row of tokens, then its length; int32.
+
+    A graph needs a fixed length: there is room for B documents, and one for every 128 tokens in
+    training (its kernels pay for room) and 16 in scoring (whose windows see the same ones).
+    """
+    room = len(starts) + starts.numel() // (128 if torch.is_grad_enabled() else 16)
+    places = torch.arange(starts.numel(), device=starts.device)
+    return places.where(starts.flatten(), starts.numel()).sort().values[: room + 1].int()
+
+
+SHORT_DOCUMENTS = ("; or, on flash_attention_3, the documents of a batch are too short for "
+                   "DOC_ATTENTION: set ATTENTION=flex")
+
+
+def use_attention(backend: str) -> tuple[Callable, Callable]:
+    """Attention and mask of a backend, PyTorch's only one from now on; sdpa: any of them."""
+    for name in SDPA_KERNELS:
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(backend in (name, "sdpa"))
-    return flash_attention_3 if backend == "flash_attention_3" else sdpa
+    special = dict(flash_attention_3=(flash_attention_3, document_bounds), flex=(flex, block_mask))
+    return special.get(backend, (sdpa, dense_mask))
 
 
 def device_ms(work: Callable[[], Any]) -> float:
@@ -736,13 +860,30 @@ def device_ms(work: Callable[[], Any]) -> float:
     return min(rounds[1:])
 
 
-def fastest(times: dict[Any, float]) -> Any:
-    """The first that took at most 5 % more than the least: noise shall not decide between two."""
-    return next(name for name, ms in times.items() if ms <= 1.05 * min(times.values()))
+def fastest(what: str, names: list[str], build: Callable[[str], Callable], inputs: tuple,
+            slow: tuple[str, ...] = ()) -> tuple[str, str]:
+    """The fastest of `names`, forward and backward; all times and failures. `slow` ones come last.
+
+    `build` gives the forward pass of one. Of two within 5 % it is the first: noise may not decide.
+    """
+    notes, times = [], dict[str, float]()
+    for name in names:
+        if times and name in slow:
+            break
+        try:
+            forward = build(name)
+            times[name] = device_ms(lambda forward=forward: torch.autograd.grad(
+                forward(), inputs, inputs[0].detach()))
+            notes.append(f"{name} {times[name]:.2f} ms")
+        except Exception as error:  # of any kind: the others are tried, and the log says why
+            notes.append(f"{name}: {first_line(error)}")
+    told = "; ".join(notes)
+    require(times, f"no {what} works on this GPU: {told}")
+    return next(name for name, ms in times.items() if ms <= 1.05 * min(times.values())), told
 
 
 def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
-    """The fastest attention, forward and backward, for `seqs` sequences; all times and failures."""
+    """The attention for `seqs` sequences: its name, and why it."""
     if not runtime.cuda:
         return "sdpa", "no CUDA"
     if c.attention != "auto":
@@ -750,43 +891,34 @@ def select_attention(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
     q, k, v = (torch.ones(seqs, c.train_seq_len, heads, c.head_dim, device=runtime.device,
                           dtype=runtime.dtype, requires_grad=True)
                for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
-    notes, times = [], dict[str, float]()
-    for name in ATTENTIONS:
-        if times and name not in ATTENTIONS[:3]:
-            break  # the last two are many times slower, and large
-        attend = use_attention(name)
-        if attend is flash_attention_3 and runtime.compiles:
+    starts = torch.arange(c.train_seq_len, device=q.device).expand(seqs, -1) % 1000 == 0
+
+    def build(name: str) -> Callable:
+        attend, mask = use_attention(name)
+        require(name != "flex" or runtime.compiles, "nothing is compiled")
+        if attend is not sdpa and runtime.compiles:
             attend = torch.compile(attend, fullgraph=True)  # some builds cannot be traced
-        try:
-            times[name] = device_ms(lambda attend=attend: torch.autograd.grad(
-                attend(q, k, v), (q, k, v), q.detach()))
-            notes.append(f"{name} {times[name]:.2f} ms")
-        except Exception as error:  # of any kind: the others are tried, and the log says why
-            notes.append(f"{name}: {first_line(error)}")
-    require(times, "no attention works on this GPU: " + "; ".join(notes))
-    return fastest(times), "; ".join(notes)
+        return functools.partial(attend, q, k, v, *[mask(starts)] * c.doc_attention)
+
+    return fastest("attention", attentions(c), build, (q, k, v),
+                   SDPA_KERNELS[0 if c.doc_attention else 2 :])  # many times slower, and large
 
 
-def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[bool, str]:
-    """Whether Triton's MLP is the faster, forward and backward, for `seqs` sequences; times."""
+def select_mlp(runtime: Runtime, c: Config, seqs: int) -> tuple[str, str]:
+    """The training MLP for `seqs` sequences, torch or triton, and why it."""
     if not runtime.cuda:
-        return False, "no CUDA"
+        return "torch", "no CUDA"
     if c.mlp_kernel != "auto":
-        return c.mlp_kernel == "triton", "as MLP_KERNEL says"
+        return c.mlp_kernel, "as MLP_KERNEL says"
     x = torch.randn(seqs, c.train_seq_len, c.model_dim, device=runtime.device,
                     dtype=runtime.dtype, requires_grad=True)
     scale, mlp = vector(1).to(runtime.device), MLP(c).to(runtime.device)
-    notes, times = [], dict[bool, float]()
-    for mlp.fused in (False, True):
-        step, name = runtime.compile(mlp), "triton" if mlp.fused else "torch"
-        try:
-            times[mlp.fused] = device_ms(lambda step=step: torch.autograd.grad(
-                step(x, scale), (x, *mlp.parameters()), x.detach()))
-            notes.append(f"{name} {times[mlp.fused]:.2f} ms")
-        except Exception as error:  # of any kind: no Triton, another GPU, a width it cannot do
-            notes.append(f"{name}: {first_line(error)}")
-    require(times, "the MLP fails on this GPU: " + "; ".join(notes))
-    return fastest(times), "; ".join(notes)
+
+    def build(name: str) -> Callable:
+        mlp.fused = name == "triton"
+        return functools.partial(runtime.compile(mlp), x, scale)
+
+    return fastest("MLP", ["torch", "triton"], build, (x, *mlp.parameters()))
 
 
 # --- 3 data -----------------------------------------------------------
@@ -929,9 +1061,12 @@ def table_from_sentencepiece(path: Path) -> ByteTable:
 
 
 def load_byte_table(c: Config) -> ByteTable:
-    """The run's byte table: of the tokenizer named by the settings, or the one in DATA_PATH."""
+    """The byte table of the tokenizer that the settings name, else the manifest, else DATA_PATH."""
     named, folder = [Path(p) for p in (c.tokenizer_path, c.tokenizer_meta_path) if p], c.data_path
-    found = [*Path(folder).glob("*.meta.npz"), *Path(folder).glob("*.model")]
+    with manifest_of(c) as manifest:
+        kind = manifest.get("tokenizer", {}).get("kind")
+    found = [path for pattern in ("*.meta.npz", "*.model") for path in Path(folder).glob(pattern)
+             if kind is None or (path.suffix == ".model") == (kind == "sentencepiece")]
     if named:  # a vocabulary's table stands beside it
         found = [named[-1] if named[-1].suffix in (".model", ".npz") else
                  named[-1].with_suffix(".meta.npz")]
@@ -959,6 +1094,9 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     ids = np.concatenate([check_ids(np.asarray(open_shard(path)), len(table.base_bytes), path)
                           for path in paths])
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
+    require(not c.doc_attention or table.is_boundary[ids].any(), "DOC_ATTENTION=1, but by "
+            f"{table.path} no validation token begins a document; set DOC_ATTENTION=0, or "
+            "re-tokenize the data with a vocabulary that has such an id")
     cuts = range(1 << 22, len(ids) - 1, 1 << 22)  # bounds memory
     pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
     scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
@@ -975,15 +1113,21 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
 
 def read_ledger(c: Config, paths: list[Path]) -> tuple[int | None, int, str | None]:
     """Source bytes (None: not proven) and bad documents of shards, and the vocabulary's SHA-256."""
-    path = Path(c.data_path) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes()) if path.exists() else {}
+    with manifest_of(c) as manifest:
         tokenizer = manifest.get("tokenizer", {})
         if not tokenizer.get("byte_exact"):
             return None, 0, tokenizer.get("sha256")
         shards = [manifest["shards"][shard.name] for shard in paths]
         bad = sum(shard.get("bad_documents", 0) for shard in shards)
         return sum(shard["source_bytes"] for shard in shards), bad, tokenizer.get("sha256")
+
+
+@contextlib.contextmanager
+def manifest_of(c: Config) -> Iterator[dict[str, Any]]:
+    """DATA_PATH's manifest.json, empty if there is none; RunError if the block cannot read it."""
+    path = Path(c.data_path) / "manifest.json"
+    try:
+        yield json.loads(path.read_bytes()) if path.exists() else {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: no manifest of retokenize_scylla.py ({error!r}); re-tokenize the "
                        "data, or remove it and go without a byte audit") from error
@@ -1106,7 +1250,7 @@ class ValueEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal GQA: RMS-normalised q and k, partial RoPE, query gain, optional XSA."""
+    """Causal GQA: RMS-normalised q and k, partial RoPE, query gain; optional XSA and head gates."""
 
     def __init__(self, c: Config, layer: int, attend: Callable) -> None:
         super().__init__()
@@ -1115,9 +1259,10 @@ class Attention(nn.Module):
         D, kv = c.model_dim, c.kv_dim
         self.q, self.k, self.v, self.out = Linear(D, D), Linear(D, kv), Linear(D, kv), Linear(D, D)
         self.q_gain = vector(c.num_heads, value=c.qk_gain_init)
+        self.gate = vector(c.num_heads, c.attn_gate_dims, value=0.0) if c.attn_gate_dims else None
 
     def forward(self, x: Tensor, scale: Tensor, rope: tuple[Tensor, ...],
-                value: Tensor | None) -> Tensor:
+                value: Tensor | None, masks: tuple[Any, ...]) -> Tensor:
         B, T, _ = x.shape
         parts = [part.values() for part in (self.q, self.k, self.v)]  # one matmul reads x once
         y = F.linear(x, torch.cat(parts).to(x.dtype)).view(B, T, -1, self.head_dim)
@@ -1125,8 +1270,11 @@ class Attention(nn.Module):
         v = v if value is None else v + value.view_as(v)
         q = rotate(norm(q) * per_token(self.q_gain, q), rope, self.rope_dims // 2)
         k = rotate(norm(k), rope, self.rope_dims // 2)
-        y = self.attend(q, k, v)
+        y = self.attend(q, k, v, *masks)
         y = exclude_own_value(y, v) if self.exclusive else y
+        if self.gate is not None:
+            gate = F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))
+            y = y * torch.sigmoid(0.5 * gate).unsqueeze(-1)
         return self.out(y.reshape(B, T, -1), scale)
 
 
@@ -1286,7 +1434,7 @@ class Block(nn.Module):
         return norm(x) * self.norm_scale
 
     def forward(self, lanes: tuple[Tensor, ...], x0: Tensor, mlp: MLP, *context: Any) -> tuple:
-        """One or two lanes (B, T, D) -> as many; `context` is attention's rope and value."""
+        """One or two lanes (B, T, D) -> as many; `context` is attention's rope, value and masks."""
         if len(lanes) == 1:
             x = mix(lanes[0], x0, self.resid_mix)
             x = x + self.attn(self.norm(x), self.attn_scale, *context)
@@ -1315,21 +1463,21 @@ class LayerPass(NamedTuple):
     """One run of a layer: which one, with whose MLP, and what happens to lanes and skips."""
 
     layer: int
-    repeat: int | None  # on an untied second pass, whose MLP it has; None: the layer's own
+    repeat: int | None  # on an untied further pass, whose MLP it has; None: the layer's own
     lanes: bool
     store: bool  # keep the output for a skip
     skip: int | None  # index of the skip weight that adds the last stored output
 
 
 def layer_plan(c: Config, recur: bool) -> list[LayerPass]:
-    """The layers in the order in which they run; second passes neither store nor add skips."""
+    """The layers in the order in which they run; further passes neither store nor add skips."""
     half, plan = c.num_layers // 2, []
     for i in range(c.num_layers):
         lanes = i >= c.parallel_start_layer
         plan.append(LayerPass(i, None, lanes, i < half, i - half if half <= i < 2 * half else None))
         if recur and i == max(c.recur_layers, default=None):
             plan += [LayerPass(j, n if c.recur_untie_mlp else None, lanes, False, None)
-                     for n, j in enumerate(c.recur_layers)]
+                     for n, j in enumerate(c.recur_layers * (c.recur_passes - 1))]
     return plan
 
 
@@ -1339,9 +1487,10 @@ class GPT(nn.Module):
     Initialisation:
         embed N(0, TIED_EMBED_INIT_STD)    value.table N(0, 0.01)    q, k, v, up orthogonal
         bigram.proj orthogonal (zero, like its table, it would never get a gradient)
-        head, bigram.table, value.proj, out, down, smear.gate 0    lane_merge 0.5
+        head, bigram.table, value.proj, out, down, all gates 0    lane_merge 0.5
         attn_scale, mlp_scale, route, skip_weights, value.layer_scale 1    q_gain QK_GAIN_INIT
         resid_mix, resid_mix_mlp (1, 0)    bigram.scale 0.05    value.scale 0.1
+        softcap LOGIT_SOFTCAP, for positive and for negative logits
     """
 
     def __init__(self, c: Config, is_boundary: np.ndarray, runtime: Runtime,
@@ -1354,10 +1503,14 @@ class GPT(nn.Module):
         self.smear = SmearGate(c) if c.smear_enabled else None
         self.value = ValueEmbedding(c, self.vocab_size) if c.ve_enabled else None
         self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
-        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in c.recur_layers if c.recur_untie_mlp)
+        repeats = c.recur_layers * (c.recur_passes - 1) if c.recur_untie_mlp else ()
+        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in repeats)
         self.skip_weights = vector(c.num_layers // 2, c.model_dim)
+        self.skip_gates = vector(*self.skip_weights.shape, value=0.0) if c.skip_gate else None
+        self.softcap = vector(2, value=c.logit_softcap) if c.asym_softcap else None
         if c.parallel_start_layer < c.num_layers:
             self.lane_merge = vector(1, value=0.5)
+        self.document_mask = runtime.document_mask if c.doc_attention else None
         self.plans = {recur: layer_plan(c, recur) for recur in (False, True)}
         self.recur, self.coarseness = False, 0.0  # of the grid that late QAT trains on
         rope = rope_table(max(c.train_seq_len, c.eval_seq_len), c).to(runtime.dtype)
@@ -1370,6 +1523,7 @@ class GPT(nn.Module):
                 module.dtype = runtime.dtype
             elif isinstance(module, MLP):
                 module.fused = runtime.fused_mlp and runtime.dtype == torch.bfloat16
+        self.train_only(self.is_trained)
         if initialize:
             self.init_weights()
             self.to(runtime.device)
@@ -1388,6 +1542,16 @@ class GPT(nn.Module):
         if self.value is not None:
             nn.init.normal_(self.value.table.weight, std=0.01)
 
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter is trained before TTT."""
+        return param_spec(name, self.config).optimizer != "ttt"
+
+    def train_only(self, chosen: Callable[[str], bool]) -> list[nn.Parameter]:
+        """Have gradients for the parameters whose names are `chosen` only; returns these."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(chosen(name))
+        return [p for p in self.parameters() if p.requires_grad]
+
     def set_phase(self, phase: Phase) -> None:
         """Switch recurrence and fake quantization for the following calls."""
         self.recur = phase.recur
@@ -1398,13 +1562,17 @@ class GPT(nn.Module):
 
     def repeats(self) -> list[tuple[Tensor, Tensor]]:
         """(base weight, repeat's weight) for each weight of the repeats' MLPs."""
-        mlps = zip(self.config.recur_layers, self.repeat_mlps, strict=False)
+        layers = self.config.recur_layers * (self.config.recur_passes - 1)
+        mlps = zip(layers, self.repeat_mlps, strict=False)
         return [pair for layer, repeat in mlps for pair in zip(
             self.blocks[layer].mlp.parameters(), repeat.parameters(), strict=True)]
 
-    def embed_tokens(self, ids: Tensor) -> Tensor:
+    def starts(self, ids: Tensor) -> Tensor:
+        """Where a document begins, as far as `ids` (B, T) tell; bool, the same shape."""
+        return self.is_boundary[ids].index_fill(1, ids.new_zeros(1), True)
+
+    def embed_tokens(self, ids: Tensor, starts: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): embedding and bigram, normalised, smeared within documents."""
-        starts = self.is_boundary[ids].index_fill(1, ids.new_zeros(1), True)
         x = self.embed(ids)
         x = norm(x if self.bigram is None else x + self.bigram(ids, starts))
         return x if self.smear is None else self.smear(x, starts)
@@ -1412,18 +1580,23 @@ class GPT(nn.Module):
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D): the normalised state that the head reads."""
         rope, layers = self.rope[:, : ids.size(1)].unbind(), self.config.ve_layers
-        x0 = self.embed_tokens(ids)
+        starts = self.starts(ids)
+        x0 = self.embed_tokens(ids, starts)
+        masks = (self.document_mask(starts),) if self.document_mask else ()
         values = {} if self.value is None else dict(zip(layers, self.value(ids), strict=True))
         lanes, stored = (x0,), []
         for run in self.plans[self.recur]:
             block = self.blocks[run.layer]
             if run.skip is not None:
-                skip = self.skip_weights[run.skip].to(x0.dtype) * stored.pop()
+                weight = self.skip_weights[run.skip]
+                if self.skip_gates is not None:
+                    weight = weight * torch.sigmoid(self.skip_gates[run.skip])
+                skip = weight.to(x0.dtype) * stored.pop()
                 lanes = tuple(lane + skip for lane in lanes)
             if run.lanes and len(lanes) == 1:
                 lanes = lanes * 2
             mlp = block.mlp if run.repeat is None else self.repeat_mlps[run.repeat]
-            lanes = block(lanes, x0, mlp, rope, values.get(run.layer))
+            lanes = block(lanes, x0, mlp, rope, values.get(run.layer), masks)
             if run.store:
                 stored.append(lanes[0])
         if len(lanes) == 2:
@@ -1434,8 +1607,10 @@ class GPT(nn.Module):
         """Logits with columns of -inf up to a multiple of 8: GEMMs need rows of whole 16 bytes."""
         h = self.hidden(ids) if h is None else h
         weight = F.pad((self.head or self.embed).values(), (0, 0, 0, -self.vocab_size % 8))
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(F.linear(h, weight.to(h.dtype)).float() / cap) + self.padding
+        z, cap = F.linear(h, weight.to(h.dtype)).float(), self.config.logit_softcap
+        if self.softcap is not None:
+            cap = torch.where(z > 0, *self.softcap)
+        return cap * torch.tanh(z / cap) + self.padding
 
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, V), fp32, softcapped."""
@@ -1447,6 +1622,7 @@ class GPT(nn.Module):
         `h` (B, T, D): the hidden state, if it is known.
         """
         logits, cap = self.padded_logits(ids, h).flatten(0, 1), self.config.logit_softcap
+        cap = cap if self.softcap is None else self.softcap[0].detach()  # of the largest logits
         total = (logits - cap).exp().sum(-1).log() + cap  # softcapped, they need no maximum
         return (total + F.nll_loss(logits, targets.flatten(), reduction="none")).view_as(targets)
 
@@ -1473,7 +1649,8 @@ PARAM_TABLE = (
     (r"blocks\.(?P<layer>\d+)\.mlp\.up\.weight", "mlp", "muon", True, 5, 0.65),
     (r"blocks\.(?P<layer>\d+)\.mlp\.down\.weight", "mlp", "muon", True, 5, 1.0),
     (r"(bigram|value)\.proj\.weight", "projection", "scalar", True, 16),
-    (r".*(scale|mix|mix_mlp|gain|gate|route|merge|skip_weights)", "vector", "scalar", False, 32),
+    (r".*(scale|mix|mix_mlp|gain|gates?|route|merge|skip_weights)", "vector", "scalar", False, 32),
+    (r"softcap", "vector", "ttt", False, 32),  # training leaves it alone
 )
 
 
@@ -1508,19 +1685,34 @@ CLOCK_RESERVE_MS = 250.0  # of MAX_WALLCLOCK_SECONDS, kept free for timing noise
 
 def usable_ms(c: Config) -> float:
     """Milliseconds that training steps may take: the cap less the reserve, or without end."""
-    return 1e3 * c.max_wallclock_seconds - CLOCK_RESERVE_MS if c.max_wallclock_seconds else math.inf
+    cap_ms = 1e3 * c.max_wallclock_seconds or math.inf
+    return max(1.0, cap_ms - CLOCK_RESERVE_MS)
+
+
+def share_of_run(step: float, elapsed_ms: float, c: Config) -> float:
+    """How much of the run is over, of its steps or of the time that it may take."""
+    return max(step / c.iterations, elapsed_ms / usable_ms(c))
 
 
 def lr_scale(step: float, elapsed_ms: float, step_ms: float, c: Config) -> float:
-    """Learning rate over its peak: 1, then linear to MIN_LR over WARMDOWN_ITERS steps.
+    """Learning rate over its peak: 1, then linear to MIN_LR over WARMDOWN_ITERS.
 
-    Steps are left by ITERATIONS, and by the clock at `step_ms` a step.
+    Steps are left by ITERATIONS, and by the clock at `step_ms` a step; below 1 it is a share.
     """
     left = c.iterations - step
-    if step_ms > 0:
+    if c.warmdown_iters < 1:
+        left = 1 - share_of_run(step, elapsed_ms, c)
+    elif step_ms > 0:
         left = min(left, (usable_ms(c) - elapsed_ms) / step_ms)
     share = min(1.0, max(0.0, left / c.warmdown_iters)) if c.warmdown_iters else 1.0
     return c.min_lr + (1 - c.min_lr) * share
+
+
+def muon_taper(step: float, elapsed_ms: float, c: Config) -> float:
+    """Muon's weight decay over MUON_WD: 1, and from MUON_WD_TAPER's START linearly to its END."""
+    start, end = c.muon_wd_taper or (1.0, 1.0)
+    late = max(0.0, share_of_run(step, elapsed_ms, c) - start) / max(1 - start, 1e-9)
+    return 1 + (end - 1) * min(1.0, late)
 
 
 def muon_momentum(step: int, c: Config) -> float:
@@ -1530,21 +1722,31 @@ def muon_momentum(step: int, c: Config) -> float:
 
 
 def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
-    """Whether recurrence runs at a step; RECUR_START_STEP < 1 is a share of steps or time."""
-    cap_ms = 1e3 * c.max_wallclock_seconds or math.inf
-    share = max(step / c.iterations, elapsed_ms / cap_ms)
-    reached = step if c.recur_start_step >= 1 else share
-    return bool(c.recur_layers) and reached >= c.recur_start_step
+    """Whether recurrence runs at a step; RECUR_START_STEP < 1 is a share of the run."""
+    reached = step if c.recur_start_step >= 1 else share_of_run(step, elapsed_ms, c)
+    return c.recurs and reached >= c.recur_start_step
 
 
-def newton_schulz(g: Tensor, steps: int) -> Tensor:
+# (a, b, c) of x <- a x + b x^3 + c x^5 on singular values; the last serves all further steps.
+# Polar Express (Amsel et al. 2025): of all such steps these leave the largest distance from 1
+# smallest, if at first all values are in 0.001..1 (computed by Remez' algorithm; a test checks it).
+# Divided by powers of 1.01, so that rounding does not carry a value beyond what they are made for.
+COEFFICIENTS = dict(
+    quintic=((3.4445, -4.7750, 2.0315),),
+    polar=((8.386464, -24.369650, 17.725117), (4.141420, -3.017275, 0.552427),
+           (3.922631, -2.867185, 0.535652), (3.254046, -2.392233, 0.482733),
+           (2.251238, -1.596291, 0.395991)))
+
+
+def newton_schulz(g: Tensor, steps: int, coefficients: str = "quintic") -> Tensor:
     """Nearly orthogonal matrices with the singular vectors of g (n, rows, cols); Muon."""
-    x = g.mT if g.size(-2) > g.size(-1) else g
+    x, triples = g.mT if g.size(-2) > g.size(-1) else g, COEFFICIENTS[coefficients]
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = triples[min(step, len(triples) - 1)]
         gram = x @ x.mT
-        gram = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = torch.baddbmm(x, gram, x, beta=3.4445)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, gram, x, beta=a)
     return x.mT if g.size(-2) > g.size(-1) else x
 
 
@@ -1621,17 +1823,18 @@ class Muon:
             update = grads.add_(buffer, alpha=momentum).to(self.runtime.dtype)
             if self.config.muon_row_norm:
                 update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            update = newton_schulz(update, self.config.muon_backend_steps)
+            update = newton_schulz(update, self.config.muon_backend_steps,
+                                   self.config.muon_coefficients)
             stack.view(self.updates[stack.owner]).copy_(update)
         self.arrived = self.runtime.all_gather(self.updates)
 
     @torch.no_grad()
-    def finish(self, lr: float) -> None:
-        """Decay and update every weight at `lr`."""
+    def finish(self, lr: float, taper: float = 1.0) -> None:
+        """Decay, by `taper` times MUON_WD, and update every weight at `lr`."""
         self.arrived()
         updates = self.matrices(self.updates.float(), self.moving)
         rates = [-lr * math.sqrt(max(1.0, p.size(0) / p.size(1))) for p in self.moved]
-        torch._foreach_mul_(self.moved, 1 - lr * self.config.muon_wd)
+        torch._foreach_mul_(self.moved, 1 - lr * self.config.muon_wd * taper)
         torch._foreach_add_(self.moved, torch._foreach_mul(updates, rates))
 
     def copy_momentum(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
@@ -1667,10 +1870,11 @@ class Optimizer:
                                       exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
     @torch.no_grad()
-    def step(self, facts: Tensor, scale: float, momentum: float) -> Tensor:
+    def step(self, facts: Tensor, scale: float, momentum: float, taper: float = 1.0) -> Tensor:
         """One update of all parameters with gradients, at `scale` times the peak rates.
 
         Clips the mean gradient of all ranks; returns the sums of their `facts`, and its norm.
+        Muon has its `momentum`, and `taper` times its weight decay.
         """
         squares, world = self.muon.reduce(), self.runtime.world
         grads = [p.grad for p in self.small if p.grad is not None]
@@ -1685,7 +1889,7 @@ class Optimizer:
         for group in self.adam.param_groups:
             group["lr"] = scale * group["peak"]
         self.adam.step()
-        self.muon.finish(scale * self.config.matrix_lr)
+        self.muon.finish(scale * self.config.matrix_lr, taper)
         return torch.cat((facts, norm))
 
 
@@ -1920,11 +2124,12 @@ def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
 
 # --- 8 artifact -------------------------------------------------------
 
-ARTIFACT_MAGIC = b"PROTEUS 3\n"  # the number is that of the format
+ARTIFACT_MAGIC = b"PROTEUS 4\n"  # the number is that of the format
 MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
     "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
-    "logit_softcap ln_scale xsa_last_n smear_enabled bigram_vocab_size bigram_dim ve_enabled "
-    "ve_dim ve_layers activation_neg_slope parallel_start_layer recur_layers recur_untie_mlp"
+    "logit_softcap asym_softcap ln_scale xsa_last_n attn_gate_dims doc_attention smear_enabled "
+    "bigram_vocab_size bigram_dim ve_enabled ve_dim ve_layers activation_neg_slope "
+    "parallel_start_layer skip_gate recur_layers recur_passes recur_untie_mlp"
 ).split()
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
 RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
@@ -2180,7 +2385,7 @@ def export_model(model: GPT, hessians: Mapping[str, Tensor], val: Validation, ru
     shape = {name.upper(): show(getattr(c, name)) for name in MODEL_FIELDS}
     state = {name: p.detach().float() for name, p in model.named_parameters()}
     if not model.recur:  # a run that ended before recurrence started is a model without it
-        shape["RECUR_LAYERS"] = ""
+        shape |= dict(RECUR_LAYERS="", RECUR_PASSES="1")
         state = {name: p for name, p in state.items() if not name.startswith("repeat_mlps")}
     header = dict(model=shape, vocab_size=model.vocab_size, vocab_sha256=val.vocab_sha256)
     margin = unforeseen = FIT_MARGIN * (c.size_limit - CODE_BYTES)
@@ -2248,6 +2453,9 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
     complete = (isinstance(texts, dict) and set(texts) == {name.upper() for name in MODEL_FIELDS}
                 and all(isinstance(text, str) for text in texts.values()))
     config = replace(c, n_int6_layers=None, **parse_settings(texts if complete else {}, problems))
+    require(not complete or config.doc_attention == c.doc_attention, f"{path}: its model has "
+            f"DOC_ATTENTION={config.doc_attention:d}; set that, as attention was chosen for "
+            f"DOC_ATTENTION={c.doc_attention:d}", ArtifactError)
     problems += contradictions(config)
     require(complete and not problems,
             f"{path}: impossible model configuration: {problems or texts}", ArtifactError)
@@ -2264,7 +2472,7 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
             f"{path}: its tensors are not those of its model configuration", ArtifactError)
     model = GPT(config, table.is_boundary, runtime, initialize=False)
     model.load_state_dict({name: t.restore() for name, t in stored.items()})
-    model.set_phase(Phase(recur=bool(config.recur_layers)))
+    model.set_phase(Phase(recur=config.recurs))
     return model.to(runtime.device)
 
 
@@ -2467,7 +2675,8 @@ def slot_forward(model: GPT, runtime: Runtime, c: Config) -> Callable:
 def first_layer(name: str, c: Config) -> int:
     """The first layer that a parameter acts in; repeats, merge and head come after all layers."""
     root, layer = re.match(r"(\w+)\.?(\d*)", name).groups()
-    starts = dict(embed=0, bigram=0, smear=0, skip_weights=c.num_layers // 2,
+    skips = c.num_layers // 2
+    starts = dict(embed=0, bigram=0, smear=0, skip_weights=skips, skip_gates=skips,
                   value=min(c.ve_layers, default=0), blocks=int(layer or 0))
     return starts.get(root, c.num_layers)
 
@@ -2481,9 +2690,8 @@ class TTT:
     def __init__(self, model: GPT, evaluator: Evaluator) -> None:
         self.model, self.evaluator, self.config = model, evaluator, evaluator.config
         self.runtime, self.forward = evaluator.runtime, evaluator.runtime.compile(model)
-        for name, p in model.named_parameters():
-            p.requires_grad_(first_layer(name, model.config) >= self.config.ttt_freeze_blocks)
-        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.params = model.train_only(
+            lambda name: first_layer(name, model.config) >= self.config.ttt_freeze_blocks)
         chunk = min(self.config.ttt_chunk_tokens, evaluator.targets)
         seqs = min(self.config.ttt_batch_seqs, math.ceil(chunk / evaluator.length))
         self.rank_seqs = math.ceil(seqs / self.runtime.world)
@@ -2564,7 +2772,8 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
         label = name if mode == "slot" else mode
         del evaluator.to_come[mode]
         score, nats = scored(mode)
-        require(math.isfinite(score.nats), f"{name}: scores are not finite; lower TTT_LR")
+        require(math.isfinite(score.nats),
+                f"{name}: scores are not finite; lower TTT_LR{SHORT_DOCUMENTS * c.doc_attention}")
         scores[label] = score = score._replace(seconds=time.perf_counter() - start)
         if c.scores_path:
             runtime.on_first_rank(functools.partial(evaluator.save_scores, label, nats))
@@ -2797,8 +3006,8 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """One optimizer step, launched without waiting for the device."""
         c, clock, runtime, rank_0 = self.config, self.clock, self.runtime, self.runtime.rank == 0
-        now = self.facts.elapsed_ms + self.lag * self.facts.step_ms
-        scale = lr_scale(step, now + self.reserve_ms, self.facts.step_ms, c)
+        now = self.facts.elapsed_ms + self.lag * self.facts.step_ms + self.reserve_ms
+        scale = lr_scale(step, now, self.facts.step_ms, c)
         phase = Phase(self.phase.recur or recurrence_due(step, now, c),
                       self.phase.qat or scale < c.late_qat_threshold)
         if phase != self.phase:
@@ -2810,7 +3019,7 @@ class Trainer:
         facts = torch.tensor([late, bool(runtime.signal), due, clock.elapsed_ms * rank_0,
                               clock.step_ms * rank_0], pin_memory=runtime.cuda)
         facts = torch.cat((loss.view(1), facts.to(runtime.device, non_blocking=True)))
-        facts = self.optimizer.step(facts, scale, muon_momentum(step, c))
+        facts = self.optimizer.step(facts, scale, muon_momentum(step, c), muon_taper(step, now, c))
         self.average.update(step, scale)
         host = torch.empty(facts.shape, pin_memory=runtime.cuda)
         host.copy_(facts, non_blocking=True)
@@ -2835,8 +3044,9 @@ class Trainer:
             self.facts = facts._replace(late=self.facts.late + facts.late)  # once late, always
             known = dict(step=step + 1, loss=facts.loss, grad_norm=facts.grad_norm)
             require(math.isfinite(facts.loss + facts.grad_norm), "loss {loss}, gradient norm "
-                    "{grad_norm} at step {step}: the run diverged; lower the learning rates (the "
-                    "last checkpoint is of step {saved})".format(**known, saved=self.saved))
+                    "{grad_norm} at step {step}: the run diverged; lower the learning rates{also} "
+                    "(the last checkpoint is of step {saved})".format(**known, saved=self.saved,
+                    also=SHORT_DOCUMENTS * self.config.doc_attention))
             usual = statistics.median(self.losses) if len(self.losses) > 9 else math.inf
             if facts.loss > SPIKE * usual:
                 self.log.event("spike", "loss_spike step:{step} train_loss:{loss:.4f} "
@@ -2967,7 +3177,7 @@ class Trainer:
                                             lr_scale(step, 0.0, 0.0, c) < qat) for step in steps))
         first = recurrence_due(0, 0.0, c)  # then no step is without it
         return [Phase(recur, late) for late in (False, True)[: 1 + bool(qat)]
-                for recur in (False, True)[first : 1 + bool(c.recur_layers)]]
+                for recur in (False, True)[first : 1 + c.recurs]]
 
     def random_tokens(self, micro_batches: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and targets for `backward`, of random ids."""
@@ -2983,9 +3193,9 @@ class Trainer:
 
     def compile_ttt(self) -> None:
         """Compile what the reloaded artifact will do, with this model in its place."""
-        self.model.set_phase(Phase(recur=bool(self.config.recur_layers)))
+        self.model.set_phase(Phase(recur=self.config.recurs))
         TTT(self.model, self.evaluator).prime()
-        self.model.requires_grad_(True)
+        self.model.train_only(self.model.is_trained)
 
     def hessians(self) -> tuple[dict[str, Tensor], float]:
         """Hessians on the training data after the last step so far, and the milliseconds taken."""
@@ -3069,10 +3279,10 @@ def log_start(runtime: Runtime, c: Config, val: Validation, table: ByteTable) ->
     handicaps = runtime.handicaps()
     log.event("machine", "run_id:{run_id} preset:{preset} device:{device} dtype:{dtype}\n"
               "attention:{attention} mlp:{mlp}\ncompile:{compiles:d} ({compiler})\nseed:{seed}",
-              run_id=log.run_id, preset=c.preset, device=device, dtype=str(runtime.dtype),
+              run_id=log.run_id, preset=show(c.preset), device=device, dtype=str(runtime.dtype),
               attention=runtime.attention_name, mlp=runtime.mlp_name, compiles=runtime.compiles,
               compiler=runtime.compiler, seed=c.seed, world_size=runtime.world, handicaps=handicaps)
-    if handicaps and c.preset != "demo":
+    if handicaps and "demo" not in c.preset:
         log.line("warning: slower than a record run: " + "; ".join(handicaps))
     inside = not table.is_boundary[val.ids[0]]
     note = " (the first id is context only: its bytes are not counted)" if inside else ""
@@ -3123,15 +3333,15 @@ def summarize(runtime: Runtime, summary: dict[str, Any], scores: dict[str, Score
                      f"val_bpb:{scores[headline].bpb:.8f}")
 
 
-def demo_data(c: Config, runtime: Runtime) -> dict[str, Any]:
+def build_demo(c: Config, runtime: Runtime) -> dict[str, Any]:
     """Build the demo's shards unless they are there; returns its yardstick."""
-    import retokenize_scylla  # the one import from this repository, in the demo only
-
     try:
-        built = retokenize_scylla.build_demo(Path(c.data_path).parent, runtime.log.line)
+        from records import demo_data  # the one import from this repository, in the demo only
+
+        built = demo_data.build_demo(Path(c.data_path).parent, runtime.log.line)
     except (ImportError, OSError, ValueError) as error:
         raise RunError(f"cannot build the demo's data: {error}") from error
-    bpb = retokenize_scylla.byte_model_bpb(built["train_text"], built["val_text"])
+    bpb = demo_data.byte_model_bpb(built["train_text"], built["val_text"])
     return {"order2_byte_model_bpb": round(bpb, 4)}
 
 
@@ -3140,9 +3350,9 @@ def run(c: Config) -> None:
     with contextlib.closing(Runtime(c)) as runtime, runtime.guarded():
         torch.manual_seed(c.seed)
         summary: dict[str, Any] = {}
-        if c.preset == "demo" and c.data_path == PRESETS["demo"]["data_path"]:
+        if "demo" in c.preset and c.data_path == PRESETS["demo"]["data_path"]:
             with stage("data", summary):
-                summary |= runtime.on_first_rank(lambda: demo_data(c, runtime))
+                summary |= runtime.on_first_rank(lambda: build_demo(c, runtime))
         if c.dry_run:
             vocab_size = c.vocab_size or len(load_byte_table(c).base_bytes)
             return dry_run(GPT(c, np.zeros(vocab_size, bool), runtime), runtime, c)
