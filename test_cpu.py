@@ -1,6 +1,6 @@
 """The pre-flight: what a record run depends on, each guarantee by its sharpest test.
 
-    python -m pytest test_cpu.py      a minute and a half on two idle cores, no GPU needed
+    python -m pytest test_cpu.py      under two minutes on two idle cores, no GPU needed
 
 Everything else is tested in tests/ and records/tests/; what all share is in tests/harness.py.
 
