@@ -239,9 +239,9 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     @property
-    def recurs(self) -> bool:
-        """Whether some layers run more than once."""
-        return bool(self.recur_layers) and self.recur_passes > 1
+    def repeated(self) -> tuple[int, ...]:
+        """The layers of all further passes, in their order; empty without recurrence."""
+        return self.recur_layers * (self.recur_passes - 1)
 
     @property
     def modes(self) -> list[str]:
@@ -812,12 +812,13 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = N
 
     if bounds is None:
         out = flash.flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    rows = [x.flatten(0, 1) for x in (q, k, v)]
-    out = flash.flash_attn_varlen_func(
-        *rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=q.size(1),
-        max_seqlen_k=q.size(1), causal=True)
+    else:
+        out = flash.flash_attn_varlen_func(
+            *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=bounds, cu_seqlens_k=bounds,
+            max_seqlen_q=q.size(1), max_seqlen_k=q.size(1), causal=True)
     out = out[0] if isinstance(out, tuple) else out
+    if bounds is None:
+        return out
     inside = torch.arange(len(out), device=q.device) < bounds[-1]
     return out.where(inside[:, None, None], math.nan).view_as(q)
 
@@ -1477,7 +1478,7 @@ def layer_plan(c: Config, recur: bool) -> list[LayerPass]:
         plan.append(LayerPass(i, None, lanes, i < half, i - half if half <= i < 2 * half else None))
         if recur and i == max(c.recur_layers, default=None):
             plan += [LayerPass(j, n if c.recur_untie_mlp else None, lanes, False, None)
-                     for n, j in enumerate(c.recur_layers * (c.recur_passes - 1))]
+                     for n, j in enumerate(c.repeated)]
     return plan
 
 
@@ -1503,8 +1504,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(c) if c.smear_enabled else None
         self.value = ValueEmbedding(c, self.vocab_size) if c.ve_enabled else None
         self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
-        repeats = c.recur_layers * (c.recur_passes - 1) if c.recur_untie_mlp else ()
-        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in repeats)
+        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in c.repeated if c.recur_untie_mlp)
         self.skip_weights = vector(c.num_layers // 2, c.model_dim)
         self.skip_gates = vector(*self.skip_weights.shape, value=0.0) if c.skip_gate else None
         self.softcap = vector(2, value=c.logit_softcap) if c.asym_softcap else None
@@ -1518,15 +1518,19 @@ class GPT(nn.Module):
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
         padding = F.pad(torch.zeros(self.vocab_size), (0, -self.vocab_size % 8), value=-math.inf)
         self.register_buffer("padding", padding, persistent=False)  # of the logits
+        self.settle(runtime)
+        self.train_only(self.is_trained)
+        if initialize:
+            self.init_weights()
+            self.to(runtime.device)
+
+    def settle(self, runtime: Runtime) -> None:
+        """Tell tables and MLPs in what dtype and by what kernel they compute."""
         for module in self.modules():
             if isinstance(module, Table):
                 module.dtype = runtime.dtype
             elif isinstance(module, MLP):
                 module.fused = runtime.fused_mlp and runtime.dtype == torch.bfloat16
-        self.train_only(self.is_trained)
-        if initialize:
-            self.init_weights()
-            self.to(runtime.device)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -1562,8 +1566,7 @@ class GPT(nn.Module):
 
     def repeats(self) -> list[tuple[Tensor, Tensor]]:
         """(base weight, repeat's weight) for each weight of the repeats' MLPs."""
-        layers = self.config.recur_layers * (self.config.recur_passes - 1)
-        mlps = zip(layers, self.repeat_mlps, strict=False)
+        mlps = zip(self.config.repeated, self.repeat_mlps, strict=False)
         return [pair for layer, repeat in mlps for pair in zip(
             self.blocks[layer].mlp.parameters(), repeat.parameters(), strict=True)]
 
@@ -1724,7 +1727,7 @@ def muon_momentum(step: int, c: Config) -> float:
 def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
     """Whether recurrence runs at a step; RECUR_START_STEP < 1 is a share of the run."""
     reached = step if c.recur_start_step >= 1 else share_of_run(step, elapsed_ms, c)
-    return c.recurs and reached >= c.recur_start_step
+    return bool(c.repeated) and reached >= c.recur_start_step
 
 
 # (a, b, c) of x <- a x + b x^3 + c x^5 on singular values; the last serves all further steps.
@@ -2472,7 +2475,7 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
             f"{path}: its tensors are not those of its model configuration", ArtifactError)
     model = GPT(config, table.is_boundary, runtime, initialize=False)
     model.load_state_dict({name: t.restore() for name, t in stored.items()})
-    model.set_phase(Phase(recur=config.recurs))
+    model.set_phase(Phase(recur=bool(config.repeated)))
     return model.to(runtime.device)
 
 
@@ -3177,7 +3180,7 @@ class Trainer:
                                             lr_scale(step, 0.0, 0.0, c) < qat) for step in steps))
         first = recurrence_due(0, 0.0, c)  # then no step is without it
         return [Phase(recur, late) for late in (False, True)[: 1 + bool(qat)]
-                for recur in (False, True)[first : 1 + c.recurs]]
+                for recur in (False, True)[first : 1 + bool(c.repeated)]]
 
     def random_tokens(self, micro_batches: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """Inputs and targets for `backward`, of random ids."""
@@ -3193,7 +3196,7 @@ class Trainer:
 
     def compile_ttt(self) -> None:
         """Compile what the reloaded artifact will do, with this model in its place."""
-        self.model.set_phase(Phase(recur=self.config.recurs))
+        self.model.set_phase(Phase(recur=bool(self.config.repeated)))
         TTT(self.model, self.evaluator).prime()
         self.model.train_only(self.model.is_trained)
 

@@ -96,14 +96,12 @@ NAMED = [(name, documents, asked) for name in t.ATTENTIONS for documents in (Fal
          and (name, asked) != ("flex", False)]  # it is not chosen where nothing is compiled
 
 
-@pytest.mark.parametrize("name, documents, asked", NAMED)
-def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, documents, asked):
-    """What the log names is what runs in the model, and what was timed under that name.
+def watch_attention(monkeypatch, documents: bool) -> list[str]:
+    """The reference in the place of every kernel; the list gets the name of each that is called.
 
-    Asked for by ATTENTION, or chosen because no other one works. With DOC_ATTENTION each is given
-    a mask of its kind, which the log names too.
+    Each must be called as its documents, or the lack of them, ask for.
     """
-    called, masks = [], dict(flash_attention_3="document_bounds", flex="block_mask")
+    called = []
 
     def attention(kernel, q, k, v):
         called.append(kernel)
@@ -128,17 +126,30 @@ def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, documents
         return attention("+".join(kernel for kernel in KERNELS if getattr(
             torch.backends.cuda, f"{kernel}_sdp_enabled")()), q, k, v).transpose(1, 2)
 
+    stub = types.SimpleNamespace(flash_attn_func=flash_attn_func,
+                                 flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
+    return called
+
+
+@pytest.mark.parametrize("name, documents, asked", NAMED)
+def test_the_attention_that_is_named_is_called(gpu, monkeypatch, name, documents, asked):
+    """What the log names is what runs in the model, and what was timed under that name.
+
+    Asked for by ATTENTION, or chosen because no other one works. With DOC_ATTENTION each is given
+    a mask of its kind, which the log names too.
+    """
+    called = watch_attention(monkeypatch, documents)
+    masks = dict(flash_attention_3="document_bounds", flex="block_mask")
+
     def device_ms(work):
         called.clear()
         work()
         assert called == [name]  # an error means that it does not work
         return 1.0
 
-    stub = types.SimpleNamespace(flash_attn_func=flash_attn_func,
-                                 flash_attn_varlen_func=flash_attn_varlen_func)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", stub)
-    monkeypatch.setattr(torch.nn.attention.flex_attention, "flex_attention", flex_attention)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", scaled_dot_product_attention)
     monkeypatch.setattr(t, "device_ms", device_ms)
     c = h.config(**SETTLED | dict(attention=name if asked else "auto", run_id="k",
                                   doc_attention=documents))
