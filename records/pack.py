@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import builtins
 import bz2
+import collections
 import functools
 import re
 import sys
@@ -27,11 +29,11 @@ import python_minifier
 
 LARGEST = 32_000  # bytes of a packed file: our aim for a record
 LONGEST = 1 << 20  # bytes of source that are unpacked from a stranger's file
-COOKIE = b"# coding: latin-1\n"
-HEAD = COOKIE + b'''# packed by PROTEUS; records/pack.py --unpack prints the source
+COOKIE = b"#coding:l1\n"  # latin-1
+HEAD = COOKIE + b'''# PROTEUS; records/pack.py --unpack prints the source
 import bz2,linecache,sys,traceback
 S=bz2.decompress("""'''
-TAIL = b'''""".encode("latin-1")).decode()
+TAIL = b'''""".encode("l1")).decode()
 N=__file__+" (unpacked)"
 linecache.cache[N]=len(S),None,S.splitlines(True),N
 sys.excepthook=traceback.print_exception
@@ -40,6 +42,7 @@ exec(compile(S,N,"exec"))
 ESCAPES = ((rb"\\", rb"\\\\"), (rb"\r", rb"\\r"), (rb'""(?=")', rb'"\\"'),
            (rb"\0(?=[0-7])", rb"\\x00"), (rb"\0", rb"\\0"))  # pattern, what stands in the literal
 STAND_FOR = {rb"\\": b"\\", rb"\r": b"\r", rb'\"': b'"', rb"\x00": b"\0", rb"\0": b"\0"}
+LOGGED = ("dense_mask", "block_mask", "document_bounds")  # functions whose names the log has
 ABOUT = "PROTEUS, packed; README.md explains the settings."  # what --help begins with
 
 
@@ -54,24 +57,78 @@ class Shorter(ast.NodeTransformer):
         """ABOUT in the place of the module's docstring."""
         return ast.Constant(ABOUT) if node.id == "__doc__" else node
 
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST | None:
+        """Not the table of the settings with their texts."""
+        return None if node.name == "settings_table" else self.generic_visit(node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
+        """Without `from __future__ import annotations`: those that are left are texts."""
+        return None if node.module == "__future__" else node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        """Annotations as texts: a field's is looked at, and the types' names become shorter."""
+        node.annotation = ast.Constant(ast.unparse(node.annotation))
+        return self.generic_visit(node)
+
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """`setting(default, help text, ...)` without the text."""
+        """`setting(default, help text, ...)` without the text; a list in the table's place."""
+        if ast.unparse(node) == "settings_table()":
+            return ast.parse("settings_listing(Config())").body[0].value
         if ast.unparse(node.func) == "setting" and len(node.args) > 1:
             if isinstance(node.args[1], ast.Constant):
                 node.args[1] = ast.Constant("")
         return self.generic_visit(node)
 
 
+def keywords(tree: ast.AST) -> dict[str, set[str]]:
+    """Arguments that are given by name, by the function that they are given to.
+
+    Under "" are those of calls that may be of any function: neither of one that the program
+    defines, by its name or in a partial, nor of Python's or a library's.
+    """
+    nodes, given = list(ast.walk(tree)), collections.defaultdict(set)
+    own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    others = {*dir(builtins)} | {a.asname or a.name.partition(".")[0] for n in nodes
+                                 if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+    for call in (n for n in nodes if isinstance(n, ast.Call)):
+        called = ast.unparse(call.args[0] if ast.unparse(call.func) == "functools.partial"
+                             else call.func)
+        name = called.rpartition(".")[2]
+        if name in own or called.partition(".")[0] not in others:
+            given[name if name in own else ""] |= {k.arg for k in call.keywords}
+    return given
+
+
+def by_position(tree: ast.AST) -> None:
+    """Mark parameters that nobody gives by name as such, so that they can be renamed.
+
+    Functions that a library reads the parameters of (a Triton kernel's are in capitals) keep them.
+    """
+    given = keywords(tree)
+    for owner in ast.walk(tree):
+        for f in ast.iter_child_nodes(owner):
+            if not isinstance(f, ast.FunctionDef) or any(
+                    "library" in ast.unparse(d) for d in f.decorator_list):
+                continue
+            named = given[""] | given[owner.name if f.name == "__init__" else f.name]
+            names = [a.arg for a in f.args.args]
+            if not any(name.isupper() for name in names):
+                count = next((i for i, name in enumerate(names) if name in named), len(names))
+                f.args.posonlyargs, f.args.args = f.args.args[:count], f.args.args[count:]
+
+
 def minify(source: str) -> str:
     """The same program without what only a reader needs.
 
     Parameters in capitals keep their names: a Triton kernel is compiled from its source, where a
-    constant that is assigned to another name is a constant no more.
+    constant that is assigned to another name is a constant no more. Masks do: the log has them.
     """
     tree = Shorter().visit(ast.parse(source))
     constants = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg) and a.arg.isupper()}
-    return python_minifier.minify(ast.unparse(tree), remove_literal_statements=True,
-                                  hoist_literals=False, preserve_locals=sorted(constants))
+    by_position(tree)
+    return python_minifier.minify(
+        ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
+        rename_globals=True, preserve_locals=sorted(constants), preserve_globals=list(LOGGED))
 
 
 def packed(stream: bytes) -> bytes:

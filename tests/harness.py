@@ -47,7 +47,9 @@ torch.set_num_threads(1)  # tiny tensors: threads only cost, and much where core
 
 PLAIN = dict(  # without the levers of PRESET=frontier
     recur_passes=2, attn_gate_dims=0, skip_gate=False, doc_attention=False, asym_softcap=False,
-    muon_coefficients="quintic", muon_wd_taper=(),
+    muon_coefficients="quintic", muon_wd_taper=(), ttt_kind="chunk", ttt_doc_chunk=48,
+    ttt_doc_batch=0, ttt_global_docs=0, ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_lr=1e-4,
+    ttt_lora_wd=1.0,
 )  # fmt: skip
 RECORD = dict(  # SPEC section 1, and the settings that it leaves open
     preset=("record",), run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
@@ -948,12 +950,16 @@ SHORT = TINY | dict(
     ve_dim=4, ve_layers=(2,), parallel_start_layer=2, recur_layers=(1,), eval_seq_len=16,
     eval_stride=4, val_batch_size=64, ttt_chunk_tokens=24, ttt_lr=0.5, ttt_epochs=2,
     ttt_batch_seqs=1, ngram_weight=0.3, ngram_order=3, scores_path="kept by the harness",
-    slot_lr=0.1,
+    slot_lr=0.1, ttt_doc_chunk=3, ttt_doc_batch=3, ttt_lora_rank=2, ttt_lora_alpha=4.0,
+    ttt_lora_lr=0.05,
 )  # fmt: skip
+DOCUMENTS = dict(eval_modes=("ttt",), ttt_kind="document")
 MODES = {  # name: settings of a run whose last mode is the one meant
     "roundtrip": dict(eval_modes=("roundtrip",)),
     "sliding": dict(eval_modes=("sliding",)),
     "ttt": dict(eval_modes=("ttt",)),
+    "documents": DOCUMENTS,
+    "documents_global": DOCUMENTS | dict(ttt_global_docs=3),
     "ngram_sliding": dict(eval_modes=("ngram",), ngram_enabled=True, ttt_enabled=False),
     "ngram_ttt": dict(eval_modes=("ngram",), ngram_enabled=True),
 }
@@ -981,8 +987,9 @@ def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: boo
     """Run evaluate_artifact itself on a random model: (last nats dumped, events, scores).
 
     Events, in order: ("plan", windows), ("score" or "train", starts, nats), ("update",), ("read" or
-    "count", targets, n). Rows that are no window of the stream are left out, n is the number of
-    targets in the counts. What happens before the evaluation's clock starts is not recorded.
+    "count", targets, n); of document TTT ("chunk", ids, targets, places, A, B, nats) and ("adapt",
+    rates). Rows that are no window of the stream are left out, n is the number of targets in the
+    counts. What happens before the evaluation's clock starts is not recorded.
     """
     c = config(**(SHORT | MODES[mode] | settings))
     seen, dumps, model = [], {}, random_model(c, vocab=SHORT_VOCAB)
@@ -995,6 +1002,8 @@ def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: boo
         start(to_come)
 
     def hook(module, inputs, outputs):
+        if len(inputs) > 2:
+            return  # of documents
         kind = "score" if torch.is_inference_mode_enabled() else "train"
         starts = [places.get(tuple(row)) for row in inputs[0].tolist()]
         rows = [i for i, start in enumerate(starts) if start is not None]
@@ -1013,6 +1022,15 @@ def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: boo
         seen.append(("plan", windows))
         return windows
 
+    def nats_of(self, *inputs, original=t.DocumentTTT.nats_of):
+        nats = original(self, *inputs)
+        seen.append(("chunk", *(x.detach().clone() for x in (*inputs, nats))))
+        return nats
+
+    def adamw(*arguments, original=t.adamw):
+        seen.append(("adapt", arguments[3].flatten().tolist()))
+        original(*arguments)
+
     step = torch.optim.SGD.step
     with pytest.MonkeyPatch.context() as patch:
         if watch:
@@ -1020,6 +1038,8 @@ def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: boo
         judge.save_scores = lambda label, nats: dumps.update({label: nats.copy()})
         patch.setattr(t, "load_model", lambda *_: model)
         patch.setattr(t, "plan_windows", plan)
+        patch.setattr(t.DocumentTTT, "nats_of", nats_of)
+        patch.setattr(t, "adamw", adamw)
         patch.setattr(t.NgramCache, "probabilities", recorded("read", t.NgramCache.probabilities))
         patch.setattr(t.NgramCache, "update", recorded("count", t.NgramCache.update))
         patch.setattr(torch.optim.SGD, "step", lambda self: seen.append(("update",)) or step(self))

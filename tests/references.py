@@ -447,6 +447,74 @@ def condition_4(ranks, targets):
         assert read in ([], list(range(targets))), "condition 4: cache"
 
 
+def documents(ids):
+    """(first id, targets) of the documents of a stream, as FRONTIER.md section 3 cuts them."""
+    last = h.SHORT_VOCAB - 1
+    starts = [0, *(i for i in range(1, len(ids) - 1) if ids[i] == last)]
+    return list(zip(starts, np.diff([*starts, len(ids) - 1]).tolist(), strict=True))
+
+
+def chunks_of(ids, c):
+    """(document, chunk): what may be read, the targets, and where these are in the stream."""
+    found = {}
+    for d, (begin, length) in enumerate(documents(ids)):
+        for n, first in enumerate(range(0, length, c.ttt_doc_chunk)):
+            end = min(first + c.ttt_doc_chunk, length)
+            start = max(0, end - c.eval_seq_len)
+            found[d, n] = (ids[begin + start : begin + end].tolist(),
+                           ids[begin + first + 1 : begin + end + 1].tolist(),
+                           range(begin + first, begin + end), start)
+    return found
+
+
+def conditions_of_documents(nats, events, ids, c, mine=slice(None)):
+    """Conditions 3 and 4 of document TTT, by what the model was given; `mine`: of one rank.
+
+    Every chunk is scored once, after those before it in its document, given nothing after it. The
+    score is final. Adapters are new for a document, and make a step after each chunk but the last.
+    """
+    wanted, done, first_a, steps = chunks_of(ids, c), [], None, 0
+    for i, (kind, *event) in enumerate(events):
+        if kind != "chunk":
+            continue
+        read, targets, places, a, b, scores = (x.tolist() if x.dtype == torch.int64 else x
+                                               for x in event)
+        trained = set()
+        for row in range(len(read)):
+            keys = [key for key, (text, goals, _, _) in wanted.items() if
+                    read[row] == text + [0] * (len(read[row]) - len(text))
+                    and targets[row] == goals + [0] * (len(targets[row]) - len(goals))]
+            if not keys:  # a free slot
+                assert not any(read[row]) and not any(targets[row]), "condition 4: no such chunk"
+                continue
+            key = next((key for key in keys if key not in done), None)  # documents may be alike
+            assert key, f"condition 4: {keys} again"
+            (d, n), (_, goals, where, start) = key, wanted[key]
+            assert n == 0 or (d, n - 1) in done, f"condition 4: {key} too early"
+            done.append(key)
+            begin = documents(ids)[d][0]
+            assert places[row][: len(goals)] == [k - begin - start for k in where]
+            assert nats[where.start : where.stop].tolist() == scores[row, : len(goals)].tolist(), (
+                "condition 3: replaced")
+            if n == 0:
+                first_a = a[row] if first_a is None else first_a
+                assert not b[row].any() and torch.equal(a[row], first_a), "condition 3: not new"
+            trained |= {row} if (d, n + 1) in wanted else set()
+        follows = events[i + 1 : i + 3] if trained else []
+        for kind, *rates in follows:  # A's step and B's
+            assert kind == "adapt", "condition 3: no step follows"
+            assert {row for row, rate in enumerate(rates[0]) if rate} == trained, "condition 3"
+            steps += 1
+    assert sum(kind == "adapt" for kind, *_ in events) == steps, "condition 3: a step too many"
+    assert sorted(done) == sorted(list(wanted)[mine]), "condition 4: not each chunk once"
+    phase = [i for i, (kind, *_) in enumerate(events) if kind in ("train", "update")]
+    scored = [i for i, (kind, *_) in enumerate(events) if kind == "chunk"]
+    if phase:  # in one piece, after exactly the first documents
+        assert not [i for i in scored if phase[0] < i < phase[-1]], "condition 3: global phase"
+        early = {d for d, _ in done[: sum(1 for d, _ in done if d < c.ttt_global_docs)]}
+        assert early == set(range(c.ttt_global_docs)), "condition 3: global phase"
+
+
 def witten_bell(ids, boundary, order, chunk, vocab):
     """Probability of each target by dictionaries, one target at a time."""
     counts, out = {}, []

@@ -369,6 +369,8 @@ BASE = h.SHALLOW | dict(  # what a run needs least of
 LOADED = dict(load_artifact="made.ptz", val_tokens_limit=300, ttt_chunk_tokens=128, ttt_lr=0.1,
               eval_modes=("sliding", "ttt", "ngram", "slot"))
 TTT, NGRAM, SLOT = (LOADED | {f"{mode}_enabled": True} for mode in ("ttt", "ngram", "slot"))
+DOCUMENTS = TTT | dict(eval_modes=("ttt",), ttt_kind="document", ttt_doc_chunk=5,
+                   ttt_doc_batch=2, ttt_lora_lr=0.01)
 FLIPS = [  # (what is seen, settings that it needs, another value of each of these settings)
     (see_preset, {}, dict(preset=("demo",))),
     (see_inputs, {}, dict(
@@ -407,6 +409,9 @@ FLIPS = [  # (what is seen, settings that it needs, another value of each of the
         ttt_enabled=True, ngram_enabled=True, slot_enabled=True)),
     (see_run, TTT, dict(ttt_lr=0.2, ttt_epochs=1, ttt_chunk_tokens=64, ttt_freeze_blocks=0,
                         ttt_momentum=0.5, ttt_batch_seqs=2, ttt_grad_clip=0.01)),
+    (see_run, DOCUMENTS, dict(
+        ttt_kind="chunk", ttt_doc_chunk=7, ttt_doc_batch=1, ttt_global_docs=3, ttt_lora_rank=4,
+        ttt_lora_alpha=50.0, ttt_lora_lr=0.05, ttt_lora_wd=9.0)),
     (see_run, NGRAM, dict(ngram_order=2, ngram_weight=0.3)),
     (see_run, SLOT, dict(slot_steps=2, slot_lr=0.05)),
     (see_choices, {}, dict(attention="cudnn", mlp_kernel="torch")),
