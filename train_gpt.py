@@ -286,7 +286,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         recur_passes=3, recur_start_step=0.35, recur_untie_mlp=False, warmdown_iters=0.85,
         matrix_lr=0.026, scalar_lr=0.02, tied_embed_lr=0.03, min_lr=0.1, muon_momentum=0.97,
         muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
-        beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560),
+        beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560,
+        ttt_kind="document"),
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
@@ -295,7 +296,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
         val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.03,
-        ttt_chunk_tokens=2048),
+        ttt_chunk_tokens=2048, ttt_lora_rank=8, ttt_lora_lr=2e-3),
 }
 DROPPED = {  # spellings of published scripts -> what to set here
     "N_INT6_MLP_LAYERS": "N_INT6_LAYERS", "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
@@ -1113,7 +1114,7 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
     require(not c.doc_attention or table.is_boundary[ids].any(), "DOC_ATTENTION=1, but by "
             f"{table.path} no validation token begins a document; set DOC_ATTENTION=0, or "
-            "re-tokenize the data with a vocabulary that has such an id")
+            "re-tokenize with a vocabulary that has such an id")
     cuts = range(1 << 22, len(ids) - 1, 1 << 22)  # bounds memory
     pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
     scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
@@ -2748,16 +2749,12 @@ class TTT:
         targets = min(targets, c.ttt_chunk_tokens) if c.ttt_kind == "chunk" else targets
         seqs = min(c.ttt_batch_seqs, math.ceil(targets / evaluator.length))
         self.rank_seqs = math.ceil(seqs / self.runtime.world)
+        self.windows = evaluator.targets * (  # whose forward pass takes as long; training: three
+            1 / c.eval_stride + 3 * c.ttt_epochs / c.eval_seq_len)
 
     def is_trained(self, name: str) -> bool:
         """Whether SGD trains a parameter."""
         return first_layer(name, self.model.config) >= self.config.ttt_freeze_blocks
-
-    def windows(self) -> float:
-        """Windows whose forward pass takes as long as this mode; a step of training is three."""
-        plain = self.evaluator.targets / self.config.eval_seq_len
-        sliding = self.evaluator.targets / self.config.eval_stride
-        return sliding + 3 * self.config.ttt_epochs * plain
 
     def prime(self) -> None:
         """Compile and run scoring and training on random tokens; no weight moves."""
@@ -2872,7 +2869,9 @@ class DocumentTTT(TTT):
         room = tokens_at_once(c, runtime) // (self.sizes[-1] + 20 * values // BYTES_PER_TOKEN)
         self.slots = min(c.ttt_doc_batch or max(1, room), useful)
         self.plans = [self.plan(group) for group in np.split(self.documents, [c.ttt_global_docs])]
-        self.work = sum(size for plan in self.plans for size, *_ in plan)
+        self.work = sum(size for plan in self.plans for size, _ in plan)
+        first = self.documents[: c.ttt_global_docs, 1].sum()  # of which a token is read once more
+        self.windows = 3 * (self.work * self.slots * runtime.world + first) / c.eval_seq_len
         self.score_chunk, self.adamw = runtime.compile(self.nats_of), runtime.compile(adamw)
         self.jobs += [functools.partial(self.prime_size, size) for size in self.sizes]
 
@@ -2886,11 +2885,6 @@ class DocumentTTT(TTT):
         steps = plan_documents(mine[:-1, 1], self.slots, self.config.ttt_doc_chunk, self.sizes)
         return [(size, np.column_stack((mine[rows[:, 0]], rows[:, 1]))) for size, rows in steps]
 
-    def windows(self) -> float:
-        """The same; a chunk is scored and trained on in one pass over its window."""
-        first = self.documents[: self.config.ttt_global_docs, 1].sum()
-        return 3 * (self.work * self.slots * self.runtime.world + first) / self.config.eval_seq_len
-
     def allocate(self) -> None:
         """A and B of every slot, their second moments, and the A that documents begin with."""
         c, device, D = self.config, self.runtime.device, self.model.config.model_dim
@@ -2902,15 +2896,13 @@ class DocumentTTT(TTT):
         self.moments = [torch.zeros_like(p) for p in self.pair]
 
     def prime_size(self, size: int) -> None:
-        """Compile and run scoring and training in windows of `size` random tokens."""
+        """Compile and run scoring and training in windows of `size` tokens, a random one each."""
         self.allocate()
         self.model.train_only(lambda name: False)
-        random, device = torch.Generator().manual_seed(size), self.runtime.device
-        ids = torch.randint(self.model.vocab_size, (self.slots, size), generator=random).to(device)
-        places = torch.arange(self.config.ttt_doc_chunk, device=device).expand(self.slots, -1)
-        nats = self.score_chunk(ids, ids[:, : places.size(1)], places, *self.pair)
-        ones = torch.ones(self.slots, 1, device=device)
-        self.learn_chunk(nats.sum(), ones, ones)
+        one = self.evaluator.random_tokens(self.slots, self.model.vocab_size)[0][:, :1]
+        chunk = one.repeat(1, self.config.ttt_doc_chunk)
+        nats = self.score_chunk(one.repeat(1, size), chunk, 0 * chunk, *self.pair)
+        self.learn_chunk(nats.sum(), one + 1.0, one + 1.0)
         self.pair = self.moments = []  # the memory is training's until then
         self.model.train_only(self.is_trained)
 
@@ -2935,7 +2927,7 @@ class DocumentTTT(TTT):
         saved = [p.detach().clone() for p in self.params]
         self.nats = torch.zeros(evaluator.targets + 1, device=runtime.device)  # the last: of none
         self.allocate()
-        memory = sum(p.nbytes for p in (*self.pair, *self.moments)) * 2  # gradients, bf16 copies
+        memory = 4 * sum(p.nbytes for p in self.pair)  # moments, gradients, copies in bf16
         runtime.log.line(f"ttt documents:{len(self.documents)} at_once:{self.slots} windows:"
                          f"{show(tuple(self.sizes))} adapters:{memory >> 20}MiB")
         self.model.train_only(lambda name: False)
@@ -2995,18 +2987,14 @@ class DocumentTTT(TTT):
         nats = self.score_chunk(tokens(start + np.arange(size), 0), tokens(target, 1),
                                 send(np.minimum(target - start, size - 1)), *self.pair)
         self.nats[send(np.where(scored, begin + target, len(ids) - 1))] = nats.detach()
-        if more.any():
+        if self.config.ttt_lora_lr and more.any():
             weight = scored * more / np.maximum(scored.sum(1, keepdims=True), 1)
             facts = weight, self.config.ttt_lora_lr * more, 1 - LORA_BETA2 ** (number + 1.0)
             weight, rate, correction = map(send, map(np.float32, facts))
             self.learn_chunk((nats * weight).sum(), rate, correction)
 
 
-def test_time_training(model: GPT, evaluator: Evaluator) -> TTT:
-    """Of the kind that TTT_KIND names."""
-    return (DocumentTTT if evaluator.config.ttt_kind == "document" else TTT)(model, evaluator)
-
-
+TTT_KINDS = dict(chunk=TTT, document=DocumentTTT)
 FINAL_LINES = dict(roundtrip="final_int6_roundtrip", sliding="final_int6_sliding_window",
                    ttt="legal_ttt", ngram="legal_ngram", slot="non_compliant_slot")
 
@@ -3015,13 +3003,13 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
     """Every mode of Config.modes on the model reloaded from disk; slot under its full name."""
     runtime, c, log = evaluator.runtime, evaluator.config, evaluator.runtime.log
     model = load_model(path, evaluator.val, table, runtime, c)
-    ttt = test_time_training(model, evaluator)
-    chunk, base = c.ttt_chunk_tokens, ("sliding", "ttt")[c.ttt_enabled]
+    ttt, chunk = TTT_KINDS[c.ttt_kind](model, evaluator), c.ttt_chunk_tokens
+    base = ("sliding", "ttt")[c.ttt_enabled]
     plain, sliding = evaluator.targets / c.eval_seq_len, evaluator.targets / c.eval_stride
     runs = {  # mode: windows that it takes the time of, what it does
         "roundtrip": (plain, lambda: evaluator.score(ttt.forward, c.eval_seq_len, "roundtrip")),
         "sliding": (sliding, lambda: evaluator.score(ttt.forward, c.eval_stride, "sliding", chunk)),
-        "ttt": (ttt.windows(), ttt.score),
+        "ttt": (ttt.windows, ttt.score),
         "ngram": (0, lambda: mix_ngram(evaluator, scored(base)[1], table.is_boundary)),
         "slot": (sliding, lambda: evaluator.score(
             slot_forward(model, runtime, c), c.eval_stride, FINAL_LINES["slot"], chunk)),
@@ -3458,7 +3446,7 @@ class Trainer:
         """What compiles all that the reloaded artifact will do, with this model in its place."""
         phase = Phase(recur=bool(self.config.repeated))
         self.model.set_phase(phase)
-        ttt = test_time_training(self.model, self.evaluator)
+        ttt = TTT_KINDS[self.config.ttt_kind](self.model, self.evaluator)
 
         def job(prime: Callable[[], None]) -> None:
             self.model.set_phase(phase)
@@ -3662,7 +3650,7 @@ def main(arguments: list[str]) -> int:
         if not re.search("out of memory|allocate", str(error)):
             raise
         print(f"error: {error}\nout of memory: lower MICRO_BATCH_TOKENS (then TRAIN_BATCH_TOKENS), "
-              "or in evaluation VAL_BATCH_SIZE", file=sys.stderr, flush=True)
+              "or in evaluation VAL_BATCH_SIZE or TTT_DOC_BATCH", file=sys.stderr, flush=True)
         return 1
     return 0
 

@@ -4,12 +4,12 @@
     python records/pack.py --unpack packed/train_gpt.py          prints the source that it runs
 
 The package python-minifier takes away comments, docstrings, annotations and blanks and shortens the
-names of local variables; the help texts of the settings go too. Functions, classes, settings and
-messages stay as they are. The standard library's bz2 compresses the rest into a string literal,
-which a few lines extract and run. Tracebacks and the log show that source, and nothing is written
-to disk. The same source gives the same bytes with the same versions of Python and python-minifier;
-other versions may give another file, which does the same. The size that counts is that of the
-packed file, and the log prints it.
+names of variables, functions, classes and of parameters that nobody gives by name; the help texts
+of the settings go too. Settings, attributes and messages stay as they are. The standard library's
+bz2 compresses the rest into a string literal, which a few lines extract and run. The log shows that
+source, whose lines a traceback numbers, and nothing is written to disk. The same source gives the
+same bytes with the same versions of Python and python-minifier; other versions may give another
+file, which does the same. The size that counts is that of the packed file, and the log prints it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,12 @@ import python_minifier
 LARGEST = 32_000  # bytes of a packed file: our aim for a record
 LONGEST = 1 << 20  # bytes of source that are unpacked from a stranger's file
 COOKIE = b"#coding:l1\n"  # latin-1
-HEAD = COOKIE + b'''# PROTEUS; records/pack.py --unpack prints the source
-import bz2,linecache,sys,traceback
+HEAD = COOKIE + b'''#PROTEUS: see records/pack.py
+import bz2,linecache
 S=bz2.decompress("""'''
 TAIL = b'''""".encode("l1")).decode()
 N=__file__+" (unpacked)"
 linecache.cache[N]=len(S),None,S.splitlines(True),N
-sys.excepthook=traceback.print_exception
 exec(compile(S,N,"exec"))
 '''
 ESCAPES = ((rb"\\", rb"\\\\"), (rb"\r", rb"\\r"), (rb'""(?=")', rb'"\\"'),

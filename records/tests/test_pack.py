@@ -43,6 +43,7 @@ def test_packed_code_is_small():
 
 SOURCE = '''"""Doc."""
 from __future__ import annotations
+import functools
 from typing import NamedTuple
 
 
@@ -66,7 +67,7 @@ class A(NamedTuple):
 class Config:
     """Gone."""
     y: int | None = setting(3, "help", 1)  # an int
-    z = A(4), setting("kept", str(2), low=2)
+    z = A(4).x, setting("kept", str(2), low=2)
 
 
 def kernel(value, ROWS, SIZE_2):
@@ -75,17 +76,45 @@ def kernel(value, ROWS, SIZE_2):
     return total + total
 
 
+class B:
+    """Gone."""
+
+    def __init__(self, placed_1, named_1=0):
+        self.sum = placed_1 + placed_1 + named_1
+
+    def method(self, placed_2, named_2, after_2=0):
+        return self.sum + placed_2 + placed_2 + named_2 + named_2 + after_2
+
+    def __call__(self, placed_3, unknown_3=0):
+        return placed_3 + placed_3 + unknown_3 + unknown_3
+
+
+def partly(placed_4, named_4=0):
+    return placed_4 + placed_4 + named_4
+
+
+def called():
+    b = B(1, named_1=2)
+    some = functools.partial(partly, named_4=4)
+    return b.method(1, named_2=2), b(1, unknown_3=3), some(1), dict(placed_4=5)
+
+
 if __name__ == "__main__":
     print(__doc__, A().f(), Config.__annotations__, Config.y, Config.z, kernel(1, ROWS=2, SIZE_2=3))
+    print(called())
 '''
 
 
 def test_a_packed_file_does_the_same(tmp_path):
-    """Fields keep their types and kernels their constants; comments, help and docstrings go."""
+    """Fields keep their types, kernels their constants, what is given by name its name; comments,
+    help and docstrings go."""
     small = pack.minify(SOURCE)
+    words = set(re.findall(r"\w+", small))
     assert "gone" not in small.lower()
-    assert "def kernel(value,ROWS,SIZE_2)" in small and "=ROWS" not in small
-    assert not {"total", "long_name", "help"} & set(re.findall(r"\w+", small))
+    assert "(value,ROWS,SIZE_2)" in small and "=ROWS" not in small
+    assert not {"total", "long_name", "help", "called", "partly", "placed_1", "placed_2",
+                "placed_3"} & words
+    assert {"named_1", "named_2", "unknown_3", "named_4"} <= words
     (tmp_path / "plain.py").write_text(SOURCE.replace('"help"', '""'))
     (tmp_path / "packed.py").write_bytes(pack.pack(SOURCE))
     outputs = [h.python([tmp_path / f"{name}.py"], tmp_path).stdout
@@ -187,7 +216,7 @@ def test_packed_code_names_itself(packed):
 
 @pytest.mark.slow
 def test_packed_code_starts_as_a_script(packed):
-    """A line for a user's error, a traceback with source for its own; packed alike elsewhere."""
+    """A line for a user's error, a traceback for its own; packed alike elsewhere."""
     packed = packed[0]
     again = packed.with_name("again.py")
     h.python([pack.__file__, h.SCRIPT, "--output", again],
@@ -199,4 +228,4 @@ def test_packed_code_starts_as_a_script(packed):
     code = ("import runpy, sys\nsys.argv = ['train_gpt.py']\nimport torch\n"
             f"torch.manual_seed = None\nrunpy.run_path({str(packed)!r}, run_name='__main__')")
     broken = h.python(["-c", code], packed.parent, dict(PRESET="demo"))
-    assert "torch.manual_seed(c.seed)" in broken.stderr, broken.stderr
+    assert f'File "{packed} (unpacked)", line' in broken.stderr, broken.stderr
