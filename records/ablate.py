@@ -8,11 +8,13 @@
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
 "variants": {name: {settings against the base}}}; the first variant is the baseline, but for those
 that "against": {name: baseline} names. Optional: "seeds_of": {name: n} gives a variant only the
-first n seeds. "{root}" in a value is this repository. All runs use the copy of train_gpt.py
-that the first one made, each in a folder of its own, with an equal share of the processor cores,
-pinned where the system can, and where there are GPUs with one of them. A run whose log holds a
-summary is not repeated. results.json is copied to records/plans/results/<plan>.json to be kept:
-only then may a document quote figures of the plan. docs/studies.md has the plans and their tables.
+first n seeds, "change": score is what the changes are of, if not the roundtrip. In a value "{root}"
+is this repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is
+scored after another variant has trained it. All runs use the copy of train_gpt.py that the first
+one made, each in a folder of its own, with an equal share of the processor cores, pinned where the
+system can, and where there are GPUs with one of them. A run whose log holds a summary is not
+repeated. results.json is copied to records/plans/results/<plan>.json to be kept: only then may a
+document quote figures of the plan. docs/studies.md has the plans and their tables.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import queue
 import signal
@@ -131,7 +135,8 @@ def tasks_of(plan: dict, out: Path) -> list[tuple[str, Path, dict[str, str]]]:
     for variant, changes in plan["variants"].items():
         for seed in plan["seeds"][: plan.get("seeds_of", {}).get(variant)]:
             settings = plan["base"] | changes | {"SEED": seed}
-            texts = {name: str(value).format(root=ROOT) for name, value in settings.items()}
+            texts = {name: str(value).format(root=ROOT, out=out, seed=seed)
+                     for name, value in settings.items()}
             try:
                 train_gpt.Config.from_env(texts, torch.cuda.is_available())
             except train_gpt.RunError as error:
@@ -153,9 +158,13 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
         finally:
             free.put(mine)
 
-    tasks = tasks_of(plan, out)
+    def loads(task: tuple[str, Path, dict[str, str]]) -> bool:
+        return "LOAD_ARTIFACT" in task[2]
+
+    tasks = sorted(tasks_of(plan, out), key=loads)
     with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(work, tasks))
+        results = [result for _, stage in itertools.groupby(tasks, loads)
+                   for result in list(pool.map(work, stage))]
     grouped: dict[str, list[dict]] = {name: [] for name in plan["variants"]}
     for (name, _, _), result in zip(tasks, results, strict=True):
         grouped[name].append(result)
@@ -164,7 +173,7 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
 
 def results_text(results: dict[str, list[dict]]) -> str:
     """What a table is made of, as JSON, a line a run; it is small enough to keep with the plan."""
-    keys = (*SCORES, "bytes_total", "steps", "train_ms", "seconds_eval", "train_gpt")
+    keys = (*SCORES, "val_bpb", "bytes_total", "steps", "train_ms", "seconds_eval", "train_gpt")
     lines = [f' "{name}": [\n  ' + ",\n  ".join(
         json.dumps({key: run[key] for key in keys if key in run}) for run in runs) + "\n ]"
              for name, runs in results.items()]
@@ -183,8 +192,9 @@ def change_text(ours: list[float], base: list[float]) -> str:
     return f"**{text}**" if abs(change.mean) > change.interval else text
 
 
-def table(results: dict[str, list[dict]], against: dict[str, str] | None = None) -> str:
-    """Markdown: means over the seeds, and the roundtrip's spread and change against a baseline.
+def table(results: dict[str, list[dict]], against: dict[str, str] | None = None,
+          change: str = "roundtrip_bpb") -> str:
+    """Markdown: means over the seeds, and the spread and change of a score against a baseline.
 
     The baseline is the first variant, or what `against` names. Where there are more scores than
     the roundtrip's, a second table has the change from each score to the next.
@@ -196,17 +206,18 @@ def table(results: dict[str, list[dict]], against: dict[str, str] | None = None)
     rows: list[list] = []
     for name, runs in results.items():
         other = (against or {}).get(name, next(iter(results)))
-        baseline = [run["roundtrip_bpb"] for run in results.get(other, [])]
+        baseline = [run[change] for run in results.get(other, [])]
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
-        finals = [run["roundtrip_bpb"] for run in runs]
+        finals = [run[change] for run in runs]
         text = change_text(finals, baseline) if baseline else ""
-        steps = statistics.fmean(run["steps"] for run in runs)
-        milliseconds = statistics.fmean(run["train_ms"] for run in runs)
+        trained = [run for run in runs if "steps" in run]
+        steps, ms = (statistics.fmean(run[key] for run in trained) if trained else math.nan
+                     for key in ("steps", "train_ms"))
         rows.append([name, len(runs), *means, f"{max(finals) - min(finals):.4f}"
                      if len(runs) > 1 else None,
                      *((text, other) if baseline and name != other else ("-", "-")),
-                     figures.mean_of((run["bytes_total"] for run in runs), ".0f"),
-                     f"{steps:.0f}", f"{milliseconds / steps:.0f}",
+                     figures.mean_of((run.get("bytes_total") for run in runs), ".0f"),
+                     f"{steps:.0f}" if trained else None, f"{ms / steps:.0f}" if trained else None,
                      figures.mean_of((run.get("seconds_eval") for run in runs), ".0f")])
     tables = [figures.markdown(head, rows)]
     if len(present) > 2:
@@ -258,7 +269,7 @@ def main() -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     if options.table:
         results = read_json(options.plan.parent / "results" / options.plan.name)
-        print(table(results, plan.get("against")))
+        print(table(results, plan.get("against"), plan.get("change", "roundtrip_bpb")))
         return 0
     if options.list:
         for variant, folder, _ in tasks_of(plan, out):
@@ -268,7 +279,7 @@ def main() -> int:
     code = keep_code(out)
     results = {variant: [run | {"train_gpt": code} for run in runs]
                for variant, runs in run_plan(plan, out, options.jobs).items()}
-    text = table(results, plan.get("against"))
+    text = table(results, plan.get("against"), plan.get("change", "roundtrip_bpb"))
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     (out / "results.json").write_text(results_text(results), encoding="utf-8")
     print(text)

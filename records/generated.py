@@ -120,6 +120,19 @@ def taper(start_and_end: str) -> str:
     return f"From {start:.0%} of the run on, Muon's weight decay falls to {end:.0%} of its value."
 
 
+def test_time_training(s: dict[str, str]) -> str:
+    """The sentence on TTT; logs of older runs do not name its kind."""
+    if s.get("TTT_KIND") != "document":
+        return (f"Test-time training (TTT) scores each chunk of {s['TTT_CHUNK_TOKENS']} tokens "
+                "first and trains on it only afterwards.")
+    first = int(s["TTT_GLOBAL_DOCS"])
+    phase = (f" The first {first:,} documents train the model itself once they are scored." if first
+             else "")
+    return (f"Test-time training (TTT) reads each document by itself: adapters of rank "
+            f"{s['TTT_LORA_RANK']} learn every chunk of {s['TTT_DOC_CHUNK']} tokens once it is "
+            f"scored, and are forgotten at the document's end.{phase}")
+
+
 def idea(runs: list[Run]) -> str:
     """A paragraph on what the runs had switched on, for authors who write none themselves."""
     s, stages = runs[0].settings, {stage for run in runs for stage in run.scores}
@@ -163,8 +176,7 @@ def idea(runs: list[Run]) -> str:
                f"{int(s['SIZE_LIMIT']):,} bytes."),
         ("sliding" in stages, "A window that moves by "
          f"{s['EVAL_STRIDE']} tokens gives every token a long context (sliding evaluation)."),
-        ("ttt" in stages, f"Test-time training (TTT) scores each chunk of {s['TTT_CHUNK_TOKENS']} "
-                          "tokens first and trains on it only afterwards."),
+        ("ttt" in stages, test_time_training(s)),
         ("ngram" in stages, f"A cache of n-grams up to order {s['NGRAM_ORDER']}, made of text "
                             "that was scored before, is mixed into the last score."))
     return " ".join(sentence for there, sentence in sentences if there)

@@ -41,7 +41,7 @@ exec(compile(S,N,"exec"))
 ESCAPES = ((rb"\\", rb"\\\\"), (rb"\r", rb"\\r"), (rb'""(?=")', rb'"\\"'),
            (rb"\0(?=[0-7])", rb"\\x00"), (rb"\0", rb"\\0"))  # pattern, what stands in the literal
 STAND_FOR = {rb"\\": b"\\", rb"\r": b"\r", rb'\"': b'"', rb"\x00": b"\0", rb"\0": b"\0"}
-LOGGED = ("dense_mask", "block_mask", "document_bounds")  # functions whose names the log has
+KEPT = ("main", "dense_mask", "block_mask", "document_bounds")  # the log names the masks
 ABOUT = "PROTEUS, packed; README.md explains the settings."  # what --help begins with
 
 
@@ -127,7 +127,7 @@ def minify(source: str) -> str:
     by_position(tree)
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
-        rename_globals=True, preserve_locals=sorted(constants), preserve_globals=list(LOGGED))
+        rename_globals=True, preserve_locals=sorted(constants), preserve_globals=list(KEPT))
 
 
 def packed(stream: bytes) -> bytes:

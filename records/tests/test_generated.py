@@ -44,6 +44,9 @@ def test_a_folder_tells_its_idea(made_folder, runs, tmp_path):
     "GPTQ"), (dict(MUON_ROW_NORM="1"), "MuonEq-R", "  "), (dict(RECUR_LAYERS="4"), "layer 4 run",
     "layers 4"), (dict(RECUR_START_STEP="0.35"), "From 35% of", "step 0"),
     (dict(PARALLEL_START_LAYER="11"), "layers", "lanes"), (dict(XSA_LAST_N="0"), "layers", "XSA"),
+    (dict(TTT_KIND="document", TTT_GLOBAL_DOCS="0"), "adapters of rank 80 learn every chunk of 48 "
+    "tokens once it is scored", "train the model itself"), (dict(TTT_KIND="document",
+    TTT_GLOBAL_DOCS="2500"), "The first 2,500 documents train the model itself", "chunk of 32768"),
     (dict(VE_ENABLED="0"), "layers", "value emb"), (dict(SMEAR_ENABLED="0"), "layers", "Smear"),
     (dict(LATE_QAT_THRESHOLD="0.0"), "layers", "QAT"), (dict(BIGRAM_VOCAB_SIZE="0"), "", "bigram")])
 def test_the_idea_follows_the_settings(change, said, unsaid, runs):
@@ -61,10 +64,11 @@ FRONTIER = dict(  # what PRESET=frontier logs of its levers, with an embedding a
     MUON_MOMENTUM="0.97", WARMDOWN_ITERS="0.85", RECUR_LAYERS="3,4,5", RECUR_PASSES="3",
     RECUR_UNTIE_MLP="0", RECUR_START_STEP="0.35", PARALLEL_START_LAYER="8", ATTN_GATE_DIMS="12",
     SKIP_GATE="1", DOC_ATTENTION="1", ASYM_SOFTCAP="1", GPTQ_CALIBRATION_SEQS="256",
-    EVAL_SEQ_LEN="2560", QUANT="gptq", CLASS_BITS="mlp=5,embed=7")
+    EVAL_SEQ_LEN="2560", QUANT="gptq", CLASS_BITS="mlp=5,embed=7", TTT_KIND="document",
+    TTT_GLOBAL_DOCS="2500")
 NEW = ("RECUR_PASSES", "MUON_WD_TAPER", "MUON_COEFFICIENTS", "ATTN_GATE_DIMS", "SKIP_GATE",
-       "DOC_ATTENTION", "ASYM_SOFTCAP")  # settings that logs of older runs do not name
-OFF = dict(zip(NEW, ("2", "", "quintic", "0", "0", "0", "0"), strict=True))
+       "DOC_ATTENTION", "ASYM_SOFTCAP", "TTT_KIND")  # settings that logs of older runs do not name
+OFF = dict(zip(NEW, ("2", "", "quintic", "0", "0", "0", "0", "chunk"), strict=True))
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -79,7 +83,8 @@ def test_the_frontier_is_told_and_credited(older, runs):
                  "normalised rows (MuonEq-R) and the coefficients of Polar Express, and AdamW",
                  "From 70% of the run on, Muon's weight decay falls to 50% of its value.",
                  "attends to its own document only", "reads the first 12 dimensions",
-                 "skips pass through learned gates", "negative logits have a softcap each"):
+                 "skips pass through learned gates", "negative logits have a softcap each",
+                 "reads each document by itself"):
         assert part in text, part
     assert levers and levers <= {*generated.attribution([run])}
     run.settings = reader.read_run(runs[2][0]).settings | OFF | dict(QK_GAIN_INIT="1.5")
