@@ -28,6 +28,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import signal
 import statistics
 import subprocess
@@ -96,7 +97,11 @@ def run_one(folder: Path, settings: dict[str, str], slot: Slot) -> dict:
     kept.write_text(text, encoding="utf-8")
     names = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)}
     env = {name: value for name, value in os.environ.items() if name not in names}
-    env |= {"RUN_ID": "run", "RESUME": "1", "OMP_NUM_THREADS": str(len(slot.cores))} | settings
+    resume = "LOAD_ARTIFACT" not in settings
+    if not resume:  # a run that only scores begins again
+        shutil.rmtree(folder / "logs", ignore_errors=True)
+    env |= {"RUN_ID": "run", "RESUME": str(int(resume)),
+            "OMP_NUM_THREADS": str(len(slot.cores))} | settings
     if slot.gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = str(slot.gpu)
 

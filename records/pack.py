@@ -41,7 +41,8 @@ exec(compile(S,N,"exec"))
 ESCAPES = ((rb"\\", rb"\\\\"), (rb"\r", rb"\\r"), (rb'""(?=")', rb'"\\"'),
            (rb"\0(?=[0-7])", rb"\\x00"), (rb"\0", rb"\\0"))  # pattern, what stands in the literal
 STAND_FOR = {rb"\\": b"\\", rb"\r": b"\r", rb'\"': b'"', rb"\x00": b"\0", rb"\0": b"\0"}
-KEPT = ("main", "dense_mask", "block_mask", "document_bounds")  # the log names the masks
+# names that a log tells, or a test asks for
+KEPT = ("main", "dense_mask", "block_mask", "document_bounds", "mlp_kernel", "MLP_TILE")
 ABOUT = "PROTEUS, packed; README.md explains the settings."  # what --help begins with
 
 

@@ -466,9 +466,8 @@ MUTANTS = (
     M("AdamW's moments go on into the next document", TRAIN, "(self.pair[1], *self.moments)",
       "(self.pair[1],)", "test_nothing_passes_between_documents"),
     M("a document is trained into the model before it is scored", TRAIN,
-      "            if learn:\n                self.learn_documents(int(self.documents[split, 0]))\n",
-      "            if not learn and split:\n"
-      "                self.learn_documents(int(self.documents[split, 0]))\n",
+      "            if learn:\n                self.learn_documents(",
+      "            if split and not learn:\n                self.learn_documents(",
       "test_every_mode_is_legal[documents_global-sliding]"),
     M("the global phase trains on the document after it", TRAIN,
       "self.learn_documents(int(self.documents[split, 0]))",

@@ -26,6 +26,7 @@ report: dict[str, Any] = dict(steps=[], graphs={})
 cholesky_ex, world = torch.linalg.cholesky_ex, int(os.environ.get("WORLD_SIZE", "1"))
 warm_up, train_step, resume = t.Trainer.warm_up, t.Trainer.train_step, t.TrainClock.resume
 score_batch, evaluate_artifact = t.Evaluator.score_batch, t.evaluate_artifact
+score_documents, adapt = t.DocumentTTT.score, t.DocumentTTT.adapt
 
 
 def count(when: str) -> None:
@@ -67,6 +68,24 @@ def counted_resume(clock: t.TrainClock) -> None:
     resume(clock)
 
 
+def watched_adapt(ttt: t.DocumentTTT, size: int, rows: Any) -> None:
+    """Note the calls of a step of documents, but for kernels, and its peak of memory."""
+    torch.cuda.reset_peak_memory_stats()
+    launches.start()
+    adapt(ttt, size, rows)
+    calls = [c for c in launches.stop() if c.startswith(("COPY", "SYNC", "NCCL"))]
+    report.setdefault("documents", []).append(dict(
+        size=size, calls=[c for c in calls if not c.startswith("COPY D2D")],
+        mib=torch.cuda.max_memory_allocated() >> 20))
+
+
+def scored_documents(ttt: t.DocumentTTT) -> tuple[t.Score, Any]:
+    """Put in the nats of document TTT."""
+    _, nats = score_documents(ttt)
+    nats[:] = 1
+    return ttt.evaluator.total(nats), nats
+
+
 def counted_evaluation(*arguments: Any) -> dict[str, t.Score]:
     """Count what was compiled up to the end of training."""
     count("trained")
@@ -77,6 +96,8 @@ torch.linalg.cholesky = lambda x: cholesky_ex(x)[0]
 dist.rendezvous = lambda url: iter([(dist.HashStore(), 0, world)])  # one process stands for all
 t.Trainer.warm_up, t.Trainer.train_step = counted_warm_up, watched_step
 t.TrainClock.resume, t.evaluate_artifact = counted_resume, counted_evaluation
+t.DocumentTTT.so_far = lambda ttt: t.Score(1.0, 1, 1)
+t.DocumentTTT.score, t.DocumentTTT.adapt = scored_documents, watched_adapt
 t.Evaluator.score_batch = lambda *batch: torch.ones(score_batch(*batch).shape)
 try:
     sys.exit(t.main([]))

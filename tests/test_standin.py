@@ -163,6 +163,19 @@ def test_the_frontier_runs_on_cuda(run):
     assert 0 < peak < 1.05 * FRONTIER_PEAK
 
 
+def test_documents_are_read_without_waiting(run):
+    """A step of document TTT: what it needs from the host comes from pinned memory."""
+    report = run("frontier")
+    steps = report["documents"]
+    (line,) = re.findall(r"ttt documents:\d+ at_once:(\d+) windows:(\S+) adapters:(\d+)MiB",
+                         report["console"])
+    print(f"at once, windows, MiB of adapters: {line}; peak: {max(s['mib'] for s in steps)} MiB")
+    assert len(steps) > 3 and {s["size"] for s in steps} <= {*map(int, line[1].split(","))}
+    calls = [call for s in steps for call in s["calls"]]
+    assert sum(call.startswith("COPY H2D") for call in calls) >= 4 * len(steps)
+    assert not [call for call in calls if re.search("SYNC|BLOCKING|PAGEABLE", call)]
+
+
 def test_another_rank_of_the_node_compiles_nothing(run):
     """A second process with another GPU finds every graph in the cache of the first."""
     first, second = run("compiled"), run("compiled", 1)

@@ -123,6 +123,9 @@ def test_ablation_table_and_plans():
     rows = ablate.table(part, dict(less="base", more="base")).splitlines()[2:4]
     assert len(rows) == 2 and all(" | - | - | " in row for row in rows)
     assert ablate.table(json.loads(ablate.results_text(runs))) == ablate.table(runs)
+    scored = {name: [dict(ttt_bpb=score, val_bpb=score)] for name, score in dict(a=2, b=1).items()}
+    rows = ablate.table(json.loads(ablate.results_text(scored)), change="val_bpb").splitlines()
+    assert rows[3] == "| b | 1 | 1.0000 | - | -1.0000 | a | - | - | - | - |"  # without training
     plans = sorted((h.ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
@@ -131,7 +134,8 @@ def test_ablation_table_and_plans():
         against = plan.get("against", {})
         assert {*against, *against.values()} <= set(plan["variants"])
         for changes in plan["variants"].values():
-            texts = {k: str(v).format(root=h.ROOT) for k, v in (plan["base"] | changes).items()}
+            texts = {k: str(v).format(root=h.ROOT, out="out", seed=1)
+                     for k, v in (plan["base"] | changes).items()}
             t.Config.from_env(texts, cuda=True)
 
 
@@ -215,7 +219,8 @@ def test_figures_of_plans_are_kept_results(document, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_ablation_runs_and_resumes(tmp_path):
-    """Two variants of a tiny run; a second call repeats none of them and gives the same table."""
+    """Two variants of a tiny run, and one that scores what they trained; a second call repeats none
+    of them and gives the same table."""
     out, data = tmp_path / "out", tmp_path / "data"
     documents = h.write_documents(tmp_path / "documents.jsonl", h.texts(300))
     vocabulary = tmp_path / "v.yaml"
@@ -226,15 +231,19 @@ def test_ablation_runs_and_resumes(tmp_path):
                 MODEL_DIM=16, TRAIN_BATCH_TOKENS=256, EVAL_MODES="roundtrip", ROPE_DIMS=4)
     plan = tmp_path / "plan.json"
     plan.write_text(json.dumps(dict(base=base, seeds=[1, 2], seeds_of={"flat": 1}, variants={
-        "all": {}, "flat": {"PARALLEL_START_LAYER": 11}})))
+        "all": {}, "scored": {"LOAD_ARTIFACT": "{out}/all_seed{seed}/data/demo.int6.ptz"},
+        "flat": {"PARALLEL_START_LAYER": 11}})))
     command = [sys.executable, h.ROOT / "records" / "ablate.py", plan, "--out", out, "--jobs", "2"]
     first = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     times = {p: p.stat().st_mtime_ns for p in out.glob("*/console.txt")}
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert len(times) == 3 and times == {p: p.stat().st_mtime_ns for p in times}
-    assert first.splitlines()[-4:] == again.splitlines()[-4:]
-    assert (out / "table.md").read_text().splitlines() == again.splitlines()[-4:]
+    assert len(times) == 5 and times == {p: p.stat().st_mtime_ns for p in times}
+    assert first.splitlines()[-5:] == again.splitlines()[-5:]
+    assert (out / "table.md").read_text().splitlines() == again.splitlines()[-5:]
     runs = json.loads((out / "results.json").read_text())
+    assert [*runs] == ["all", "scored", "flat"]
+    assert [[run["roundtrip_bpb"] for run in runs[name]] for name in ("all", "scored")] == [
+        [run["val_bpb"] for run in runs["all"]]] * 2
     assert {run["train_gpt"] for run in sum(runs.values(), [])} == {
         hashlib.sha256((out / "train_gpt.py").read_bytes()).hexdigest()[:12]}
     kept = next(out.glob("flat_*")) / "settings.json"
