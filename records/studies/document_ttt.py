@@ -23,6 +23,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,10 +31,9 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
 import train_gpt  # noqa: E402
-from cost_model import record_model  # noqa: E402
+from cost_model import record_model, step_costs  # noqa: E402
 
 PEAK = 989e12  # dense bf16 operations a second of an H100, NVIDIA's data sheet
-H100 = types.SimpleNamespace(cuda=True, device="cuda")  # as train_gpt.tokens_at_once sees one
 
 
 def operations(model: train_gpt.GPT, sizes: dict[int, int]) -> dict[str, float]:
@@ -45,12 +45,12 @@ def operations(model: train_gpt.GPT, sizes: dict[int, int]) -> dict[str, float]:
     """
     c, passes = model.config, len(model.plans[model.recur])
     D, R, V = c.model_dim, c.ttt_lora_rank, len(model.padding)
-    layer = D * (D + 2 * c.kv_dim) + D * D + 2 * D * c.hidden_dim
+    weights = step_costs(model, 1, model.recur, 1)["matrices"].operations / 6
     outputs = model.adapter_outputs()
     tokens = sum(size * count for size, count in sizes.items())
     heads = c.ttt_doc_chunk * sum(sizes.values())
     return dict(
-        matrices=4.0 * passes * layer * tokens,
+        matrices=4 * weights * tokens,
         attention=sum(7.0 * passes * D * size * size * count for size, count in sizes.items()),
         adapters=6.0 * R * (sum(D + out for out in outputs[:-1]) * tokens + (D + V) * heads),
         head=4.0 * D * V * heads)
@@ -66,10 +66,11 @@ def plan(lengths: np.ndarray, c: train_gpt.Config, slots: int, ranks: int) -> di
 def slots_of(model: train_gpt.GPT) -> int:
     """Documents at once on an H100, as DocumentTTT has it where there are enough of them."""
     c, outputs = model.config, model.adapter_outputs()
-    torch.cuda.get_device_properties = lambda _: types.SimpleNamespace(total_memory=80e9)
     values = c.ttt_lora_rank * (len(outputs) * c.model_dim + sum(outputs))
-    room = train_gpt.tokens_at_once(c, H100) // (
-        c.eval_seq_len + 20 * values // train_gpt.BYTES_PER_TOKEN)
+    with mock.patch.object(torch.cuda, "get_device_properties",
+                           lambda _: types.SimpleNamespace(total_memory=80e9)):
+        tokens = train_gpt.tokens_at_once(c, types.SimpleNamespace(cuda=True, device="cuda"))
+    room = tokens // (c.eval_seq_len + 20 * values // train_gpt.BYTES_PER_TOKEN)
     return c.ttt_doc_batch or max(1, room)
 
 

@@ -11,11 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import ablate
 import cost_model as cost
+import document_ttt as documents
 import harness as h
 import train_gpt as t
 
@@ -101,6 +104,41 @@ def test_cost_model_report_stands():
     sums = [float(row[3].strip("*")) for row in rows if row[0] == "| **sum**"]
     assert len(sums) == 2 and sum(floors) == pytest.approx(sum(sums), abs=0.2)
     assert "\n".join(lines) in (RECORDS / "studies" / "cost_model.md").read_text("utf-8")
+
+
+def test_operations_of_document_ttt():
+    """As many as the matrix products have, run forward on a meta device; backward twice or once."""
+    c = h.config(h.RECORD | h.LEVERS, ttt_kind="document")
+    model = cost.record_model(c, 1254)
+    model.set_phase(t.Phase(recur=True))
+    model.document_mask = None
+    for block in model.blocks:
+        block.attn.attend = lambda q, k, v: torch.empty_like(q)
+    model.register_buffer("rope", torch.empty(3, 2048, 1, 64, device="meta", dtype=torch.bfloat16))
+    model.is_boundary = torch.empty(1254, dtype=torch.bool, device="meta")
+    outputs, (tokens, chunk) = model.adapter_outputs(), (512, c.ttt_doc_chunk)
+    ids = torch.zeros(3, tokens, dtype=torch.long, device="meta")
+    adapters = model.adapters(torch.empty(3, len(outputs), 80, 512, device="meta"),
+                              torch.empty(3, sum(outputs), 80, device="meta"))
+    with FlopCounterMode(display=False) as counted:
+        hidden = model.hidden(ids, adapters)[:, :chunk]
+        model.padded_logits(ids, hidden, adapters)
+    parts = documents.operations(model, {tokens: 3})
+    forward = parts["matrices"] / 2 + parts["adapters"] / 3 + parts["head"] / 2
+    gates = 2 * 3 * tokens * len(model.plans[True]) * c.num_heads * c.attn_gate_dims
+    assert counted.get_total_flops() == forward + gates
+    assert parts["attention"] == 3 * 7 * len(model.plans[True]) * 512 * tokens**2
+
+
+def test_windows_of_document_ttt():
+    """Every chunk reads its whole window, in one of four sizes, free slots too; by hand."""
+    c = h.config(h.RECORD, ttt_kind="document")
+    assert documents.plan(np.array([1000]), c, 1, 1) == {512: 10, 1024: 11, 1536: 0, 2048: 0}
+    assert documents.plan(np.array([1, 100]), c, 2, 1) == {512: 6, 1024: 0, 1536: 0, 2048: 0}
+    assert documents.plan(np.array([1, 100]), c, 1, 2) == {512: 3, 1024: 0, 1536: 0, 2048: 0}
+    model = cost.record_model(c, 1254)
+    model.set_phase(t.Phase(recur=True))
+    assert documents.slots_of(model) == 41
 
 
 def test_ablation_table_and_plans():
