@@ -284,3 +284,11 @@ def test_whole_run_and_its_artifact_in_another_process(gpu, shards, tmp_path, le
     assert np.array_equal(again["ttt"], again["sliding"])
     assert not np.array_equal(first["ttt"], first["sliding"])
     assert first["roundtrip"].mean() < np.log(V) - 0.3  # it has learned something
+    adapters = dict(LOAD_ARTIFACT="a.ptz", TTT_KIND="document", TTT_LORA_RANK="8", TTT_LR="0.01",
+                    TTT_LORA_LR="1e-3", TTT_GLOBAL_DOCS="5")
+    documents, alone, plain, eager = (run(name, **(adapters | more))["ttt"] for name, more in dict(
+        documents={}, alone=dict(TTT_DOC_BATCH="1"), plain=dict(TTT_LORA_LR="0"),
+        eager=dict(TORCH_COMPILE_DISABLE="1", ATTENTION="mem_efficient")).items())
+    for other in (alone, eager):  # bf16, and a step for each sign of a gradient
+        assert abs(other.mean() - documents.mean()) < 0.02
+    assert np.isfinite(documents).all() and np.abs(plain - documents).max() > 0.05

@@ -10,7 +10,8 @@
     steps       60 steps of the full model without and with recurrence, artifact, reload
     train       120 s against the clock with recurrence and late QAT, artifact, reload, every score
     profile     ms a step, and where they go, without and with recurrence
-    frontier    40 steps of PRESET=frontier without and with recurrence, artifact, reload
+    frontier    40 steps of PRESET=frontier without and with recurrence, artifact, reload, the score
+                and the time of TTT_KIND=document
 
 Each part has the GPU to itself, and finds in the compiler's cache what the parts before it have
 compiled. With --limit SECONDS, the part that runs then is ended, and no other starts. As each part
@@ -56,8 +57,8 @@ PARTS = {  # settings of train_gpt.py beside those of `settings`
     "train": dict(SIZE_LIMIT=64_000_000, MAX_WALLCLOCK_SECONDS=120, RECUR_START_STEP=0,
                   WARMDOWN_ITERS=800, TRAIN_LOG_EVERY=50, VAL_LOSS_EVERY=500),
     "frontier": NO_LIMIT | dict(PRESET="frontier", ITERATIONS=40, RECUR_START_STEP=0.5,
-                                LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1, EVAL_MODES="roundtrip",
-                                VAL_TOKENS_LIMIT=65537),
+                                LATE_QAT_THRESHOLD=0, TRAIN_LOG_EVERY=1,
+                                EVAL_MODES="roundtrip,ttt", VAL_TOKENS_LIMIT=131073),
 }
 REHEARSAL = dict(  # demo width, four layers: every part and every phase in seconds
     PRESET="demo", NUM_LAYERS=4, RECUR_LAYERS=1, PARALLEL_START_LAYER=3, VE_LAYERS="2,3",

@@ -87,7 +87,8 @@ def test_tables_of_a_result_are_those_of_its_summary(run, folder, tmp_path):
 def test_rehearsal(tmp_path):
     """Every part on a CPU: all phases, every score, the artifact reloaded, the tables made."""
     subprocess.run([sys.executable, SCRIPT, "--rehearse", "--out", tmp_path, "--only",
-                    "steps", "train", "profile", "frontier"], check=True)
+                    "steps", "train", "profile", "frontier", "--set", "VAL_TOKENS_LIMIT=4000"],
+                   check=True)
     parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
     assert {name: part["exit_code"] for name, part in parts.items()} == dict.fromkeys(parts, 0)
     phases = {name: [(e["recur"], e["qat"]) for e in part["primed"]]
@@ -96,6 +97,7 @@ def test_rehearsal(tmp_path):
                           frontier=[(False, False), (True, False)],
                           train=[(True, False), (True, True)])
     assert [e["mode"] for e in parts["train"]["final"]] == ["roundtrip", "sliding", "ttt"]
+    assert [e["mode"] for e in parts["frontier"]["final"]] == ["roundtrip", "ttt"]
     assert parts["steps"]["losses"][-1][1] < parts["steps"]["losses"][0][1]
     assert set(parts["profile"]["profile"]) == {"inductor", "off", "on"}
     assert str(tmp_path) not in (tmp_path / "README.md").read_text()
