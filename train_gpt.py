@@ -287,7 +287,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         matrix_lr=0.026, scalar_lr=0.02, tied_embed_lr=0.03, min_lr=0.1, muon_momentum=0.97,
         muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
         beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560,
-        ttt_kind="document"),
+        ttt_kind="document", ttt_global_docs=2500),
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
@@ -296,7 +296,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
         val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.03,
-        ttt_chunk_tokens=2048, ttt_lora_rank=8, ttt_lora_lr=2e-3),
+        ttt_chunk_tokens=2048, ttt_lora_rank=8, ttt_lora_lr=2e-3, ttt_global_docs=8),
 }
 DROPPED = {  # spellings of published scripts -> what to set here
     "N_INT6_MLP_LAYERS": "N_INT6_LAYERS", "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
@@ -695,6 +695,13 @@ class Runtime:
         """An array on the device; its memory is pinned, so that the host need not wait."""
         tensor = torch.from_numpy(array)
         return (tensor.pin_memory() if self.cuda else tensor).to(self.device, non_blocking=True)
+
+    def random_tokens(self, rows: int, length: int, vocab_size: int,
+                      random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (rows, length) to prime with: no token of the data is seen."""
+        random = random or torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (rows, length + 1), generator=random).to(self.device)
+        return ids[:, :-1], ids[:, 1:]
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -2625,15 +2632,9 @@ class Evaluator:
         ids = self.runtime.send(ids.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
-    def random_tokens(self, rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """The same of random ids, to prime with: no validation token is seen."""
-        ids = torch.randint(vocab_size, (rows, self.length + 1),
-                            generator=torch.Generator().manual_seed(0)).to(self.runtime.device)
-        return ids[:, :-1], ids[:, 1:]
-
     def prime(self, forward: Callable, vocab_size: int) -> None:
         """Compile and run the scoring of a batch."""
-        batch = self.random_tokens(self.batch_windows, vocab_size)  # no inference tensors
+        batch = self.runtime.random_tokens(self.batch_windows, self.length, vocab_size)
         with torch.inference_mode():
             forward(*batch)
 
@@ -2746,6 +2747,7 @@ class TTT:
         self.runtime, self.forward = evaluator.runtime, evaluator.runtime.compile(model)
         self.params, self.jobs = model.train_only(self.is_trained), [self.prime]
         c, targets = self.config, evaluator.targets
+        self.scores = c.ttt_enabled and {"ttt", "ngram"} & {*c.modes}
         targets = min(targets, c.ttt_chunk_tokens) if c.ttt_kind == "chunk" else targets
         seqs = min(c.ttt_batch_seqs, math.ceil(targets / evaluator.length))
         self.rank_seqs = math.ceil(seqs / self.runtime.world)
@@ -2760,8 +2762,9 @@ class TTT:
         """Compile and run scoring and training on random tokens; no weight moves."""
         c, evaluator, vocab_size = self.config, self.evaluator, self.model.vocab_size
         evaluator.prime(self.forward, vocab_size)
-        if "ttt" in c.modes and (c.ttt_kind == "chunk" or c.ttt_global_docs):
-            self.forward(*evaluator.random_tokens(self.rank_seqs, vocab_size)).sum().backward()
+        if self.scores and (c.ttt_kind == "chunk" or c.ttt_global_docs):
+            batch = self.runtime.random_tokens(self.rank_seqs, evaluator.length, vocab_size)
+            self.forward(*batch).sum().backward()
             self.model.zero_grad()
 
     def score(self) -> tuple[Score, np.ndarray]:
@@ -2871,9 +2874,10 @@ class DocumentTTT(TTT):
         self.plans = [self.plan(group) for group in np.split(self.documents, [c.ttt_global_docs])]
         self.work = sum(size for plan in self.plans for size, _ in plan)
         first = self.documents[: c.ttt_global_docs, 1].sum()  # of which a token is read once more
-        self.windows = 3 * (self.work * self.slots * runtime.world + first) / c.eval_seq_len
+        self.share = 3 * self.slots * runtime.world / c.eval_seq_len  # of a token that a slot reads
+        self.windows = self.work * self.share + 3 * first / c.eval_seq_len
         self.score_chunk, self.adamw = runtime.compile(self.nats_of), runtime.compile(adamw)
-        self.jobs += [functools.partial(self.prime_size, size) for size in self.sizes]
+        self.jobs += [functools.partial(self.prime_size, n) for n in self.sizes if self.scores]
 
     def plan(self, documents: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """This rank's steps: tokens of a window; (slots, 3) first id, targets, number of the chunk.
@@ -2896,13 +2900,13 @@ class DocumentTTT(TTT):
         self.moments = [torch.zeros_like(p) for p in self.pair]
 
     def prime_size(self, size: int) -> None:
-        """Compile and run scoring and training in windows of `size` tokens, a random one each."""
+        """Compile and run scoring and training in windows of `size` random tokens."""
         self.allocate()
         self.model.train_only(lambda name: False)
-        one = self.evaluator.random_tokens(self.slots, self.model.vocab_size)[0][:, :1]
-        chunk = one.repeat(1, self.config.ttt_doc_chunk)
-        nats = self.score_chunk(one.repeat(1, size), chunk, 0 * chunk, *self.pair)
-        self.learn_chunk(nats.sum(), one + 1.0, one + 1.0)
+        ids, _ = self.runtime.random_tokens(self.slots, size, self.model.vocab_size)
+        chunk, ones = ids[:, : self.config.ttt_doc_chunk].contiguous(), 1.0 + 0 * ids[:, :1]
+        nats = self.score_chunk(ids.contiguous(), chunk, 0 * chunk, *self.pair)
+        self.learn_chunk(nats.sum(), ones, ones)
         self.pair = self.moments = []  # the memory is training's until then
         self.model.train_only(self.is_trained)
 
@@ -2923,7 +2927,7 @@ class DocumentTTT(TTT):
     def score(self) -> tuple[Score, np.ndarray]:
         """(Score, nats of every target), each by adapters that have seen earlier chunks only."""
         runtime, evaluator, self.began = self.runtime, self.evaluator, time.perf_counter()
-        split, full, read, number = self.config.ttt_global_docs, self.sizes[-1], 0, 0
+        split, read, number = self.config.ttt_global_docs, 0, 0
         saved = [p.detach().clone() for p in self.params]
         self.nats = torch.zeros(evaluator.targets + 1, device=runtime.device)  # the last: of none
         self.allocate()
@@ -2938,8 +2942,8 @@ class DocumentTTT(TTT):
                 self.adapt(*step)
                 self.tell(number, sum(map(len, self.plans)), self.so_far)
                 number, read = number + 1, read + step[0]
-                evaluator.report("ttt", -(-read // full), -(-self.work // full),
-                                 time.perf_counter() - self.began)
+                evaluator.report("ttt", math.ceil(read * self.share), math.ceil(
+                    self.work * self.share), time.perf_counter() - self.began)
         self.pair = self.moments = []
         self.model.train_only(self.is_trained)
         with torch.no_grad():
@@ -2950,8 +2954,8 @@ class DocumentTTT(TTT):
     def so_far(self) -> Score:
         """Of this rank's targets, those that have been scored."""
         nats = self.nats[:-1].cpu().numpy()
-        return Score(float(nats.sum(dtype=np.float64)), np.count_nonzero(nats),
-                     int(self.evaluator.val.bytes[nats != 0].sum(dtype=np.int64)))
+        source = int(self.evaluator.val.bytes[nats != 0].sum(dtype=np.int64))
+        return Score(float(nats.sum(dtype=np.float64)), np.count_nonzero(nats), source or 1)
 
     def learn_documents(self, end: int) -> None:
         """The global phase: one pass of SGD over the targets before `end`, scored on all ranks."""
@@ -2960,6 +2964,7 @@ class DocumentTTT(TTT):
         batches = self.batches(0, end)
         for i, batch in enumerate(batches):
             self.step(batch, end, i / len(batches))
+        self.runtime.log.line(f"ttt global_phase targets:{end} steps:{len(batches)}")
         self.model.train_only(lambda name: False)
 
     @torch.no_grad()
@@ -3395,13 +3400,14 @@ class Trainer:
         jobs = [functools.partial(self.compile, phase) for phase in phases] + self.ttt_jobs()
         seconds = runtime.in_turns(jobs if runtime.compiles and c.warmup_steps else [])
         random = torch.Generator().manual_seed(c.seed)
+        shape = self.micro_seqs * self.accumulation, c.train_seq_len, self.model.vocab_size
         optimizer, average = Optimizer(self.model, c, runtime), Average(self.model, c)
         for phase, compile_s in zip_longest(phases, seconds[: len(phases)], fillvalue=0.0):
             self.model.set_phase(phase)
             runtime.reset_peak_memory()
             marks = [runtime.event()]
             for _ in range(math.ceil(c.warmup_steps / len(phases))):
-                loss = self.backward(*self.random_tokens(self.accumulation, random))
+                loss = self.backward(*runtime.random_tokens(*shape, random))
                 optimizer.step(loss.repeat(6), 1.0, c.muon_momentum)
                 average.update(0, 1.0)
                 marks.append(runtime.event())
@@ -3430,16 +3436,11 @@ class Trainer:
         return [Phase(recur, late) for late in (False, True)[: 1 + bool(qat)]
                 for recur in (False, True)[first : 1 + bool(c.repeated)]]
 
-    def random_tokens(self, micro_batches: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and targets for `backward`, of random ids."""
-        shape = (self.micro_seqs * micro_batches, self.config.train_seq_len + 1)
-        ids = torch.randint(self.model.vocab_size, shape, generator=random).to(self.runtime.device)
-        return ids[:, :-1], ids[:, 1:]
-
     def compile(self, phase: Phase) -> None:
         """Compile training and validation in a phase."""
         self.model.set_phase(phase)
-        self.backward(*self.random_tokens(1, torch.Generator().manual_seed(0)))
+        self.backward(*self.runtime.random_tokens(
+            self.micro_seqs, self.config.train_seq_len, self.model.vocab_size))
         self.evaluator.prime(self.forward, self.model.vocab_size)
 
     def ttt_jobs(self) -> list[Callable[[], None]]:
@@ -3650,7 +3651,8 @@ def main(arguments: list[str]) -> int:
         if not re.search("out of memory|allocate", str(error)):
             raise
         print(f"error: {error}\nout of memory: lower MICRO_BATCH_TOKENS (then TRAIN_BATCH_TOKENS), "
-              "or in evaluation VAL_BATCH_SIZE or TTT_DOC_BATCH", file=sys.stderr, flush=True)
+              "or in evaluation VAL_BATCH_SIZE, TTT_BATCH_SEQS or TTT_DOC_BATCH", file=sys.stderr,
+              flush=True)
         return 1
     return 0
 

@@ -102,12 +102,14 @@ def keywords(tree: ast.AST) -> dict[str, set[str]]:
 def by_position(tree: ast.AST) -> None:
     """Mark parameters that nobody gives by name as such, so that they can be renamed.
 
-    Functions that a library reads the parameters of (a Triton kernel's are in capitals) keep them.
+    Functions that a library reads the parameters of (a Triton kernel's are in capitals) keep them,
+    and those that are themselves given by name: a library may call them so.
     """
     given = keywords(tree)
+    named_themselves = {ast.unparse(n.value) for n in ast.walk(tree) if isinstance(n, ast.keyword)}
     for owner in ast.walk(tree):
         for f in ast.iter_child_nodes(owner):
-            if not isinstance(f, ast.FunctionDef) or any(
+            if not isinstance(f, ast.FunctionDef) or f.name in named_themselves or any(
                     "library" in ast.unparse(d) for d in f.decorator_list):
                 continue
             named = given[""] | given[owner.name if f.name == "__init__" else f.name]

@@ -346,7 +346,7 @@ MUTANTS = (
       "torch._foreach_copy_(self.params, saved)\n        if c.quant", "pass\n        if c.quant",
       "test_warm_up_changes_nothing"),
     M("the warm-up reads validation tokens", TRAIN,
-      "self.backward(*self.random_tokens(self.accumulation, random))",
+      "self.backward(*runtime.random_tokens(*shape, random))",
       "self.backward(*self.evaluator.tokens(np.arange(9), self.micro_seqs * self.accumulation))",
       "test_warm_up_sees_no_validation_token"),
     M("calibration is outside the clock", TRAIN, "self.clock.elapsed_ms += milliseconds", "pass",
