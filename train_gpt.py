@@ -858,8 +858,8 @@ def document_bounds(starts: Tensor) -> Tensor:
     return places.where(starts.flatten(), starts.numel()).sort().values[: room + 1].int()
 
 
-SHORT_DOCUMENTS = ("; or, on flash_attention_3, the documents of a batch are too short for "
-                   "DOC_ATTENTION: set ATTENTION=flex")
+SHORT_DOCUMENTS = ("; or documents are too short for DOC_ATTENTION on flash_attention_3: set "
+                   "ATTENTION=flex")
 
 
 def use_attention(backend: str) -> tuple[Callable, Callable]:
@@ -2487,16 +2487,13 @@ def log_sizes(state: Mapping[str, Tensor], stored: Mapping[str, Stored], streams
         coded = [(t, state[name].cpu()) for name, t in stored.items()
                  if t.scales is not None and layout(t.kind, t.bits)[0] == s.name]
         if coded:
-            vectors = zip(*((w.flatten(), (t.restore() - w).flatten(), w.std(1, correction=0),
-                             largest_code(t.bits) * torch.tensor(t.scales).float())
-                            for t, w in coded), strict=True)
-            weight, error, deviation, clip = (
-                torch.cat(parts).norm().clamp_min(1e-15).item() for parts in vectors)
-            measured = dict(entropy=8 * s.floor / s.weights, k=clip / deviation,
-                            error=error / weight)
+            vectors = zip(*((w.flatten(), (t.restore() - w).flatten()) for t, w in coded),
+                          strict=True)
+            weight, error = (torch.cat(parts).norm().clamp_min(1e-15) for parts in vectors)
+            measured = dict(error=(error / weight).item())
         log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
                   "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}"
-                  + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * bool(coded),
+                  + " relative_error:{error:.5f}" * bool(coded),
                   name=s.name, codec=s.codec, weights=s.weights, bytes=size, floor=s.floor,
                   bits=8 * size / s.weights, **measured)
     artifact, floor = total - CODE_BYTES, sum(s.floor for s in streams)

@@ -29,9 +29,8 @@ import python_minifier
 
 LARGEST = 32_000  # bytes of a packed file: our aim for a record
 LONGEST = 1 << 20  # bytes of source that are unpacked from a stranger's file
-COOKIE = b"#coding:l1\n"  # latin-1
-HEAD = COOKIE + b'''#PROTEUS: see records/pack.py
-import bz2,linecache
+COOKIE = b"#PROTEUS coding:l1\n"  # latin-1
+HEAD = COOKIE + b'''import bz2,linecache
 S=bz2.decompress("""'''
 TAIL = b'''""".encode("l1")).decode()
 N=__file__+" (unpacked)"

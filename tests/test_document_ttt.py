@@ -343,10 +343,33 @@ def test_lines_are_the_score_so_far():
     assert numbers == sorted({*range(1, count + 1, every), count}) and 15 < len(numbers) < 22
     assert shown[-1][3] == f"{nats.astype(float).mean() / math.log(2):.6f}"
     assert len({m[3] for m in shown}) == len(shown)
+    targets = ref.documents(h.short_stream(500))[3][0]
+    assert lines.index(f"ttt global_phase targets:{targets} steps:{-(-targets // 16)}") > 1
+
+
+def test_a_line_before_any_byte():
+    """Targets without bytes, such as boundaries, may come first: no division by zero."""
+    ttt, _ = trainer(np.array([LAST, LAST, 1, 2, 3], np.uint16), ttt_global_docs=1)
+    ttt.evaluator.val.bytes[0] = 0
+    assert ttt.score()[0].bytes == 3
+
+
+@pytest.mark.parametrize("modes, sizes", [
+    (dict(), 4), (dict(eval_modes=("roundtrip", "sliding")), 0), (dict(ttt_enabled=False), 0),
+    (dict(eval_modes=("ngram",), ngram_enabled=True), 4),
+    (dict(eval_modes=("ngram",), ngram_enabled=True, ttt_enabled=False), 0)])
+def test_nothing_is_primed_in_vain(modes, sizes):
+    """The graphs of documents only where their score is computed, the global phase's too."""
+    ttt, _ = trainer(**(dict(eval_modes=("roundtrip", "ttt"), ttt_global_docs=2) | modes))
+    seen = []
+    ttt.model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    for job in ttt.jobs:
+        job()
+    assert len(ttt.jobs) == 1 + sizes and sum(seen) == sizes + bool(sizes)
 
 
 def test_progress_and_the_work_to_come(monkeypatch):
-    """ETA lines count whole windows of a slot; the work to come counts all, three times."""
+    """In windows that are as much work as scoring one: all slots, and three times for training."""
     now, lines, seen, on = [0.0], [], [], h.runtime()
     start = t.Evaluator.start_clock
     monkeypatch.setattr(t.Evaluator, "start_clock", lambda self, to_come: seen.append(
@@ -360,8 +383,8 @@ def test_progress_and_the_work_to_come(monkeypatch):
     assert to_come == {"ttt": pytest.approx(3 * (3 * read + first) / c.eval_seq_len)}
     form = r"eval ttt windows:(\d+)/(\d+) eta:\d+s( warning: evaluation will pass 600 s)?"
     shown = [re.fullmatch(form, line) for line in lines if line.startswith("eval ")]
-    assert {m[2] for m in shown} == {str(-(-read // 16))} and shown[-1][1] == shown[-1][2]
-    assert any(m[3] for m in shown)
+    assert {m[2] for m in shown} == {str(math.ceil(9 * read / 16))}
+    assert shown[-1][1] == shown[-1][2] and any(m[3] for m in shown)
 
 
 def test_priming_sees_no_validation_token_and_moves_nothing(make_trainer, monkeypatch):

@@ -97,10 +97,15 @@ def partly(placed_4, named_4=0):
     return placed_4 + placed_4 + named_4
 
 
+def handed(given_5):
+    return given_5 + given_5
+
+
 def called():
     b = B(1, named_1=2)
     some = functools.partial(partly, named_4=4)
-    return b.method(1, named_2=2), b(1, unknown_3=3), some(1), dict(placed_4=5)
+    other = dict(function=handed)["function"](given_5=1)
+    return b.method(1, named_2=2), b(1, unknown_3=3), some(1), dict(placed_4=5), other
 
 
 if __name__ == "__main__":
@@ -118,7 +123,9 @@ def test_a_packed_file_does_the_same(tmp_path):
     assert "(value,ROWS,SIZE_2)" in small and "=ROWS" not in small
     assert not {"total", "long_name", "help", "called", "partly", "placed_1", "placed_2",
                 "placed_3"} & words
-    assert {"named_1", "named_2", "unknown_3", "named_4"} <= words
+    assert {"named_1", "named_2", "unknown_3", "named_4", "given_5"} <= words
+    # torch.library calls what it is given as setup_context by these names
+    assert "(ctx,inputs,output)" in pack.minify(h.SCRIPT.read_text())
     (tmp_path / "plain.py").write_text(SOURCE.replace('"help"', '""'))
     (tmp_path / "packed.py").write_bytes(pack.pack(SOURCE))
     outputs = [h.python([tmp_path / f"{name}.py"], tmp_path).stdout
