@@ -1113,7 +1113,7 @@ def check_mode(mode, seed=0, places=(20, 37, 66), sums=(), **settings):
     assert len(nats) == len(ids) - 1 and np.isfinite(nats).all()
     c = h.config(**(h.SHORT | h.MODES[mode] | settings))
     if c.ttt_kind == "document":
-        ref.conditions_of_documents(nats, events, ids, c)
+        ref.conditions_of_documents([(nats, events)], ids, c)
     else:
         ref.condition_4([(nats, events)], len(nats))
         ref.condition_3([(nats, events)], c.eval_seq_len, len(nats))

@@ -467,52 +467,71 @@ def chunks_of(ids, c):
     return found
 
 
-def conditions_of_documents(nats, events, ids, c, mine=slice(None)):
-    """Conditions 3 and 4 of document TTT, by what the model was given; `mine`: of one rank.
+def conditions_of_documents(ranks, ids, c):
+    """Conditions 3 and 4 of document TTT, by what the model was given; `ranks`: (nats, events).
 
     Every chunk is scored once, after those before it in its document, given nothing after it. The
     score is final. Adapters are new for a document, and make a step after each chunk but the last.
     """
-    wanted, done, first_a, steps = chunks_of(ids, c), [], None, 0
-    for i, (kind, *event) in enumerate(events):
-        if kind != "chunk":
-            continue
-        read, targets, places, a, b, scores = (x.tolist() if x.dtype == torch.int64 else x
-                                               for x in event)
-        trained = set()
-        for row in range(len(read)):
-            keys = [key for key, (text, goals, _, _) in wanted.items() if
-                    read[row] == text + [0] * (len(read[row]) - len(text))
-                    and targets[row] == goals + [0] * (len(targets[row]) - len(goals))]
+    wanted, scored = chunks_of(ids, c), []
+    for nats, events in ranks:
+        done = documents_of_rank(nats, events, ids, wanted)
+        scored += done
+        phase = [i for i, (kind, *_) in enumerate(events) if kind in ("train", "update")]
+        order = [i for i, (kind, *_) in enumerate(events) if kind == "chunk"]
+        if phase:  # in one piece, after the first documents and before the others
+            assert not [i for i in order if phase[0] < i < phase[-1]], "condition 3: global phase"
+            early = [d < c.ttt_global_docs for d, _ in done]
+            rows = [len(rows) for rows in rows_of(events, ids, wanted)]
+            before = sum(rows[: sum(i < phase[0] for i in order)])
+            assert early == [True] * before + [False] * (len(done) - before), (
+                "condition 3: global phase")
+    assert sorted(scored) == sorted(wanted), "condition 4: not each chunk once"
+
+
+def rows_of(events, ids, wanted):
+    """For every step of documents: {slot: (document, chunk)}, told by what the model was given."""
+    done, steps = set(), []
+    for _, read, targets, *_ in (event for event in events if event[0] == "chunk"):
+        steps.append({})
+        for row, (text, goals) in enumerate(zip(read.tolist(), targets.tolist(), strict=True)):
+            keys = [key for key, (known, wished, _, _) in wanted.items()
+                    if text == known + [0] * (len(text) - len(known))
+                    and goals == wished + [0] * (len(goals) - len(wished))]
             if not keys:  # a free slot
-                assert not any(read[row]) and not any(targets[row]), "condition 4: no such chunk"
+                assert not any(text) and not any(goals), "condition 4: no such chunk"
                 continue
             key = next((key for key in keys if key not in done), None)  # documents may be alike
             assert key, f"condition 4: {keys} again"
-            (d, n), (_, goals, where, start) = key, wanted[key]
-            assert n == 0 or (d, n - 1) in done, f"condition 4: {key} too early"
-            done.append(key)
+            assert key[1] == 0 or (key[0], key[1] - 1) in done, f"condition 4: {key} too early"
+            done.add(key)
+            steps[-1][row] = key
+    return steps
+
+
+def documents_of_rank(nats, events, ids, wanted):
+    """(document, chunk) of what a rank scores, in order; conditions 3 and 4 as far as that goes."""
+    first_a, steps, done = None, 0, []
+    places = [i for i, event in enumerate(events) if event[0] == "chunk"]
+    for i, rows in zip(places, rows_of(events, ids, wanted), strict=True):
+        _, _, _, where, a, b, scores = events[i]
+        for row, (d, n) in rows.items():
+            _, goals, targets, start = wanted[d, n]
             begin = documents(ids)[d][0]
-            assert places[row][: len(goals)] == [k - begin - start for k in where]
-            assert nats[where.start : where.stop].tolist() == scores[row, : len(goals)].tolist(), (
-                "condition 3: replaced")
+            assert where[row, : len(goals)].tolist() == [k - begin - start for k in targets]
+            assert nats[targets.start : targets.stop].tolist() == scores[
+                row, : len(goals)].tolist(), "condition 3: replaced"
             if n == 0:
                 first_a = a[row] if first_a is None else first_a
                 assert not b[row].any() and torch.equal(a[row], first_a), "condition 3: not new"
-            trained |= {row} if (d, n + 1) in wanted else set()
-        follows = events[i + 1 : i + 3] if trained else []
-        for kind, *rates in follows:  # A's step and B's
+        trained = {row for row, (d, n) in rows.items() if (d, n + 1) in wanted}
+        for kind, *rates in events[i + 1 : i + 3] if trained else []:  # A's step and B's
             assert kind == "adapt", "condition 3: no step follows"
             assert {row for row, rate in enumerate(rates[0]) if rate} == trained, "condition 3"
             steps += 1
+        done += rows.values()
     assert sum(kind == "adapt" for kind, *_ in events) == steps, "condition 3: a step too many"
-    assert sorted(done) == sorted(list(wanted)[mine]), "condition 4: not each chunk once"
-    phase = [i for i, (kind, *_) in enumerate(events) if kind in ("train", "update")]
-    scored = [i for i, (kind, *_) in enumerate(events) if kind == "chunk"]
-    if phase:  # in one piece, after exactly the first documents
-        assert not [i for i in scored if phase[0] < i < phase[-1]], "condition 3: global phase"
-        early = {d for d, _ in done[: sum(1 for d, _ in done if d < c.ttt_global_docs)]}
-        assert early == set(range(c.ttt_global_docs)), "condition 3: global phase"
+    return done
 
 
 def witten_bell(ids, boundary, order, chunk, vocab):

@@ -226,7 +226,7 @@ def test_any_stream(mode, stream):
     ids = np.array(stream, np.uint16)
     nats, events, scores = h.score(mode, ids, ttt_global_docs=int(mode != "documents"))
     c = h.config(**(h.SHORT | h.MODES[mode] | dict(ttt_global_docs=int(mode != "documents"))))
-    ref.conditions_of_documents(nats, events, ids, c)
+    ref.conditions_of_documents([(nats, events)], ids, c)
     assert len(nats) == len(ids) - 1 == scores["ttt"].tokens == scores["ttt"].bytes
     assert np.isfinite(nats).all() and (nats > 0).all()
     trained = Counter(kind for kind, *_ in events)["update"]

@@ -307,9 +307,12 @@ def test_two_ranks_are_legal_and_equal_one(tmp_path):
     for (mode, _, place, plan), *both in zip(jobs, *ranks, strict=True):
         nats = both[0][0]
         assert nats.tobytes() == both[1][0].tobytes()
-        length = h.config(**(h.SHORT | plan)).eval_seq_len
-        ref.condition_3(both, length, len(nats))
-        ref.condition_4(both, len(nats))
+        c = h.config(**(h.SHORT | h.MODES[mode] | plan))
+        if c.ttt_kind == "document" and not place:
+            ref.conditions_of_documents(both, h.short_stream(), c)
+        elif c.ttt_kind == "chunk":
+            ref.condition_3(both, c.eval_seq_len, len(nats))
+            ref.condition_4(both, len(nats))
         results[mode, place, plan["ttt_batch_seqs"], plan.get("ttt_lr")] = nats
         if not place:
             alone = h.score(mode, h.short_stream(), **plan)[0]
