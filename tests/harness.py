@@ -19,6 +19,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import types
 import zlib
@@ -160,6 +161,30 @@ def runtime(rank: int = 0, world: int = 1, device: str = "cpu") -> t.Runtime:
                                      run_id="none")
     made.all_reduce = lambda tensor: tensor
     return made
+
+
+def on_ranks(world: int, work: Callable[[t.Runtime], Any]) -> list[Any]:
+    """What `work` returns on each of `world` threads, which stand for ranks: all_reduce sums."""
+    barrier, sums, results = threading.Barrier(world), {}, {}
+
+    def run(rank: int) -> None:
+        def all_reduce(tensor: torch.Tensor) -> torch.Tensor:
+            sums[rank] = tensor.clone()
+            barrier.wait(60)
+            total = sum(sums[other] for other in range(world))
+            barrier.wait(60)
+            return total
+
+        on = runtime(rank, world)
+        on.all_reduce = all_reduce
+        results[rank] = work(on)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    return [results[rank] for rank in range(world)]
 
 
 def choices(patch: pytest.MonkeyPatch, c: t.Config, attention: list, mlp: list,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import re
-import threading
 import types
 from collections import Counter
 
@@ -237,38 +236,23 @@ def test_any_stream(mode, stream):
 @pytest.mark.parametrize("settings", [{}, dict(ttt_global_docs=3, ttt_lr=0.1, ttt_batch_seqs=2)])
 def test_ranks_do_not_matter(world, settings):
     """Each chunk is scored on one rank; all have the scores of one process, within rounding."""
-    ids, barrier, sums, results = h.short_stream(), threading.Barrier(world), {}, {}
+    ids = h.short_stream()
     alone, c = trainer(ids, **settings)
     wanted = alone.score()[1]
-
-    def all_reduce(tensor):  # sums over the threads that stand for ranks
-        place = threading.current_thread().name
-        sums[place] = tensor.clone()
-        barrier.wait()
-        total = sum(sums[f"d{rank}"] for rank in range(world))
-        barrier.wait()
-        return total
-
-    def work(rank):
-        runtime = h.runtime(rank, world)
-        runtime.all_reduce = all_reduce
-        ttt = ttts[rank]
-        ttt.runtime = ttt.evaluator.runtime = runtime
-        results[rank] = ttt.score()[1]
-
     ttts = [trainer(ids, h.runtime(rank, world), **settings)[0] for rank in range(world)]
     rows = [row for ttt in ttts for plan in ttt.plans for _, step in plan for row in step.tolist()
             if row[1]]
     assert sorted(map(tuple, rows)) == sorted(
         (begin, length, n) for begin, length in ref.documents(ids)
         for n in range(-(-length // c.ttt_doc_chunk)))
-    threads = [threading.Thread(target=work, args=(rank,), name=f"d{rank}") for rank in
-               range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == world and len({nats.tobytes() for nats in results.values()}) == 1
+
+    def work(runtime):
+        ttt = ttts[runtime.rank]
+        ttt.runtime = ttt.evaluator.runtime = runtime
+        return ttt.score()[1]
+
+    results = h.on_ranks(world, work)
+    assert len({nats.tobytes() for nats in results}) == 1
     np.testing.assert_allclose(results[0], wanted, rtol=1e-3, atol=1e-3)
 
 

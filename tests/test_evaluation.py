@@ -12,7 +12,6 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections import Counter
 from dataclasses import fields, replace
 
@@ -366,37 +365,19 @@ def test_training_is_the_formula(world, clip, monkeypatch):
                         momentum[p] = c.ttt_momentum * momentum.get(p, 0) + factor * p.grad
                         p -= lr * momentum[p]
     wanted = {n: p.detach() for n, p in model.named_parameters()}
-    barrier, sums = threading.Barrier(world), {}
+    shapes, steps = set(), Counter()
 
-    def all_reduce(tensor):  # sums over the threads that stand for ranks
-        place = threading.current_thread().name
-        sums[place] = tensor.clone()
-        barrier.wait()
-        total = sum(sums[f"e{rank}"] for rank in range(world))
-        barrier.wait()
-        return total
-
-    shapes, steps, results = set(), Counter(), {}
-
-    def work(rank):
-        runtime = h.runtime(rank, world)
-        runtime.all_reduce = all_reduce if world > 1 else (lambda tensor: tensor)
-        mine = ttts[rank]
+    def work(runtime):
+        mine = ttts[runtime.rank]
         mine.runtime = mine.evaluator.runtime = runtime
         mine.model.register_forward_hook(lambda m, x, y: shapes.add(tuple(x[0].shape)) or
-                                         steps.update([rank]))
+                                         steps.update([runtime.rank]))
         for chunk in (0, 1, 2):
             mine.learn(chunk, edges, torch.zeros(99))
-        results[rank] = h.digest(mine.model.named_parameters())
+        return h.digest(mine.model.named_parameters())
 
     ttts = [h.ttt_trainer(ids, h.runtime(rank, world), **settings)[0] for rank in range(world)]
-    threads = [threading.Thread(target=work, args=(rank,), name=f"e{rank}") for rank in
-               range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(results) == world and len({str(r) for r in results.values()}) == 1
+    assert len({str(result) for result in h.on_ranks(world, work)}) == 1
     assert set(steps.values()) == {2 * 2 * c.ttt_epochs}  # the same on every rank
     assert shapes == {(math.ceil(2 / world), 16)}
     for name, parameter in ttts[0].model.named_parameters():
