@@ -247,7 +247,8 @@ def test_nothing_leaks_with_document_attention(mode, monkeypatch):
 def test_ttt_alone_trains_the_softcaps(make_trainer):
     """Training leaves both as they are, also after TTT was compiled; a chunk of TTT moves both."""
     trainer = make_trainer(asym_softcap=True, iterations=2)
-    trainer.compile_ttt()
+    for job in trainer.ttt_jobs():
+        job()
     assert [n for n, p in trainer.model.named_parameters() if not p.requires_grad] == ["softcap"]
     trainer.run()
     assert trainer.model.softcap.tolist() == [5.0, 5.0]
