@@ -206,14 +206,18 @@ def test_presets_combine():
 
 
 def test_the_frontier_is_frontier_md():
-    """FRONTIER.md section 2, value by value; whatever it does not name is the record's."""
+    """FRONTIER.md sections 2 and 3, value by value; what they do not name is the record's."""
     assert t.preset_values(("frontier",)) == dict(
         xsa_last_n=11, mlp_mult=4.0, muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
         muon_coefficients="polar", qk_gain_init=5.25, matrix_lr=0.026, tied_embed_lr=0.03,
         scalar_lr=0.02, beta2=0.99, min_lr=0.1, ema_decay=0.9965, muon_momentum=0.97,
         warmdown_iters=0.85, recur_layers=(3, 4, 5), recur_passes=3, recur_untie_mlp=False,
         recur_start_step=0.35, parallel_start_layer=8, attn_gate_dims=12, skip_gate=True,
-        doc_attention=True, asym_softcap=True, gptq_calibration_seqs=256, eval_seq_len=2560)
+        doc_attention=True, asym_softcap=True, gptq_calibration_seqs=256, eval_seq_len=2560,
+        ttt_kind="document", ttt_global_docs=2500)
+    c = h.config(h.RECORD)
+    assert (c.ttt_doc_chunk, c.ttt_lora_rank, c.ttt_lora_alpha, c.ttt_lora_lr, t.LORA_BETA2) == (
+        48, 80, 144, 1e-4, 0.99) and 0.5 <= c.ttt_lora_wd <= 2
 
 
 def test_help_prints_the_table(capsys, monkeypatch):
