@@ -524,9 +524,9 @@ MUTANTS = (
       "c.ttt_doc_batch or 64", "test_slots_follow_from_memory"),
     M("adapters take no memory", TRAIN, "(self.sizes[-1] + 20 * values // BYTES_PER_TOKEN)",
       "self.sizes[-1]", "test_slots_follow_from_memory"),
-    M("a window's size is not primed", TRAIN, "for size in self.sizes]\n\n    def plan(",
-      "for size in self.sizes[1:]]\n\n    def plan(",
-      "test_priming_sees_no_validation_token_and_moves_nothing"),
+    M("a window's size is not primed", TRAIN, "for n in self.sizes if self.scores]",
+      "for n in self.sizes[1:] if self.scores]",
+      "test_documents_are_primed_on_other_tokens"),
     # checkpoints, signals
     M("a signal does not end the run", TRAIN, "torch.tensor([late, bool(runtime.signal),",
       "torch.tensor([late, False,", "test_a_signal_checkpoints_and_resume_goes_on"),

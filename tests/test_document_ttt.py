@@ -272,6 +272,10 @@ def test_plan_of_documents():
                         at[slot] = d, n
                         seen.append((d, n))
                         assert min((n + 1) * chunk, full) <= size
+            begin = max((i for i, (_, rows) in enumerate(steps) if (rows == (count - 1, 0)).all(1)
+                         .any()), default=0)
+            for size, rows in steps[:begin]:  # while documents wait, no slot is free at full size
+                assert size < full or rows[:, 0].min() >= 0 or (rows[:, 1].max() + 1) * chunk < full
             chunks = -(-lengths // chunk)
             assert sorted(seen) == [(d, n) for d in range(count) for n in range(chunks[d])]
             read = slots * sum(size for size, _ in steps)
@@ -371,7 +375,7 @@ def test_progress_and_the_work_to_come(monkeypatch):
     assert shown[-1][1] == shown[-1][2] and any(m[3] for m in shown)
 
 
-def test_priming_sees_no_validation_token_and_moves_nothing(make_trainer, monkeypatch):
+def test_documents_are_primed_on_other_tokens(make_trainer, monkeypatch):
     """Random ids in every shape of scoring and training; all weights are as before."""
     monkeypatch.setattr(t.Runtime, "compile", lambda self, module: module)
     trainer = make_trainer(ttt_kind="document", ttt_doc_chunk=5, ttt_global_docs=1,
@@ -416,7 +420,7 @@ def test_all_is_compiled_before_the_clock(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_bf16():
+def test_documents_in_bf16():
     """Computed in bf16, adapters in fp32: learns on documents that repeat themselves."""
     on, document = h.runtime(), [LAST, 3, 1, 4, 1, 5, 9, 2, 6]
     on.dtype = torch.bfloat16

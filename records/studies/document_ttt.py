@@ -15,6 +15,7 @@ included; the two alternate.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import signal
@@ -103,6 +104,7 @@ def operations_report(c: train_gpt.Config, shard: Path, meta: Path, tokens: int,
 def speed(c: train_gpt.Config, documents: int, vocab_size: int, rounds: int) -> str:
     """The mode's time over that of a plain training pass of as many tokens, in pairs."""
     torch.manual_seed(0)
+    c = dataclasses.replace(c, ttt_global_docs=0)  # which is training itself
     runtime = types.SimpleNamespace(
         rank=0, world=1, cuda=False, device=torch.device("cpu"), dtype=torch.float32,
         attention=train_gpt.sdpa, document_mask=train_gpt.dense_mask, fused_mlp=False,
