@@ -2901,9 +2901,9 @@ class DocumentTTT(TTT):
         self.allocate()
         self.model.train_only(lambda name: False)
         ids, _ = self.runtime.random_tokens(self.slots, size, self.model.vocab_size)
-        chunk, ones = ids[:, : self.config.ttt_doc_chunk].contiguous(), 1.0 + 0 * ids[:, :1]
+        chunk, one = ids[:, : self.config.ttt_doc_chunk].contiguous(), ids[:, :1]
         nats = self.score_chunk(ids.contiguous(), chunk, 0 * chunk, *self.pair)
-        self.learn_chunk(nats.sum(), ones, ones)
+        self.learn_chunk(nats.sum(), one + 1.0, one + 1.0)  # two tensors, or it is another graph
         self.pair = self.moments = []  # the memory is training's until then
         self.model.train_only(self.is_trained)
 

@@ -1060,11 +1060,11 @@ def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: boo
     with pytest.MonkeyPatch.context() as patch:
         if watch:
             judge.start_clock, _ = begin, model.register_forward_hook(hook)
+            patch.setattr(t.DocumentTTT, "nats_of", nats_of)
+            patch.setattr(t, "adamw", adamw)
         judge.save_scores = lambda label, nats: dumps.update({label: nats.copy()})
         patch.setattr(t, "load_model", lambda *_: model)
         patch.setattr(t, "plan_windows", plan)
-        patch.setattr(t.DocumentTTT, "nats_of", nats_of)
-        patch.setattr(t, "adamw", adamw)
         patch.setattr(t.NgramCache, "probabilities", recorded("read", t.NgramCache.probabilities))
         patch.setattr(t.NgramCache, "update", recorded("count", t.NgramCache.update))
         patch.setattr(torch.optim.SGD, "step", lambda self: seen.append(("update",)) or step(self))
