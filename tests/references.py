@@ -501,11 +501,11 @@ def rows_of(events, ids, wanted):
             if not keys:  # a free slot
                 assert not any(text) and not any(goals), "condition 4: no such chunk"
                 continue
-            key = next((key for key in keys if key not in done), None)  # documents may be alike
-            assert key, f"condition 4: {keys} again"
-            assert key[1] == 0 or (key[0], key[1] - 1) in done, f"condition 4: {key} too early"
-            done.add(key)
-            steps[-1][row] = key
+            new = [(d, n) for d, n in keys if (d, n) not in done  # documents may be alike
+                   and (n == 0 or (d, n - 1) in done)]
+            assert new, f"condition 4: {keys} again, or too early"
+            done.add(new[0])
+            steps[-1][row] = new[0]
     return steps
 
 

@@ -153,6 +153,18 @@ def test_every_adapter_counts(levers):
         assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
 
 
+@pytest.mark.parametrize("settings", [
+    dict(ttt_doc_chunk=2, ttt_doc_batch=1), dict(ttt_doc_chunk=4, ttt_doc_batch=99),
+    dict(ttt_doc_chunk=7, ttt_doc_batch=2, eval_seq_len=8, eval_stride=8)])
+@pytest.mark.parametrize("mode", ["documents", "documents_global"])
+def test_chunks_windows_and_batches_are_legal(mode, settings):
+    """Conditions 1, 3 and 4; one and two ranks and the sums are in the tests of every mode."""
+    ids, c = h.short_stream(), h.config(**(h.SHORT | h.MODES[mode] | settings))
+    nats, events, _ = h.score(mode, ids, **settings)
+    ref.conditions_of_documents([(nats, events)], ids, c)
+    ref.condition_1(functools.partial(h.score, mode, **settings), ids, (13, 37, 66))
+
+
 @pytest.mark.parametrize("mode", ["documents", "documents_global"])
 def test_nothing_passes_between_documents(mode):
     """No token of a document changes a bit of another's score; the first ones' change the rest."""
