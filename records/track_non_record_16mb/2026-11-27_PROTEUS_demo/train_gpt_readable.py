@@ -14,7 +14,7 @@ Read it top to bottom, in the order in which data flows:
     7 quantization       weights -> integer codes: GPTQ, the fit to SIZE_LIMIT
     8 artifact           codes -> compressed streams -> file -> weights
     9 evaluation         one window plan, one scoring loop, Score; n-gram cache; SLOT
-   10 test-time training a chunk is scored, then trained on; all modes
+   10 test-time training a chunk is scored, then trained on, of the stream or of a document
    11 training           the clock, checkpoints, the phases, the loop
    12 main
 
@@ -193,6 +193,8 @@ class Config:
     eval_stride: int = setting(64, "step of the sliding window", 1)
     eval_modes: tuple[str, ...] = setting(EVAL_MODES, "scores to compute, where enabled")
     ttt_enabled: bool = setting(True, "test-time training: score a chunk, then train on it")
+    ttt_kind: str = setting("chunk", "what TTT trains: the model, on chunks of the stream; or "
+                            "adapters, on each document by itself", choices=("chunk", "document"))
     ttt_lr: float = setting(0.005, "SGD at the first chunk; cosine over the chunks", 0)
     ttt_epochs: int = setting(3, "passes over a chunk", 0)
     ttt_chunk_tokens: int = setting(32768, "targets of a chunk, also of the n-gram cache", 2)
@@ -200,6 +202,14 @@ class Config:
     ttt_momentum: float = setting(0.9, "SGD", 0, 0.9999)
     ttt_batch_seqs: int = setting(32, "sequences of a step at most, over all ranks", 1)
     ttt_grad_clip: float = setting(1.0, "bound on the gradient norm; 0: none", 0)
+    ttt_doc_chunk: int = setting(48, "targets of a chunk of a document", 1)
+    ttt_doc_batch: int = setting(0, "documents at once on a device at most; 0: by its memory", 0)
+    ttt_global_docs: int = setting(0, "first documents, on which SGD trains the model once they "
+                                   "are scored; 0: none", 0)
+    ttt_lora_rank: int = setting(80, "rank of a document's adapters", 1)
+    ttt_lora_alpha: float = setting(144.0, "what adapters add is scaled by this over the rank", 0)
+    ttt_lora_lr: float = setting(1e-4, "AdamW without momentum, beta2 0.99, for adapters", 0)
+    ttt_lora_wd: float = setting(1.0, "decoupled weight decay of adapters", 0)
     ngram_enabled: bool = setting(False, "mix a cache of scored text into the last score")
     ngram_order: int = setting(5, "longest n-gram of the cache", 1, 16)
     ngram_weight: float = setting(0.05, "weight of the cache in the mixture", 0, 1)
@@ -239,9 +249,9 @@ class Config:
         return int(self.mlp_mult * self.model_dim)
 
     @property
-    def recurs(self) -> bool:
-        """Whether some layers run more than once."""
-        return bool(self.recur_layers) and self.recur_passes > 1
+    def repeated(self) -> tuple[int, ...]:
+        """The layers of all further passes, in their order; empty without recurrence."""
+        return self.recur_layers * (self.recur_passes - 1)
 
     @property
     def modes(self) -> list[str]:
@@ -276,16 +286,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         recur_passes=3, recur_start_step=0.35, recur_untie_mlp=False, warmdown_iters=0.85,
         matrix_lr=0.026, scalar_lr=0.02, tied_embed_lr=0.03, min_lr=0.1, muon_momentum=0.97,
         muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
-        beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560),
+        beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560,
+        ttt_kind="document", ttt_global_docs=2500),
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
-        rope_dims=16, bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=2048,
+        bigram_dim=32, ve_dim=32, recur_start_step=0.4, train_batch_tokens=2048,
         train_seq_len=256, iterations=900, warmdown_iters=360, warmup_steps=4,
         max_wallclock_seconds=0.0, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
         muon_momentum_warmup_steps=100, ema_decay=0.98, swa_every=10, eval_seq_len=256,
         val_batch_size=16384, val_loss_every=0, train_log_every=50, ttt_lr=0.03,
-        ttt_chunk_tokens=2048),
+        ttt_chunk_tokens=2048, ttt_lora_rank=8, ttt_lora_lr=2e-3, ttt_global_docs=8),
 }
 DROPPED = {  # spellings of published scripts -> what to set here
     "N_INT6_MLP_LAYERS": "N_INT6_LAYERS", "SLIDING_WINDOW_ENABLED": "EVAL_MODES",
@@ -419,6 +430,8 @@ def run_rules(c: Config) -> list[tuple[Any, str, str]]:
          f"name some of {show(EVAL_MODES)}, each once, with one besides slot that is enabled"),
         (c.ttt_chunk_tokens >= window, "ttt_chunk_tokens",
          f"smaller than a window, EVAL_SEQ_LEN={window}"),
+        (c.ttt_doc_chunk <= window or c.ttt_kind == "chunk", "ttt_doc_chunk",
+         f"larger than a window, EVAL_SEQ_LEN={window}"),
         (c.ttt_freeze_blocks < c.num_layers or not c.ttt_enabled, "ttt_freeze_blocks",
          f"leaves none of {c.num_layers} layers to train; TTT_ENABLED=0 turns training off"),
     ]
@@ -678,6 +691,18 @@ class Runtime:
         event.record()
         return event
 
+    def send(self, array: np.ndarray) -> Tensor:
+        """An array on the device; its memory is pinned, so that the host need not wait."""
+        tensor = torch.from_numpy(array)
+        return (tensor.pin_memory() if self.cuda else tensor).to(self.device, non_blocking=True)
+
+    def random_tokens(self, rows: int, length: int, vocab_size: int,
+                      random: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (rows, length) to prime with: no token of the data is seen."""
+        random = random or torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (rows, length + 1), generator=random).to(self.device)
+        return ids[:, :-1], ids[:, 1:]
+
     def synchronize(self) -> None:
         """Wait for the device."""
         if self.cuda:
@@ -739,9 +764,8 @@ def find_gpu(environ: MutableMapping[str, str], devices: str = "/dev") -> bool:
     asked = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
     require(not gpus, f"this machine has {gpus} GPUs (driver {driver}, for CUDA {cuda} at most), "
             f"and torch {torch.__version__} (made for CUDA {torch.version.cuda}) sees none of "
-            f"them{asked}. Install a torch for that CUDA (pip install 'torch>=2.9,<2.11' is made "
-            "for CUDA 12.8), or a newer driver (580 for CUDA 13). To use the CPU all the same, say "
-            "so: CUDA_VISIBLE_DEVICES= ")
+            f"them{asked}. Install a torch for that CUDA ('torch>=2.9,<2.11' is for 12.8) or a "
+            "newer driver (580 for CUDA 13); for the CPU, set CUDA_VISIBLE_DEVICES= ")
     return False
 
 
@@ -812,12 +836,13 @@ def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = N
 
     if bounds is None:
         out = flash.flash_attn_func(q, k, v, causal=True)
-        return out[0] if isinstance(out, tuple) else out
-    rows = [x.flatten(0, 1) for x in (q, k, v)]
-    out = flash.flash_attn_varlen_func(
-        *rows, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=q.size(1),
-        max_seqlen_k=q.size(1), causal=True)
+    else:
+        out = flash.flash_attn_varlen_func(
+            *(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens_q=bounds, cu_seqlens_k=bounds,
+            max_seqlen_q=q.size(1), max_seqlen_k=q.size(1), causal=True)
     out = out[0] if isinstance(out, tuple) else out
+    if bounds is None:
+        return out
     inside = torch.arange(len(out), device=q.device) < bounds[-1]
     return out.where(inside[:, None, None], math.nan).view_as(q)
 
@@ -833,8 +858,8 @@ def document_bounds(starts: Tensor) -> Tensor:
     return places.where(starts.flatten(), starts.numel()).sort().values[: room + 1].int()
 
 
-SHORT_DOCUMENTS = ("; or, on flash_attention_3, the documents of a batch are too short for "
-                   "DOC_ATTENTION: set ATTENTION=flex")
+SHORT_DOCUMENTS = ("; or documents are too short for DOC_ATTENTION on flash_attention_3: set "
+                   "ATTENTION=flex")
 
 
 def use_attention(backend: str) -> tuple[Callable, Callable]:
@@ -1096,7 +1121,7 @@ def load_validation(c: Config, table: ByteTable) -> Validation:
     require(len(ids) > 1, f"{paths[0]}: {len(ids)} validation tokens; at least 2 are needed")
     require(not c.doc_attention or table.is_boundary[ids].any(), "DOC_ATTENTION=1, but by "
             f"{table.path} no validation token begins a document; set DOC_ATTENTION=0, or "
-            "re-tokenize the data with a vocabulary that has such an id")
+            "re-tokenize with a vocabulary that has such an id")
     cuts = range(1 << 22, len(ids) - 1, 1 << 22)  # bounds memory
     pieces = zip(np.split(ids[:-1], cuts), np.split(ids[1:], cuts), strict=True)
     scored = np.concatenate([table.count(*piece).astype(np.int16) for piece in pieces])
@@ -1203,6 +1228,17 @@ def per_token(scalars: Tensor, x: Tensor) -> Tensor:
     return scalars.view(-1, 1).expand(*x.shape[:2], -1, -1).to(x.dtype)
 
 
+NO_ADAPTERS = (None,) * 4  # of a layer pass: for q, v, out and MLP
+
+
+def adapted(y: Tensor, x: Tensor, adapter: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`y`, what a matrix gives for x (B, T, D), and what its adapter adds to it, if it has one.
+
+    An adapter is A (B, R, D) and B (B, outputs, R): every row of the batch has its own.
+    """
+    return y if adapter is None else y + (x @ adapter[0].mT @ adapter[1].mT).view_as(y)
+
+
 class BigramHash(nn.Module):
     """Embedding of the hashed pair (previous id, id); the last row where there is no pair."""
 
@@ -1261,12 +1297,13 @@ class Attention(nn.Module):
         self.q_gain = vector(c.num_heads, value=c.qk_gain_init)
         self.gate = vector(c.num_heads, c.attn_gate_dims, value=0.0) if c.attn_gate_dims else None
 
-    def forward(self, x: Tensor, scale: Tensor, rope: tuple[Tensor, ...],
+    def forward(self, x: Tensor, scale: Tensor, adapters: tuple, rope: tuple[Tensor, ...],
                 value: Tensor | None, masks: tuple[Any, ...]) -> Tensor:
         B, T, _ = x.shape
         parts = [part.values() for part in (self.q, self.k, self.v)]  # one matmul reads x once
         y = F.linear(x, torch.cat(parts).to(x.dtype)).view(B, T, -1, self.head_dim)
         q, k, v = y.split([len(part) // self.head_dim for part in parts], dim=2)
+        q, v = adapted(q, x, adapters[0]), adapted(v, x, adapters[1])
         v = v if value is None else v + value.view_as(v)
         q = rotate(norm(q) * per_token(self.q_gain, q), rope, self.rope_dims // 2)
         k = rotate(norm(k), rope, self.rope_dims // 2)
@@ -1275,7 +1312,8 @@ class Attention(nn.Module):
         if self.gate is not None:
             gate = F.linear(x[..., : self.gate.size(1)], self.gate.to(x.dtype))
             y = y * torch.sigmoid(0.5 * gate).unsqueeze(-1)
-        return self.out(y.reshape(B, T, -1), scale)
+        y = y.reshape(B, T, -1)
+        return adapted(self.out(y, scale), y, adapters[2])
 
 
 def rope_table(length: int, c: Config) -> Tensor:
@@ -1410,11 +1448,13 @@ class MLP(nn.Module):
         self.slope = c.activation_neg_slope
         self.up, self.down = Linear(c.model_dim, c.hidden_dim), Linear(c.hidden_dim, c.model_dim)
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor, adapters: tuple = NO_ADAPTERS) -> Tensor:
         if self.fused and torch.is_grad_enabled():
             weights = self.up.matrix(x.dtype), self.down.matrix(x.dtype, scale)
-            return fused_mlp(x.flatten(0, -2), *weights, self.slope)[0].view_as(x)
-        return self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
+            y = fused_mlp(x.flatten(0, -2), *weights, self.slope)[0].view_as(x)
+        else:
+            y = self.down(F.leaky_relu(self.up(x), self.slope).square(), scale)
+        return adapted(y, x, adapters[3])
 
 
 class Block(nn.Module):
@@ -1433,15 +1473,17 @@ class Block(nn.Module):
         """A sublayer's input."""
         return norm(x) * self.norm_scale
 
-    def forward(self, lanes: tuple[Tensor, ...], x0: Tensor, mlp: MLP, *context: Any) -> tuple:
+    def forward(self, lanes: tuple[Tensor, ...], x0: Tensor, mlp: MLP, adapters: tuple,
+                *context: Any) -> tuple:
         """One or two lanes (B, T, D) -> as many; `context` is attention's rope, value and masks."""
         if len(lanes) == 1:
             x = mix(lanes[0], x0, self.resid_mix)
-            x = x + self.attn(self.norm(x), self.attn_scale, *context)
-            return (x + mlp(self.norm(x), self.mlp_scale),)
+            x = x + self.attn(self.norm(x), self.attn_scale, adapters, *context)
+            return (x + mlp(self.norm(x), self.mlp_scale, adapters),)
         lane_a, lane_m = lanes
-        a = self.attn(self.norm(mix(lane_a, x0, self.resid_mix)), self.attn_scale, *context)
-        m = mlp(self.norm(mix(lane_m, x0, self.resid_mix_mlp)), self.mlp_scale)
+        a = self.norm(mix(lane_a, x0, self.resid_mix))
+        a = self.attn(a, self.attn_scale, adapters, *context)
+        m = mlp(self.norm(mix(lane_m, x0, self.resid_mix_mlp)), self.mlp_scale, adapters)
         r = per_token(self.route, a).unbind(2)
         return lane_a + r[0] * a + r[2] * m, lane_m + r[1] * a + r[3] * m
 
@@ -1477,7 +1519,7 @@ def layer_plan(c: Config, recur: bool) -> list[LayerPass]:
         plan.append(LayerPass(i, None, lanes, i < half, i - half if half <= i < 2 * half else None))
         if recur and i == max(c.recur_layers, default=None):
             plan += [LayerPass(j, n if c.recur_untie_mlp else None, lanes, False, None)
-                     for n, j in enumerate(c.recur_layers * (c.recur_passes - 1))]
+                     for n, j in enumerate(c.repeated)]
     return plan
 
 
@@ -1503,8 +1545,7 @@ class GPT(nn.Module):
         self.smear = SmearGate(c) if c.smear_enabled else None
         self.value = ValueEmbedding(c, self.vocab_size) if c.ve_enabled else None
         self.blocks = nn.ModuleList(Block(c, i, runtime.attention) for i in range(c.num_layers))
-        repeats = c.recur_layers * (c.recur_passes - 1) if c.recur_untie_mlp else ()
-        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in repeats)
+        self.repeat_mlps = nn.ModuleList(MLP(c) for _ in c.repeated if c.recur_untie_mlp)
         self.skip_weights = vector(c.num_layers // 2, c.model_dim)
         self.skip_gates = vector(*self.skip_weights.shape, value=0.0) if c.skip_gate else None
         self.softcap = vector(2, value=c.logit_softcap) if c.asym_softcap else None
@@ -1518,15 +1559,19 @@ class GPT(nn.Module):
         self.register_buffer("is_boundary", torch.tensor(is_boundary), persistent=False)
         padding = F.pad(torch.zeros(self.vocab_size), (0, -self.vocab_size % 8), value=-math.inf)
         self.register_buffer("padding", padding, persistent=False)  # of the logits
+        self.settle(runtime)
+        self.train_only(self.is_trained)
+        if initialize:
+            self.init_weights()
+            self.to(runtime.device)
+
+    def settle(self, runtime: Runtime) -> None:
+        """Tell tables and MLPs in what dtype and by what kernel they compute."""
         for module in self.modules():
             if isinstance(module, Table):
                 module.dtype = runtime.dtype
             elif isinstance(module, MLP):
                 module.fused = runtime.fused_mlp and runtime.dtype == torch.bfloat16
-        self.train_only(self.is_trained)
-        if initialize:
-            self.init_weights()
-            self.to(runtime.device)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -1562,8 +1607,7 @@ class GPT(nn.Module):
 
     def repeats(self) -> list[tuple[Tensor, Tensor]]:
         """(base weight, repeat's weight) for each weight of the repeats' MLPs."""
-        layers = self.config.recur_layers * (self.config.recur_passes - 1)
-        mlps = zip(layers, self.repeat_mlps, strict=False)
+        mlps = zip(self.config.repeated, self.repeat_mlps, strict=False)
         return [pair for layer, repeat in mlps for pair in zip(
             self.blocks[layer].mlp.parameters(), repeat.parameters(), strict=True)]
 
@@ -1577,7 +1621,19 @@ class GPT(nn.Module):
         x = norm(x if self.bigram is None else x + self.bigram(ids, starts))
         return x if self.smear is None else self.smear(x, starts)
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def adapter_outputs(self) -> list[int]:
+        """Outputs of the matrices that have an adapter: those of each pass, then the head."""
+        c = self.config
+        layer = [c.model_dim, c.kv_dim, c.model_dim, c.model_dim]
+        return layer * len(self.plans[self.recur]) + [len(self.padding)]
+
+    def adapters(self, a: Tensor, b: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Those of A (B, adapters, R, D) and B (B, outputs, R), scaled by TTT_LORA_ALPHA / R."""
+        dtype = self.embed.dtype
+        b = b.to(dtype) * (self.config.ttt_lora_alpha / b.size(2))
+        return tuple(zip(a.to(dtype).unbind(1), b.split(self.adapter_outputs(), 1), strict=True))
+
+    def hidden(self, ids: Tensor, adapters: tuple = ()) -> Tensor:
         """(B, T) -> (B, T, D): the normalised state that the head reads."""
         rope, layers = self.rope[:, : ids.size(1)].unbind(), self.config.ve_layers
         starts = self.starts(ids)
@@ -1585,7 +1641,7 @@ class GPT(nn.Module):
         masks = (self.document_mask(starts),) if self.document_mask else ()
         values = {} if self.value is None else dict(zip(layers, self.value(ids), strict=True))
         lanes, stored = (x0,), []
-        for run in self.plans[self.recur]:
+        for i, run in enumerate(self.plans[self.recur]):
             block = self.blocks[run.layer]
             if run.skip is not None:
                 weight = self.skip_weights[run.skip]
@@ -1596,18 +1652,21 @@ class GPT(nn.Module):
             if run.lanes and len(lanes) == 1:
                 lanes = lanes * 2
             mlp = block.mlp if run.repeat is None else self.repeat_mlps[run.repeat]
-            lanes = block(lanes, x0, mlp, rope, values.get(run.layer), masks)
+            here = adapters[4 * i : 4 * i + 4] or NO_ADAPTERS
+            lanes = block(lanes, x0, mlp, here, rope, values.get(run.layer), masks)
             if run.store:
                 stored.append(lanes[0])
         if len(lanes) == 2:
             lanes = (torch.lerp(lanes[1], lanes[0], per_token(self.lane_merge, x0).squeeze(2)),)
         return norm(lanes[0])
 
-    def padded_logits(self, ids: Tensor, h: Tensor | None = None) -> Tensor:
+    def padded_logits(self, ids: Tensor, h: Tensor | None = None,
+                      adapters: tuple = (None,)) -> Tensor:
         """Logits with columns of -inf up to a multiple of 8: GEMMs need rows of whole 16 bytes."""
-        h = self.hidden(ids) if h is None else h
+        h, cap = self.hidden(ids) if h is None else h, self.config.logit_softcap
         weight = F.pad((self.head or self.embed).values(), (0, 0, 0, -self.vocab_size % 8))
-        z, cap = F.linear(h, weight.to(h.dtype)).float(), self.config.logit_softcap
+        z = F.linear(h, weight.to(h.dtype))
+        z = adapted(z, h, adapters[-1]).float()
         if self.softcap is not None:
             cap = torch.where(z > 0, *self.softcap)
         return cap * torch.tanh(z / cap) + self.padding
@@ -1616,12 +1675,14 @@ class GPT(nn.Module):
         """(B, T) -> (B, T, V), fp32, softcapped."""
         return self.padded_logits(ids)[..., : self.vocab_size]
 
-    def forward(self, ids: Tensor, targets: Tensor, h: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor, h: Tensor | None = None,
+                adapters: tuple = (None,)) -> Tensor:
         """Nats of each target given the ids up to its position; all (B, T), result fp32.
 
-        `h` (B, T, D): the hidden state, if it is known.
+        `h` (B, T, D): the hidden state, if it is known; `adapters`: those that it was made with.
         """
-        logits, cap = self.padded_logits(ids, h).flatten(0, 1), self.config.logit_softcap
+        logits = self.padded_logits(ids, h, adapters).flatten(0, 1)
+        cap = self.config.logit_softcap
         cap = cap if self.softcap is None else self.softcap[0].detach()  # of the largest logits
         total = (logits - cap).exp().sum(-1).log() + cap  # softcapped, they need no maximum
         return (total + F.nll_loss(logits, targets.flatten(), reduction="none")).view_as(targets)
@@ -1724,7 +1785,7 @@ def muon_momentum(step: int, c: Config) -> float:
 def recurrence_due(step: int, elapsed_ms: float, c: Config) -> bool:
     """Whether recurrence runs at a step; RECUR_START_STEP < 1 is a share of the run."""
     reached = step if c.recur_start_step >= 1 else share_of_run(step, elapsed_ms, c)
-    return c.recurs and reached >= c.recur_start_step
+    return bool(c.repeated) and reached >= c.recur_start_step
 
 
 # (a, b, c) of x <- a x + b x^3 + c x^5 on singular values; the last serves all further steps.
@@ -2426,16 +2487,13 @@ def log_sizes(state: Mapping[str, Tensor], stored: Mapping[str, Stored], streams
         coded = [(t, state[name].cpu()) for name, t in stored.items()
                  if t.scales is not None and layout(t.kind, t.bits)[0] == s.name]
         if coded:
-            vectors = zip(*((w.flatten(), (t.restore() - w).flatten(), w.std(1, correction=0),
-                             largest_code(t.bits) * torch.tensor(t.scales).float())
-                            for t, w in coded), strict=True)
-            weight, error, deviation, clip = (
-                torch.cat(parts).norm().clamp_min(1e-15).item() for parts in vectors)
-            measured = dict(entropy=8 * s.floor / s.weights, k=clip / deviation,
-                            error=error / weight)
+            vectors = zip(*((w.flatten(), (t.restore() - w).flatten()) for t, w in coded),
+                          strict=True)
+            weight, error = (torch.cat(parts).norm().clamp_min(1e-15) for parts in vectors)
+            measured = dict(error=(error / weight).item())
         log.event("stream", "stream {name} codec:{codec} weights:{weights} bytes:{bytes} "
                   "bits_per_weight:{bits:.3f} floor_bytes:{floor:.0f}"
-                  + " entropy:{entropy:.3f} k:{k:.2f} relative_error:{error:.5f}" * bool(coded),
+                  + " relative_error:{error:.5f}" * bool(coded),
                   name=s.name, codec=s.codec, weights=s.weights, bytes=size, floor=s.floor,
                   bits=8 * size / s.weights, **measured)
     artifact, floor = total - CODE_BYTES, sum(s.floor for s in streams)
@@ -2472,7 +2530,7 @@ def load_model(path: str, val: Validation, table: ByteTable, runtime: Runtime, c
             f"{path}: its tensors are not those of its model configuration", ArtifactError)
     model = GPT(config, table.is_boundary, runtime, initialize=False)
     model.load_state_dict({name: t.restore() for name, t in stored.items()})
-    model.set_phase(Phase(recur=config.recurs))
+    model.set_phase(Phase(recur=bool(config.repeated)))
     return model.to(runtime.device)
 
 
@@ -2568,18 +2626,12 @@ class Evaluator:
     def tokens(self, starts: np.ndarray, rows: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets (rows, length); too few windows are repeated: one shape, one graph."""
         ids = self.val.ids[np.resize(starts, rows)[:, None] + np.arange(self.length + 1)]
-        ids = torch.from_numpy(ids.astype(np.int64)).to(self.runtime.device, non_blocking=True)
-        return ids[:, :-1], ids[:, 1:]
-
-    def random_tokens(self, rows: int, vocab_size: int) -> tuple[Tensor, Tensor]:
-        """The same of random ids, to prime with: no validation token is seen."""
-        ids = torch.randint(vocab_size, (rows, self.length + 1),
-                            generator=torch.Generator().manual_seed(0)).to(self.runtime.device)
+        ids = self.runtime.send(ids.astype(np.int64))
         return ids[:, :-1], ids[:, 1:]
 
     def prime(self, forward: Callable, vocab_size: int) -> None:
         """Compile and run the scoring of a batch."""
-        batch = self.random_tokens(self.batch_windows, vocab_size)  # no inference tensors
+        batch = self.runtime.random_tokens(self.batch_windows, self.length, vocab_size)
         with torch.inference_mode():
             forward(*batch)
 
@@ -2690,18 +2742,26 @@ class TTT:
     def __init__(self, model: GPT, evaluator: Evaluator) -> None:
         self.model, self.evaluator, self.config = model, evaluator, evaluator.config
         self.runtime, self.forward = evaluator.runtime, evaluator.runtime.compile(model)
-        self.params = model.train_only(
-            lambda name: first_layer(name, model.config) >= self.config.ttt_freeze_blocks)
-        chunk = min(self.config.ttt_chunk_tokens, evaluator.targets)
-        seqs = min(self.config.ttt_batch_seqs, math.ceil(chunk / evaluator.length))
+        self.params, self.jobs = model.train_only(self.is_trained), [self.prime]
+        c, targets = self.config, evaluator.targets
+        self.scores = c.ttt_enabled and {"ttt", "ngram"} & {*c.modes}
+        targets = min(targets, c.ttt_chunk_tokens) if c.ttt_kind == "chunk" else targets
+        seqs = min(c.ttt_batch_seqs, math.ceil(targets / evaluator.length))
         self.rank_seqs = math.ceil(seqs / self.runtime.world)
+        self.windows = evaluator.targets * (  # whose forward pass takes as long; training: three
+            1 / c.eval_stride + 3 * c.ttt_epochs / c.eval_seq_len)
+
+    def is_trained(self, name: str) -> bool:
+        """Whether SGD trains a parameter."""
+        return first_layer(name, self.model.config) >= self.config.ttt_freeze_blocks
 
     def prime(self) -> None:
         """Compile and run scoring and training on random tokens; no weight moves."""
-        evaluator, vocab_size = self.evaluator, self.model.vocab_size
+        c, evaluator, vocab_size = self.config, self.evaluator, self.model.vocab_size
         evaluator.prime(self.forward, vocab_size)
-        if "ttt" in self.config.modes:
-            self.forward(*evaluator.random_tokens(self.rank_seqs, vocab_size)).sum().backward()
+        if self.scores and (c.ttt_kind == "chunk" or c.ttt_global_docs):
+            batch = self.runtime.random_tokens(self.rank_seqs, evaluator.length, vocab_size)
+            self.forward(*batch).sum().backward()
             self.model.zero_grad()
 
     def score(self) -> tuple[Score, np.ndarray]:
@@ -2717,35 +2777,226 @@ class TTT:
 
     def learn(self, number: int, edges: list[int], nats: Tensor) -> None:
         """Train on a chunk that has been scored; after the last one nothing is left to score."""
-        c, length, last = self.config, self.evaluator.length, len(edges) - 2
-        begin, end = edges[number : number + 2]
-        if number % math.ceil(len(edges) / 20) == 0 or number == last:
-            score = self.evaluator.total(self.runtime.all_reduce(nats[:end].clone()).numpy())
-            self.runtime.log.line(f"ttt_chunk [{number + 1}/{last + 1}] bpb={score.bpb:.6f} "
-                                  f"time={time.perf_counter() - self.began:.1f}s")
-        cosine = math.cos(math.pi * number / max(last, 1))
-        self.optimizer.param_groups[0]["lr"] = c.ttt_lr * (1 + cosine) / 2
-        rows = plan_windows(end - begin, length, length) + (begin, 0)
-        batches = [rows[i : i + c.ttt_batch_seqs] for i in range(0, len(rows), c.ttt_batch_seqs)]
-        for batch in batches * c.ttt_epochs * (number < last):
-            total = len(batch) * length - int(batch[:, 1].sum())
-            self.step(batch[self.runtime.share_of(len(batch))], total)
+        c, last, (begin, end) = self.config, len(edges) - 2, edges[number : number + 2]
+        self.tell(number, last + 1, lambda: self.evaluator.total(
+            self.runtime.all_reduce(nats[:end].clone()).numpy()))
+        for batch in self.batches(begin, end) * c.ttt_epochs * (number < last):
+            self.step(batch, end, number / max(last, 1))
 
-    def step(self, rows: np.ndarray, total: int) -> None:
-        """SGD on the mean over `total` targets of all ranks; this one's rows: start, first."""
-        length = self.evaluator.length
+    def tell(self, number: int, count: int, score: Callable[[], Score]) -> None:
+        """A line for every twentieth chunk and the last one: the score so far."""
+        if number % math.ceil((count + 1) / 20) == 0 or number == count - 1:
+            self.runtime.log.line(f"ttt_chunk [{number + 1}/{count}] bpb={score().bpb:.6f} "
+                                  f"time={time.perf_counter() - self.began:.1f}s")
+
+    def batches(self, begin: int, end: int) -> list[np.ndarray]:
+        """Windows (n, 2) that cover the targets from `begin` to `end`: start, first counted."""
+        length, most = self.evaluator.length, self.config.ttt_batch_seqs
+        rows = plan_windows(end - begin, length, length) + (begin, 0)
+        return [rows[i : i + most] for i in range(0, len(rows), most)]
+
+    def step(self, batch: np.ndarray, end: int, share: float) -> None:
+        """SGD on the mean of a batch's targets before `end`, after a `share` of all of it."""
+        c, length = self.config, self.evaluator.length
+        self.optimizer.param_groups[0]["lr"] = c.ttt_lr * (1 + math.cos(math.pi * share)) / 2
+        total = int(np.minimum(end - batch[:, 0], length).sum() - batch[:, 1].sum())
+        rows, places = batch[self.runtime.share_of(len(batch))], np.arange(length)
         first = np.append(rows[:, 1], np.full(self.rank_seqs - len(rows), length))  # fills up
-        counted = torch.from_numpy(np.arange(length) >= first[:, None])
-        counted = counted.to(self.runtime.device, non_blocking=True)
+        stop = end - np.resize(rows[:, 0], self.rank_seqs)  # within it, of few documents only
+        counted = self.runtime.send((places >= first[:, None]) & (places < stop[:, None]))
         nats = self.forward(*self.evaluator.tokens(rows[:, 0], self.rank_seqs))
         self.optimizer.zero_grad()
         ((nats * counted).sum() / total).backward()
         if self.runtime.world > 1:
             self.runtime.all_reduce_packed([p.grad for p in self.params])
-        torch.nn.utils.clip_grad_norm_(self.params, self.config.ttt_grad_clip or math.inf)
+        torch.nn.utils.clip_grad_norm_(self.params, c.ttt_grad_clip or math.inf)
         self.optimizer.step()
 
 
+def plan_documents(lengths: np.ndarray, slots: int, chunk: int, sizes: list[int]) -> list[tuple]:
+    """Steps through documents of `lengths` targets, `slots` at a time: (tokens of a window, rows).
+
+    rows (slots, 2): a document, -1 for none, and the number of its chunk. They begin in order.
+    While whole windows are read anyway, a free slot takes the next one at once. Else all begin
+    together, so that, ordered by length, they need windows of one size.
+    """
+    waiting, chunks = deque(range(len(lengths))), -(-lengths // chunk)
+    running, steps = [(-1, 0)] * slots, []
+    while True:
+        running = [(d, n + 1) if d >= 0 and n + 1 < chunks[d] else (-1, 0) for d, n in running]
+        ends = [(n + 1) * chunk for d, n in running if d >= 0]
+        if not ends and not waiting:
+            return steps
+        if not ends or max(ends) >= sizes[-1]:
+            running = [(waiting.popleft(), 0) if d < 0 and waiting else (d, n) for d, n in running]
+        needed = max([chunk, *ends])
+        steps.append((next((s for s in sizes if s >= needed), sizes[-1]), np.array(running)))
+
+
+LORA_BETA2 = 0.99
+
+
+def adamw(p: Tensor, v: Tensor, g: Tensor, rate: Tensor, correction: Tensor,
+          decay: float) -> None:
+    """AdamW without momentum, in place, on rows with rates of their own; `correction` is v's."""
+    v.lerp_(g.square(), 1 - LORA_BETA2)
+    p.sub_(rate * (g / ((v / correction).sqrt() + 1e-10) + decay * p))
+
+
+class DocumentTTT(TTT):
+    """Score-first training of adapters on each document by itself, from its first id on.
+
+    A chunk is scored by the adapters as they are, then they make one step on it; not on the last
+    one. All documents begin with the same A and with B = 0, so that their order, batches and ranks
+    do not matter. What passes from some to others is the global phase: SGD on the first documents
+    of the stream, all of which are scored then. That batches are made by the lengths of documents,
+    which are those of the stream, therefore tells no score anything.
+    """
+
+    def __init__(self, model: GPT, evaluator: Evaluator) -> None:
+        super().__init__(model, evaluator)
+        c, runtime, is_boundary = self.config, self.runtime, model.is_boundary.cpu().numpy()
+        begins = is_boundary[evaluator.val.ids[:-1]]
+        begins[0] = True  # also in the middle of a document
+        begins = np.flatnonzero(begins)
+        self.documents = np.stack((begins, np.diff(begins, append=evaluator.targets)), axis=1)
+        self.padding = int(is_boundary.argmin())  # an id that begins no document
+        self.sizes = sorted({max(c.ttt_doc_chunk, c.eval_seq_len * n // 4) for n in range(1, 5)})
+        chunks = -(-self.documents[:, 1] // c.ttt_doc_chunk)
+        useful = math.ceil(chunks.sum() / chunks.max() / runtime.world)  # the longest takes as long
+        self.outputs = model.adapter_outputs()
+        values = c.ttt_lora_rank * (len(self.outputs) * c.model_dim + sum(self.outputs))
+        room = tokens_at_once(c, runtime) // (self.sizes[-1] + 20 * values // BYTES_PER_TOKEN)
+        self.slots = min(c.ttt_doc_batch or max(1, room), useful)
+        self.plans = [self.plan(group) for group in np.split(self.documents, [c.ttt_global_docs])]
+        self.work = sum(size for plan in self.plans for size, _ in plan)
+        first = self.documents[: c.ttt_global_docs, 1].sum()  # of which a token is read once more
+        self.share = 3 * self.slots * runtime.world / c.eval_seq_len  # of a token that a slot reads
+        self.windows = self.work * self.share + 3 * first / c.eval_seq_len
+        self.score_chunk, self.adamw = runtime.compile(self.nats_of), runtime.compile(adamw)
+        self.jobs += [functools.partial(self.prime_size, n) for n in self.sizes if self.scores]
+
+    def plan(self, documents: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """This rank's steps: tokens of a window; (slots, 3) first id, targets, number of the chunk.
+
+        A free slot has no targets.
+        """
+        order = np.argsort(-documents[:, 1], kind="stable")[self.runtime.rank :: self.runtime.world]
+        mine = np.append(documents[order], [(0, 0)], axis=0)
+        steps = plan_documents(mine[:-1, 1], self.slots, self.config.ttt_doc_chunk, self.sizes)
+        return [(size, np.column_stack((mine[rows[:, 0]], rows[:, 1]))) for size, rows in steps]
+
+    def allocate(self) -> None:
+        """A and B of every slot, their second moments, and the A that documents begin with."""
+        c, device, D = self.config, self.runtime.device, self.model.config.model_dim
+        shapes = (len(self.outputs), c.ttt_lora_rank, D), (sum(self.outputs), c.ttt_lora_rank)
+        a = 2 * torch.rand(shapes[0], generator=torch.Generator().manual_seed(c.seed)) - 1
+        self.first_a = a.to(device) / math.sqrt(D)
+        self.pair = [torch.zeros(self.slots, *shape, device=device, requires_grad=True)
+                     for shape in shapes]
+        self.moments = [torch.zeros_like(p) for p in self.pair]
+
+    def prime_size(self, size: int) -> None:
+        """Compile and run scoring and training in windows of `size` random tokens."""
+        self.allocate()
+        self.model.train_only(lambda name: False)
+        ids, _ = self.runtime.random_tokens(self.slots, size, self.model.vocab_size)
+        chunk, ones = ids[:, : self.config.ttt_doc_chunk].contiguous(), 1.0 + 0 * ids[:, :1]
+        nats = self.score_chunk(ids.contiguous(), chunk, 0 * chunk, *self.pair)
+        self.learn_chunk(nats.sum(), ones, ones)
+        self.pair = self.moments = []  # the memory is training's until then
+        self.model.train_only(self.is_trained)
+
+    def nats_of(self, ids: Tensor, targets: Tensor, places: Tensor, *pair: Tensor) -> Tensor:
+        """Nats of targets (B, chunk), which follow those `places` of ids (B, T)."""
+        adapters = self.model.adapters(*pair)
+        h = self.model.hidden(ids, adapters).take_along_dim(places.unsqueeze(-1), dim=1)
+        return self.model(ids, targets, h, adapters)
+
+    def learn_chunk(self, loss: Tensor, rate: Tensor, correction: Tensor) -> None:
+        """One step of the adapters; rate and correction (B, 1)."""
+        c, grads = self.config, torch.autograd.grad(loss, self.pair)
+        with torch.no_grad():
+            for p, v, g in zip(self.pair, self.moments, grads, strict=True):
+                self.adamw(p.flatten(1), v.flatten(1), g.flatten(1), rate, correction,
+                           c.ttt_lora_wd)
+
+    def score(self) -> tuple[Score, np.ndarray]:
+        """(Score, nats of every target), each by adapters that have seen earlier chunks only."""
+        runtime, evaluator, self.began = self.runtime, self.evaluator, time.perf_counter()
+        split, read, number = self.config.ttt_global_docs, 0, 0
+        saved = [p.detach().clone() for p in self.params]
+        self.nats = torch.zeros(evaluator.targets + 1, device=runtime.device)  # the last: of none
+        self.allocate()
+        memory = 4 * sum(p.nbytes for p in self.pair)  # moments, gradients, copies in bf16
+        runtime.log.line(f"ttt documents:{len(self.documents)} at_once:{self.slots} windows:"
+                         f"{show(tuple(self.sizes))} adapters:{memory >> 20}MiB")
+        self.model.train_only(lambda name: False)
+        for plan, learn in zip(self.plans, (False, 0 < split < len(self.documents)), strict=True):
+            if learn:
+                self.learn_documents(int(self.documents[split, 0]))
+            for step in plan:
+                self.adapt(*step)
+                self.tell(number, sum(map(len, self.plans)), self.so_far)
+                number, read = number + 1, read + step[0]
+                evaluator.report("ttt", math.ceil(read * self.share), math.ceil(
+                    self.work * self.share), time.perf_counter() - self.began)
+        self.pair = self.moments = []
+        self.model.train_only(self.is_trained)
+        with torch.no_grad():
+            torch._foreach_copy_(self.params, saved)
+        nats = runtime.all_reduce(self.nats[:-1].cpu()).numpy()  # each was scored on one rank
+        return evaluator.total(nats), nats
+
+    def so_far(self) -> Score:
+        """Of this rank's targets, those that have been scored."""
+        nats = self.nats[:-1].cpu().numpy()
+        source = int(self.evaluator.val.bytes[nats != 0].sum(dtype=np.int64))
+        return Score(float(nats.sum(dtype=np.float64)), np.count_nonzero(nats), source or 1)
+
+    def learn_documents(self, end: int) -> None:
+        """The global phase: one pass of SGD over the targets before `end`, scored on all ranks."""
+        self.optimizer = torch.optim.SGD(self.params, self.config.ttt_lr, self.config.ttt_momentum)
+        self.model.train_only(self.is_trained)
+        batches = self.batches(0, end)
+        for i, batch in enumerate(batches):
+            self.step(batch, end, i / len(batches))
+        self.runtime.log.line(f"ttt global_phase targets:{end} steps:{len(batches)}")
+        self.model.train_only(lambda name: False)
+
+    @torch.no_grad()
+    def begin(self, new: Tensor) -> None:
+        """Give the slots of new documents, bool (B, 1), the first A, B = 0 and no moments."""
+        self.pair[0].copy_(self.first_a.where(new.view(-1, 1, 1, 1), self.pair[0]))
+        for values in (self.pair[1], *self.moments):
+            values.flatten(1).masked_fill_(new, 0.0)
+
+    def adapt(self, size: int, rows: np.ndarray) -> None:
+        """Score a chunk of each document; then train on those after which there is more of it."""
+        chunk, send, ids = self.config.ttt_doc_chunk, self.runtime.send, self.evaluator.val.ids
+        begin, length, number = np.split(rows, 3, axis=1)
+        end = np.minimum(length, (number + 1) * chunk)
+        start = np.maximum(end - size, 0)
+
+        def tokens(places: np.ndarray, ahead: int) -> Tensor:  # none that is after the chunk
+            at = np.minimum(begin + places, len(ids) - 2) + ahead
+            return send(np.where(places < end, ids[at], self.padding).astype(np.int64))
+
+        target = number * chunk + np.arange(chunk)
+        scored, more = target < end, end < length
+        if (number == 0).any():
+            self.begin(send(number == 0))
+        nats = self.score_chunk(tokens(start + np.arange(size), 0), tokens(target, 1),
+                                send(np.minimum(target - start, size - 1)), *self.pair)
+        self.nats[send(np.where(scored, begin + target, len(ids) - 1))] = nats.detach()
+        if self.config.ttt_lora_lr and more.any():
+            weight = scored * more / np.maximum(scored.sum(1, keepdims=True), 1)
+            facts = weight, self.config.ttt_lora_lr * more, 1 - LORA_BETA2 ** (number + 1.0)
+            weight, rate, correction = map(send, map(np.float32, facts))
+            self.learn_chunk((nats * weight).sum(), rate, correction)
+
+
+TTT_KINDS = dict(chunk=TTT, document=DocumentTTT)
 FINAL_LINES = dict(roundtrip="final_int6_roundtrip", sliding="final_int6_sliding_window",
                    ttt="legal_ttt", ngram="legal_ngram", slot="non_compliant_slot")
 
@@ -2754,18 +3005,19 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
     """Every mode of Config.modes on the model reloaded from disk; slot under its full name."""
     runtime, c, log = evaluator.runtime, evaluator.config, evaluator.runtime.log
     model = load_model(path, evaluator.val, table, runtime, c)
-    ttt, chunk, base = TTT(model, evaluator), c.ttt_chunk_tokens, ("sliding", "ttt")[c.ttt_enabled]
+    ttt, chunk = TTT_KINDS[c.ttt_kind](model, evaluator), c.ttt_chunk_tokens
+    base = ("sliding", "ttt")[c.ttt_enabled]
     plain, sliding = evaluator.targets / c.eval_seq_len, evaluator.targets / c.eval_stride
     runs = {  # mode: windows that it takes the time of, what it does
         "roundtrip": (plain, lambda: evaluator.score(ttt.forward, c.eval_seq_len, "roundtrip")),
         "sliding": (sliding, lambda: evaluator.score(ttt.forward, c.eval_stride, "sliding", chunk)),
-        "ttt": (sliding + 3 * c.ttt_epochs * plain, ttt.score),
+        "ttt": (ttt.windows, ttt.score),
         "ngram": (0, lambda: mix_ngram(evaluator, scored(base)[1], table.is_boundary)),
         "slot": (sliding, lambda: evaluator.score(
             slot_forward(model, runtime, c), c.eval_stride, FINAL_LINES["slot"], chunk)),
     }
     scored, scores = functools.cache(lambda mode: runs[mode][1]()), {}
-    runtime.in_turns([ttt.prime])
+    runtime.in_turns(ttt.jobs)
     evaluator.start_clock({mode: runs[mode][0] for mode in c.modes})
     for mode in c.modes:
         start, name = time.perf_counter(), FINAL_LINES[mode]
@@ -2773,7 +3025,8 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
         del evaluator.to_come[mode]
         score, nats = scored(mode)
         require(math.isfinite(score.nats),
-                f"{name}: scores are not finite; lower TTT_LR{SHORT_DOCUMENTS * c.doc_attention}")
+                f"{name}: scores are not finite; lower TTT_LR or TTT_LORA_LR"
+                + SHORT_DOCUMENTS * c.doc_attention)
         scores[label] = score = score._replace(seconds=time.perf_counter() - start)
         if c.scores_path:
             runtime.on_first_rank(functools.partial(evaluator.save_scores, label, nats))
@@ -3141,16 +3394,17 @@ class Trainer:
         """Compile and prime every graph of the run on random tokens, then restore all state."""
         c, runtime, phases = self.config, self.runtime, self.phases()
         saved = [p.detach().clone() for p in self.params]
-        jobs = [functools.partial(self.compile, phase) for phase in phases] + [self.compile_ttt]
+        jobs = [functools.partial(self.compile, phase) for phase in phases] + self.ttt_jobs()
         seconds = runtime.in_turns(jobs if runtime.compiles and c.warmup_steps else [])
         random = torch.Generator().manual_seed(c.seed)
+        shape = self.micro_seqs * self.accumulation, c.train_seq_len, self.model.vocab_size
         optimizer, average = Optimizer(self.model, c, runtime), Average(self.model, c)
-        for phase, compile_s in zip_longest(phases, seconds[:-1], fillvalue=0.0):
+        for phase, compile_s in zip_longest(phases, seconds[: len(phases)], fillvalue=0.0):
             self.model.set_phase(phase)
             runtime.reset_peak_memory()
             marks = [runtime.event()]
             for _ in range(math.ceil(c.warmup_steps / len(phases))):
-                loss = self.backward(*self.random_tokens(self.accumulation, random))
+                loss = self.backward(*runtime.random_tokens(*shape, random))
                 optimizer.step(loss.repeat(6), 1.0, c.muon_momentum)
                 average.update(0, 1.0)
                 marks.append(runtime.event())
@@ -3177,25 +3431,29 @@ class Trainer:
                                             lr_scale(step, 0.0, 0.0, c) < qat) for step in steps))
         first = recurrence_due(0, 0.0, c)  # then no step is without it
         return [Phase(recur, late) for late in (False, True)[: 1 + bool(qat)]
-                for recur in (False, True)[first : 1 + c.recurs]]
-
-    def random_tokens(self, micro_batches: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and targets for `backward`, of random ids."""
-        shape = (self.micro_seqs * micro_batches, self.config.train_seq_len + 1)
-        ids = torch.randint(self.model.vocab_size, shape, generator=random).to(self.runtime.device)
-        return ids[:, :-1], ids[:, 1:]
+                for recur in (False, True)[first : 1 + bool(c.repeated)]]
 
     def compile(self, phase: Phase) -> None:
         """Compile training and validation in a phase."""
         self.model.set_phase(phase)
-        self.backward(*self.random_tokens(1, torch.Generator().manual_seed(0)))
+        self.backward(*self.runtime.random_tokens(
+            self.micro_seqs, self.config.train_seq_len, self.model.vocab_size))
         self.evaluator.prime(self.forward, self.model.vocab_size)
 
-    def compile_ttt(self) -> None:
-        """Compile what the reloaded artifact will do, with this model in its place."""
-        self.model.set_phase(Phase(recur=self.config.recurs))
-        TTT(self.model, self.evaluator).prime()
+    def ttt_jobs(self) -> list[Callable[[], None]]:
+        """What compiles all that the reloaded artifact will do, with this model in its place."""
+        phase = Phase(recur=bool(self.config.repeated))
+        self.model.set_phase(phase)
+        ttt = TTT_KINDS[self.config.ttt_kind](self.model, self.evaluator)
+
+        def job(prime: Callable[[], None]) -> None:
+            self.model.set_phase(phase)
+            self.model.train_only(ttt.is_trained)
+            prime()
+            self.model.train_only(self.model.is_trained)
+
         self.model.train_only(self.model.is_trained)
+        return [functools.partial(job, prime) for prime in ttt.jobs]
 
     def hessians(self) -> tuple[dict[str, Tensor], float]:
         """Hessians on the training data after the last step so far, and the milliseconds taken."""
@@ -3221,17 +3479,24 @@ class Trainer:
         return weights, hessians
 
 
+BYTES_PER_TOKEN = 250_000  # of memory that a pass takes, measured with the record model
+
+
+def tokens_at_once(c: Config, runtime: Runtime) -> int:
+    """Tokens of a training pass that memory should hold: estimated for 80 GB, scaled to others."""
+    if not runtime.cuda:
+        return 16384
+    memory = torch.cuda.get_device_properties(runtime.device).total_memory
+    return int(98304 * min(1.0, memory / 75e9) * 512 / c.model_dim)
+
+
 def micro_batch_seqs(rank_seqs: int, c: Config, runtime: Runtime) -> int:
     """Sequences per forward pass: MICRO_BATCH_TOKENS, or the most that memory should hold."""
     if most := c.micro_batch_tokens // c.train_seq_len:
         require(rank_seqs % most == 0, f"MICRO_BATCH_TOKENS={c.micro_batch_tokens} does not divide "
                 f"the {rank_seqs * c.train_seq_len} tokens of a rank's step")
         return most
-    tokens = 16384
-    if runtime.cuda:  # estimated for the record model on 80 GB, scaled to others
-        memory = torch.cuda.get_device_properties(runtime.device).total_memory
-        tokens = int(98304 * min(1.0, memory / 75e9) * 512 / c.model_dim)
-    most = min(rank_seqs, max(1, tokens // c.train_seq_len))
+    most = min(rank_seqs, max(1, tokens_at_once(c, runtime) // c.train_seq_len))
     return max(n for n in range(1, most + 1) if rank_seqs % n == 0)
 
 
@@ -3383,7 +3648,8 @@ def main(arguments: list[str]) -> int:
         if not re.search("out of memory|allocate", str(error)):
             raise
         print(f"error: {error}\nout of memory: lower MICRO_BATCH_TOKENS (then TRAIN_BATCH_TOKENS), "
-              "or in evaluation VAL_BATCH_SIZE", file=sys.stderr, flush=True)
+              "or in evaluation VAL_BATCH_SIZE, TTT_BATCH_SEQS or TTT_DOC_BATCH", file=sys.stderr,
+              flush=True)
         return 1
     return 0
 
