@@ -65,7 +65,7 @@ class Shorter(ast.NodeTransformer):
         return None if node.module == "__future__" else node
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
-        """Annotations as texts: a field's is looked at, and the types' names become shorter."""
+        """Annotations as texts: the program reads those of settings, and names become shorter."""
         node.annotation = ast.Constant(ast.unparse(node.annotation))
         return self.generic_visit(node)
 

@@ -1007,6 +1007,43 @@ def short_evaluator(c: t.Config, tokens: np.ndarray, on: t.Runtime | None = None
         tokens, np.ones(len(tokens) - 1, np.int16), "unverified", ""))
 
 
+def record_chunks(patch: pytest.MonkeyPatch, seen: list, targets: int) -> None:
+    """Note plans of windows, reads and counts of the cache and steps of SGD in `seen`."""
+    def recorded(kind, function):
+        def wrapped(self, part):
+            result = function(self, part)
+            counted = int(self.levels[0][2].sum())  # all targets that any count holds
+            seen.append((kind, list(range(*part.indices(targets))), counted))
+            return result
+        return wrapped
+
+    def plan(*arguments, original=t.plan_windows):
+        windows = original(*arguments)
+        seen.append(("plan", windows))
+        return windows
+
+    step = torch.optim.SGD.step
+    patch.setattr(t, "plan_windows", plan)
+    patch.setattr(t.NgramCache, "probabilities", recorded("read", t.NgramCache.probabilities))
+    patch.setattr(t.NgramCache, "update", recorded("count", t.NgramCache.update))
+    patch.setattr(torch.optim.SGD, "step", lambda self: seen.append(("update",)) or step(self))
+
+
+def record_documents(patch: pytest.MonkeyPatch, seen: list) -> None:
+    """Note what document TTT gives to the model, its nats, and steps of AdamW in `seen`."""
+    def nats_of(self, *inputs, original=t.DocumentTTT.nats_of):
+        nats = original(self, *inputs)
+        seen.append(("chunk", *(x.detach().clone() for x in (*inputs, nats))))
+        return nats
+
+    def adamw(*arguments, original=t.adamw):
+        seen.append(("adapt", arguments[3].flatten().tolist()))
+        original(*arguments)
+
+    patch.setattr(t.DocumentTTT, "nats_of", nats_of)
+    patch.setattr(t, "adamw", adamw)
+
+
 def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: bool = True,
           **settings) -> tuple[np.ndarray, list[tuple], dict]:
     """Run evaluate_artifact itself on a random model: (last nats dumped, events, scores).
@@ -1034,40 +1071,13 @@ def score(mode: str, tokens: np.ndarray, on: t.Runtime | None = None, watch: boo
         rows = [i for i, start in enumerate(starts) if start is not None]
         seen.append((kind, [starts[i] for i in rows], outputs.detach().numpy()[rows].copy()))
 
-    def recorded(kind, function):
-        def wrapped(self, part):
-            result = function(self, part)
-            counted = int(self.levels[0][2].sum())  # all targets that any count holds
-            seen.append((kind, list(range(*part.indices(len(tokens) - 1))), counted))
-            return result
-        return wrapped
-
-    def plan(*arguments, original=t.plan_windows):
-        windows = original(*arguments)
-        seen.append(("plan", windows))
-        return windows
-
-    def nats_of(self, *inputs, original=t.DocumentTTT.nats_of):
-        nats = original(self, *inputs)
-        seen.append(("chunk", *(x.detach().clone() for x in (*inputs, nats))))
-        return nats
-
-    def adamw(*arguments, original=t.adamw):
-        seen.append(("adapt", arguments[3].flatten().tolist()))
-        original(*arguments)
-
-    step = torch.optim.SGD.step
     with pytest.MonkeyPatch.context() as patch:
         if watch:
             judge.start_clock, _ = begin, model.register_forward_hook(hook)
-            patch.setattr(t.DocumentTTT, "nats_of", nats_of)
-            patch.setattr(t, "adamw", adamw)
+            record_documents(patch, seen)
+        record_chunks(patch, seen, len(tokens) - 1)
         judge.save_scores = lambda label, nats: dumps.update({label: nats.copy()})
         patch.setattr(t, "load_model", lambda *_: model)
-        patch.setattr(t, "plan_windows", plan)
-        patch.setattr(t.NgramCache, "probabilities", recorded("read", t.NgramCache.probabilities))
-        patch.setattr(t.NgramCache, "update", recorded("count", t.NgramCache.update))
-        patch.setattr(torch.optim.SGD, "step", lambda self: seen.append(("update",)) or step(self))
         scores = t.evaluate_artifact("", judge, table(SHORT_VOCAB))
     return list(dumps.values())[-1], seen, scores
 

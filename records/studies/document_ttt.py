@@ -24,6 +24,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -57,46 +58,49 @@ def operations(model: train_gpt.GPT, sizes: dict[int, int]) -> dict[str, float]:
         head=4.0 * D * V * heads)
 
 
-def plan(lengths: np.ndarray, c: train_gpt.Config, slots: int, ranks: int) -> dict[int, int]:
-    """Windows of each size that one rank of `ranks` reads, free slots included."""
-    sizes = sorted({max(c.ttt_doc_chunk, c.eval_seq_len * n // 4) for n in range(1, 5)})
-    steps = train_gpt.plan_documents(-np.sort(-lengths)[::ranks], slots, c.ttt_doc_chunk, sizes)
-    return {size: slots * sum(step == size for step, _ in steps) for size in sizes}
-
-
-def slots_of(model: train_gpt.GPT) -> int:
-    """Documents at once on an H100, as DocumentTTT has it where there are enough of them."""
-    c, outputs = model.config, model.adapter_outputs()
-    values = c.ttt_lora_rank * (len(outputs) * c.model_dim + sum(outputs))
+def document_ttt(model: train_gpt.GPT, ids: np.ndarray, boundary: int, **of: Any
+                 ) -> train_gpt.DocumentTTT:  # fmt: skip
+    """The mode on a stream in which `boundary` begins a document, on a runtime with these `of`."""
+    runtime = types.SimpleNamespace(**dict(
+        rank=0, world=1, cuda=False, device=torch.device("cpu"), compile=lambda module: module,
+        all_reduce=lambda tensor: tensor, send=torch.from_numpy,
+        log=types.SimpleNamespace(line=lambda text: None)) | of)
+    val = train_gpt.Validation(ids, np.ones(len(ids) - 1, np.int16), "unverified", "")
+    model.set_phase(train_gpt.Phase(recur=bool(model.config.repeated)))
+    model.is_boundary = torch.arange(model.vocab_size) == boundary
     with mock.patch.object(torch.cuda, "get_device_properties",
                            lambda _: types.SimpleNamespace(total_memory=80e9)):
-        tokens = train_gpt.tokens_at_once(c, types.SimpleNamespace(cuda=True, device="cuda"))
-    room = tokens // (c.eval_seq_len + 20 * values // train_gpt.BYTES_PER_TOKEN)
-    return c.ttt_doc_batch or max(1, room)
+        return train_gpt.DocumentTTT(model, train_gpt.Evaluator(runtime, model.config, val))
+
+
+def windows(ttt: train_gpt.DocumentTTT) -> dict[int, int]:
+    """Windows of each size that a rank reads, those of free slots included."""
+    return {size: ttt.slots * sum(step[0] == size for plan in ttt.plans for step in plan)
+            for size in ttt.sizes}
 
 
 def operations_report(c: train_gpt.Config, shard: Path, meta: Path, tokens: int, mean: int,
                       utilisation: float) -> list[str]:
     """The tables, as Markdown."""
     table = train_gpt.table_from_meta(meta)
-    ids = np.asarray(train_gpt.open_shard(shard))
-    model = record_model(c, len(table.base_bytes))
-    model.set_phase(train_gpt.Phase(recur=bool(c.repeated)))
+    ids, rows = np.asarray(train_gpt.open_shard(shard)), []
+    model = record_model(dataclasses.replace(c, ttt_global_docs=0), len(table.base_bytes))
     found = np.diff(np.append(np.flatnonzero(table.is_boundary[ids[:-1]]), len(ids) - 1))
-    slots, rows = slots_of(model), []
     for scale in (1.0, mean / found.mean()):
         lengths = np.maximum(1, np.round(found * scale)).astype(int)
         lengths = np.tile(lengths, math.ceil(tokens / lengths.sum()))
         lengths = lengths[: np.searchsorted(lengths.cumsum(), tokens) + 1]
-        sizes = plan(lengths, c, slots, 8)
-        read, parts = sum(size * n for size, n in sizes.items()), operations(model, sizes)
+        stream = np.zeros(lengths.sum() + 1, np.uint16)
+        stream[lengths.cumsum() - lengths] = 1  # boundaries
+        ttt = document_ttt(model, stream, 1, world=8, cuda=True)
+        parts, read = operations(model, windows(ttt)), 8 * ttt.slots * ttt.work / lengths.sum()
         seconds = sum(parts.values()) / PEAK / utilisation
-        rows.append([f"{lengths.mean():.0f}", len(lengths), f"{8 * read / lengths.sum():.1f}",
+        rows.append([f"{lengths.mean():.0f}", len(lengths), f"{read:.1f}",
                      *(f"{8 * value / 1e15:.0f}" for value in parts.values()), f"{seconds:.0f}"])
     head = ["mean length", "documents", "tokens read for each scored", *(
         f"{part}, PFLOP" for part in parts), f"seconds on 8xH100 at {utilisation:.0%}"]
     return [f"{tokens} tokens, V = {model.vocab_size}, chunks of {c.ttt_doc_chunk}, windows of up "
-            f"to {c.eval_seq_len}, {slots} documents at once on each of 8 H100s.", "",
+            f"to {c.eval_seq_len}, {ttt.slots} documents at once on each of 8 H100s.", "",
             f"| {' | '.join(head)} |", "|--" * len(head) + "|",
             *(f"| {' | '.join(map(str, row))} |" for row in rows)]
 
@@ -106,20 +110,14 @@ def speed(c: train_gpt.Config, documents: int, vocab_size: int, rounds: int) -> 
     torch.manual_seed(0)
     c = dataclasses.replace(c, ttt_global_docs=0)  # which is training itself
     runtime = types.SimpleNamespace(
-        rank=0, world=1, cuda=False, device=torch.device("cpu"), dtype=torch.float32,
-        attention=train_gpt.sdpa, document_mask=train_gpt.dense_mask, fused_mlp=False,
-        compile=lambda module: module, all_reduce=lambda tensor: tensor, send=torch.from_numpy,
-        log=types.SimpleNamespace(line=lambda text: None))
-    boundary = np.arange(vocab_size) == vocab_size - 1
-    random = np.random.default_rng(0)
+        device="cpu", dtype=torch.float32, attention=train_gpt.sdpa,
+        document_mask=train_gpt.dense_mask, fused_mlp=False)
+    random, last = np.random.default_rng(0), vocab_size - 1
     lengths = np.ceil(np.exp(random.normal(np.log(c.eval_seq_len), 0.7, documents))).astype(int)
-    ids = np.concatenate([[vocab_size - 1, *random.integers(0, vocab_size - 1, n)]
-                          for n in lengths]).astype(np.uint16)
-    val = train_gpt.Validation(ids, np.ones(len(ids) - 1, np.int16), "unverified", "")
-    model = train_gpt.GPT(c, boundary, runtime)
-    model.set_phase(train_gpt.Phase(recur=bool(c.repeated)))
-    ttt = train_gpt.DocumentTTT(model, train_gpt.Evaluator(runtime, c, val))
-    steps = [size for plan in ttt.plans for size, _ in plan]
+    ids = np.concatenate([[last, *random.integers(0, last, n)] for n in lengths]).astype(np.uint16)
+    model = train_gpt.GPT(c, np.zeros(vocab_size, bool), runtime)
+    ttt = document_ttt(model, ids, last)
+    sizes = [size for plan in ttt.plans for size, _ in plan]
     ratios, seconds = [], []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -127,14 +125,13 @@ def speed(c: train_gpt.Config, documents: int, vocab_size: int, rounds: int) -> 
         seconds.append(time.perf_counter() - began)
         model.train_only(model.is_trained)
         began = time.perf_counter()
-        for size in steps:
+        for size in sizes:
             batch = torch.randint(vocab_size, (ttt.slots, size + 1))
             model.zero_grad()
             model(batch[:, :-1], batch[:, 1:]).mean().backward()
         ratios.append(seconds[-1] / (time.perf_counter() - began))
-    read = ttt.slots * sum(steps)
     return (f"width {c.model_dim}, rank {c.ttt_lora_rank}, {documents} documents, {len(ids) - 1} "
-            f"targets, {read} tokens read: {statistics.median(seconds):.1f} s, "
+            f"targets, {ttt.slots * ttt.work} tokens read: {statistics.median(seconds):.1f} s, "
             f"{statistics.median(ratios):.2f} of a training pass over as many tokens (from "
             f"{min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)")
 

@@ -132,13 +132,16 @@ def test_operations_of_document_ttt():
 
 def test_windows_of_document_ttt():
     """Every chunk reads its whole window, in one of four sizes, free slots too; by hand."""
-    c = h.config(h.RECORD, ttt_kind="document")
-    assert documents.plan(np.array([1000]), c, 1, 1) == {512: 10, 1024: 11, 1536: 0, 2048: 0}
-    assert documents.plan(np.array([1, 100]), c, 2, 1) == {512: 6, 1024: 0, 1536: 0, 2048: 0}
-    assert documents.plan(np.array([1, 100]), c, 1, 2) == {512: 3, 1024: 0, 1536: 0, 2048: 0}
-    model = cost.record_model(c, 1254)
-    model.set_phase(t.Phase(recur=True))
-    assert documents.slots_of(model) == 41
+    def read(*lengths, **of):
+        model = cost.record_model(h.config(h.RECORD, ttt_kind="document", ttt_doc_batch=2), 1254)
+        ids = np.zeros(sum(lengths) + 1, np.uint16)
+        ids[np.cumsum(lengths) - lengths] = 1
+        return documents.windows(documents.document_ttt(model, ids, 1, **of))
+
+    assert read(1000) == {512: 10, 1024: 11, 1536: 0, 2048: 0}
+    assert read(100, 100) == {512: 6, 1024: 0, 1536: 0, 2048: 0}
+    assert read(100, 100, world=2) == {512: 3, 1024: 0, 1536: 0, 2048: 0}
+    assert read(100, 30) == {512: 3 + 1 + 2, 1024: 0, 1536: 0, 2048: 0}  # a slot waits
 
 
 def test_ablation_table_and_plans():
