@@ -1357,7 +1357,7 @@ def mlp_kernel() -> Callable:
     Arguments in capitals are given as tl.constexpr: packing takes annotations away.
     """
     import triton
-    import triton.language as tl
+    from triton import language as tl
 
     @triton.jit
     def kernel(a, b, u, out, rows, UP, SLOPE, K, N, ROWS, COLS, DEPTH):  # noqa: PLR0913

@@ -121,15 +121,16 @@ def by_position(tree: ast.AST) -> None:
 def minify(source: str) -> str:
     """The same program without what only a reader needs.
 
-    Parameters in capitals keep their names: a Triton kernel is compiled from its source, where a
-    constant that is assigned to another name is a constant no more. Masks do: the log has them.
+    A Triton kernel is compiled from its source. Its parameters in capitals keep their names: a
+    constant that is assigned to another name is a constant no more. So does `tl`: Triton looks for
+    it among the names of the module first, where a short one may be something else.
     """
     tree = Shorter().visit(ast.parse(source))
-    constants = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg) and a.arg.isupper()}
+    kernel = {a.arg for a in ast.walk(tree) if isinstance(a, ast.arg) and a.arg.isupper()} | {"tl"}
     by_position(tree)
     return python_minifier.minify(
         ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
-        rename_globals=True, preserve_locals=sorted(constants), preserve_globals=list(KEPT))
+        rename_globals=True, preserve_locals=sorted(kernel), preserve_globals=list(KEPT))
 
 
 def packed(stream: bytes) -> bytes:

@@ -373,8 +373,8 @@ BASE = h.SHALLOW | dict(  # what a run needs least of
 LOADED = dict(load_artifact="made.ptz", val_tokens_limit=300, ttt_chunk_tokens=128, ttt_lr=0.1,
               eval_modes=("sliding", "ttt", "ngram", "slot"))
 TTT, NGRAM, SLOT = (LOADED | {f"{mode}_enabled": True} for mode in ("ttt", "ngram", "slot"))
-DOCUMENTS = TTT | dict(eval_modes=("ttt",), ttt_kind="document", ttt_doc_chunk=5,
-                   ttt_doc_batch=2, ttt_lora_lr=0.01)
+DOCUMENTS = TTT | dict(eval_modes=("ttt",), ttt_kind="document", ttt_doc_chunk=9,
+                   ttt_doc_batch=2, ttt_lora_lr=0.01, val_tokens_limit=150)
 FLIPS = [  # (what is seen, settings that it needs, another value of each of these settings)
     (see_preset, {}, dict(preset=("demo",))),
     (see_inputs, {}, dict(

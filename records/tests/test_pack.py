@@ -6,6 +6,7 @@ import ast
 import bz2
 import linecache
 import re
+import symtable
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -43,6 +44,19 @@ def test_packed_code_is_complete(packed):
 def test_packed_code_is_small():
     """At most 32,000 bytes, all in all."""
     assert len(pack.pack(h.SCRIPT.read_text())) <= pack.LARGEST == 32_000
+
+
+def test_a_packed_kernel_means_the_same():
+    """Names that are not the kernel's own are none of the module's, where Triton looks first."""
+    source = pack.unpack(pack.pack(h.SCRIPT.read_text()))
+    (kernel,) = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)
+                 and any("jit" in ast.unparse(d) for d in n.decorator_list))
+    names = [n for n in ast.walk(kernel) if isinstance(n, ast.Name)]
+    own = {a.arg for a in kernel.args.args} | {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    others = {n.id for statement in kernel.body for n in ast.walk(statement)
+              if isinstance(n, ast.Name)} - own
+    assert others == {"tl"}
+    assert "tl" not in symtable.symtable(source, "packed", "exec").get_identifiers()
 
 
 SOURCE = '''"""Doc."""
