@@ -2976,7 +2976,7 @@ class DocumentTTT(TTT):
         chunk, send, ids = self.config.ttt_doc_chunk, self.runtime.send, self.evaluator.val.ids
         begin, length, number = np.split(rows, 3, axis=1)
         end = np.minimum(length, (number + 1) * chunk)
-        start = np.maximum(end - size, 0)
+        start = np.maximum((number + 1) * chunk - size, 0)  # wherever the document ends
 
         def tokens(places: np.ndarray, ahead: int) -> Tensor:  # none that is after the chunk
             at = np.minimum(begin + places, len(ids) - 2) + ahead
@@ -2987,7 +2987,7 @@ class DocumentTTT(TTT):
         if (number == 0).any():
             self.begin(send(number == 0))
         nats = self.score_chunk(tokens(start + np.arange(size), 0), tokens(target, 1),
-                                send(np.minimum(target - start, size - 1)), *self.pair)
+                                send(target - start), *self.pair)
         self.nats[send(np.where(scored, begin + target, len(ids) - 1))] = nats.detach()
         if self.config.ttt_lora_lr and more.any():
             weight = scored * more / np.maximum(scored.sum(1, keepdims=True), 1)

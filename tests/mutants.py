@@ -493,6 +493,8 @@ MUTANTS = (
       "np.where(places < end, ids[at], self.padding)",
       "np.where(places < length, ids[at], self.padding)",
       "test_every_mode_is_legal[documents-sliding]"),
+    M("a document's window ends with the document", TRAIN, "(number + 1) * chunk - size, 0)",
+      "end - size, 0)", "test_where_a_document_ends_tells_its_scores_nothing"),
     M("adapters of all documents are one", TRAIN, "(x @ adapter[0].mT @ adapter[1].mT)",
       "(x @ adapter[0].mean(0).mT @ adapter[1].mean(0).mT)",
       ("test_every_adapter_counts", "test_nothing_passes_between_documents")),

@@ -460,7 +460,7 @@ def chunks_of(ids, c):
     for d, (begin, length) in enumerate(documents(ids)):
         for n, first in enumerate(range(0, length, c.ttt_doc_chunk)):
             end = min(first + c.ttt_doc_chunk, length)
-            start = max(0, end - c.eval_seq_len)
+            start = max(0, first + c.ttt_doc_chunk - c.eval_seq_len)
             found[d, n] = (ids[begin + start : begin + end].tolist(),
                            ids[begin + first + 1 : begin + end + 1].tolist(),
                            range(begin + first, begin + end), start)

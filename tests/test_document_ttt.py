@@ -41,7 +41,7 @@ def document_nats(model, ids, c):
         adam = torch.optim.AdamW(pair, c.ttt_lora_lr, (0.0, 0.99), 1e-10, c.ttt_lora_wd)
         for first in range(0, length, c.ttt_doc_chunk):
             end = min(first + c.ttt_doc_chunk, length)
-            start = max(0, end - c.eval_seq_len)
+            start = max(0, first + c.ttt_doc_chunk - c.eval_seq_len)
             text, adapters = tensor[:, begin + start : begin + end + 1], model.adapters(*pair)
             hidden = model.hidden(text[:, :-1], adapters)
             nats = model(text[:, :-1], text[:, 1:], hidden, adapters)[0, first - start :]
@@ -182,6 +182,20 @@ def test_nothing_passes_between_documents(mode):
         assert not early or rest.mean() > 0.9
 
 
+@pytest.mark.parametrize("mode", ["documents", "documents_global"])
+def test_where_a_document_ends_tells_its_scores_nothing(mode):
+    """A boundary more changes no score before it but by rounding, also where windows are full."""
+    ids = np.array([LAST, 1, 2, LAST, *(k % LAST for k in range(40)), LAST, 3, 4], np.uint16)
+    score = functools.partial(h.score, mode, ttt_doc_chunk=6, eval_seq_len=8, eval_stride=8,
+                              ttt_global_docs=int(mode != "documents"))
+    before = score(ids)[0]
+    for place in (13, 21, 40):
+        other = ids.copy()
+        other[place] = LAST
+        np.testing.assert_allclose(score(other)[0][: place - 1], before[: place - 1], atol=2e-5)
+    ref.condition_2(score, ids, (22,))
+
+
 @pytest.mark.parametrize("settings", [{}, h.LEVERS | dict(eval_seq_len=8, eval_stride=8)])
 def test_padding_reaches_no_score(settings):
     """Another id in the place of what is not read: not a bit changes."""
@@ -216,7 +230,8 @@ def test_without_learning_rate_it_is_plain_scoring(settings, monkeypatch):
     assert ttt.score()[1].tobytes() == with_adapters.tobytes()
     for begin, length in ref.documents(ttt.evaluator.val.ids):  # each from its own first id
         text = torch.from_numpy(ttt.evaluator.val.ids[begin : begin + length + 1].astype(np.int64))
-        if length <= ttt.config.eval_seq_len:
+        chunk = ttt.config.ttt_doc_chunk
+        if math.ceil(length / chunk) * chunk <= ttt.config.eval_seq_len:
             nats = ttt.model(text[None, :-1], text[None, 1:])[0].detach().numpy()
             np.testing.assert_allclose(with_adapters[begin : begin + length], nats, rtol=1e-4)
 
