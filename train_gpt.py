@@ -195,7 +195,7 @@ class Config:
     ttt_enabled: bool = setting(True, "test-time training: score a chunk, then train on it")
     ttt_kind: str = setting("chunk", "what TTT trains: the model, on chunks of the stream; or "
                             "adapters, on each document by itself", choices=("chunk", "document"))
-    ttt_lr: float = setting(0.005, "SGD at the first chunk; cosine over the chunks", 0)
+    ttt_lr: float = setting(0.005, "SGD at the first step; cosine over chunks or global phase", 0)
     ttt_epochs: int = setting(3, "passes over a chunk", 0)
     ttt_chunk_tokens: int = setting(32768, "targets of a chunk, also of the n-gram cache", 2)
     ttt_freeze_blocks: int = setting(2, "first layers that stay; above 0 the embedding too", 0)
@@ -2877,7 +2877,8 @@ class DocumentTTT(TTT):
         self.jobs += [functools.partial(self.prime_size, n) for n in self.sizes if self.scores]
 
     def plan(self, documents: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """This rank's steps: tokens of a window; (slots, 3) first id, targets, number of the chunk.
+        """This rank's steps: tokens of a window; (slots, 3) where a document begins, its
+        targets, number of the chunk.
 
         A free slot has no targets.
         """
