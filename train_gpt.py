@@ -2870,7 +2870,7 @@ class DocumentTTT(TTT):
         self.slots = min(c.ttt_doc_batch or max(1, room), useful)
         self.plans = [self.plan(group) for group in np.split(self.documents, [c.ttt_global_docs])]
         self.work = sum(size for plan in self.plans for size, _ in plan)
-        first = self.documents[: c.ttt_global_docs, 1].sum()  # of which a token is read once more
+        first = int(self.documents[: c.ttt_global_docs, 1].sum())  # read once more, in training
         self.share = 3 * self.slots * runtime.world / c.eval_seq_len  # of a token that a slot reads
         self.windows = self.work * self.share + 3 * first / c.eval_seq_len
         self.score_chunk, self.adamw = runtime.compile(self.nats_of), runtime.compile(adamw)
