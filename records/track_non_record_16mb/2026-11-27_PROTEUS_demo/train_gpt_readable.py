@@ -195,7 +195,7 @@ class Config:
     ttt_enabled: bool = setting(True, "test-time training: score a chunk, then train on it")
     ttt_kind: str = setting("chunk", "what TTT trains: the model, on chunks of the stream; or "
                             "adapters, on each document by itself", choices=("chunk", "document"))
-    ttt_lr: float = setting(0.005, "SGD at the first chunk; cosine over the chunks", 0)
+    ttt_lr: float = setting(0.005, "SGD at the first step; cosine over chunks or global phase", 0)
     ttt_epochs: int = setting(3, "passes over a chunk", 0)
     ttt_chunk_tokens: int = setting(32768, "targets of a chunk, also of the n-gram cache", 2)
     ttt_freeze_blocks: int = setting(2, "first layers that stay; above 0 the embedding too", 0)
@@ -1357,7 +1357,7 @@ def mlp_kernel() -> Callable:
     Arguments in capitals are given as tl.constexpr: packing takes annotations away.
     """
     import triton
-    import triton.language as tl
+    from triton import language as tl
 
     @triton.jit
     def kernel(a, b, u, out, rows, UP, SLOPE, K, N, ROWS, COLS, DEPTH):  # noqa: PLR0913
@@ -2877,7 +2877,8 @@ class DocumentTTT(TTT):
         self.jobs += [functools.partial(self.prime_size, n) for n in self.sizes if self.scores]
 
     def plan(self, documents: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """This rank's steps: tokens of a window; (slots, 3) first id, targets, number of the chunk.
+        """This rank's steps: tokens of a window; (slots, 3) where a document begins, its
+        targets, number of the chunk.
 
         A free slot has no targets.
         """
@@ -2901,9 +2902,9 @@ class DocumentTTT(TTT):
         self.allocate()
         self.model.train_only(lambda name: False)
         ids, _ = self.runtime.random_tokens(self.slots, size, self.model.vocab_size)
-        chunk, ones = ids[:, : self.config.ttt_doc_chunk].contiguous(), 1.0 + 0 * ids[:, :1]
+        chunk, one = ids[:, : self.config.ttt_doc_chunk].contiguous(), ids[:, :1]
         nats = self.score_chunk(ids.contiguous(), chunk, 0 * chunk, *self.pair)
-        self.learn_chunk(nats.sum(), ones, ones)
+        self.learn_chunk(nats.sum(), one + 1.0, one + 1.0)  # two tensors, or it is another graph
         self.pair = self.moments = []  # the memory is training's until then
         self.model.train_only(self.is_trained)
 
@@ -2976,7 +2977,7 @@ class DocumentTTT(TTT):
         chunk, send, ids = self.config.ttt_doc_chunk, self.runtime.send, self.evaluator.val.ids
         begin, length, number = np.split(rows, 3, axis=1)
         end = np.minimum(length, (number + 1) * chunk)
-        start = np.maximum(end - size, 0)
+        start = np.maximum((number + 1) * chunk - size, 0)  # wherever the document ends
 
         def tokens(places: np.ndarray, ahead: int) -> Tensor:  # none that is after the chunk
             at = np.minimum(begin + places, len(ids) - 2) + ahead
@@ -2987,7 +2988,7 @@ class DocumentTTT(TTT):
         if (number == 0).any():
             self.begin(send(number == 0))
         nats = self.score_chunk(tokens(start + np.arange(size), 0), tokens(target, 1),
-                                send(np.minimum(target - start, size - 1)), *self.pair)
+                                send(target - start), *self.pair)
         self.nats[send(np.where(scored, begin + target, len(ids) - 1))] = nats.detach()
         if self.config.ttt_lora_lr and more.any():
             weight = scored * more / np.maximum(scored.sum(1, keepdims=True), 1)
