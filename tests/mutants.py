@@ -453,9 +453,9 @@ MUTANTS = (
     # adapters on documents: what would make a score illegal
     M("a chunk of a document is trained on before it is scored", TRAIN,
       "        nats = self.score_chunk(tokens(start + np.arange(size), 0), tokens(target, 1),\n"
-      "                                send(np.minimum(target - start, size - 1)), *self.pair)\n",
+      "                                send(target - start), *self.pair)\n",
       "        given = (tokens(start + np.arange(size), 0), tokens(target, 1),\n"
-      "                 send(np.minimum(target - start, size - 1)), *self.pair)\n"
+      "                 send(target - start), *self.pair)\n"
       "        self.learn_chunk(self.score_chunk(*given).sum(), send(np.float32(0.01 * more)),\n"
       "                         send(np.float32(more + 1)))\n"
       "        nats = self.score_chunk(*given)\n", "test_every_mode_is_legal[documents-sliding]"),
@@ -495,6 +495,9 @@ MUTANTS = (
       "test_every_mode_is_legal[documents-sliding]"),
     M("a document's window ends with the document", TRAIN, "(number + 1) * chunk - size, 0)",
       "end - size, 0)", "test_where_a_document_ends_tells_its_scores_nothing"),
+    M("the work of the global phase is a number of NumPy's", TRAIN,
+      "int(self.documents[: c.ttt_global_docs, 1].sum())",
+      "self.documents[: c.ttt_global_docs, 1].sum()", "test_progress_of_a_slow_evaluation"),
     M("adapters of all documents are one", TRAIN, "(x @ adapter[0].mT @ adapter[1].mT)",
       "(x @ adapter[0].mean(0).mT @ adapter[1].mean(0).mT)",
       ("test_every_adapter_counts", "test_nothing_passes_between_documents")),
