@@ -51,11 +51,9 @@ def test_a_packed_kernel_means_the_same():
     source = pack.unpack(pack.pack(h.SCRIPT.read_text()))
     (kernel,) = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)
                  and any("jit" in ast.unparse(d) for d in n.decorator_list))
-    names = [n for n in ast.walk(kernel) if isinstance(n, ast.Name)]
+    names = [n for part in kernel.body for n in ast.walk(part) if isinstance(n, ast.Name)]
     own = {a.arg for a in kernel.args.args} | {n.id for n in names if isinstance(n.ctx, ast.Store)}
-    others = {n.id for statement in kernel.body for n in ast.walk(statement)
-              if isinstance(n, ast.Name)} - own
-    assert others == {"tl"}
+    assert {n.id for n in names} - own == {"tl"}
     assert "tl" not in symtable.symtable(source, "packed", "exec").get_identifiers()
 
 
