@@ -1,7 +1,7 @@
 """Re-tokenize FineWeb SentencePiece shards (or documents) to a byte-exact TokenMonster vocabulary.
 
-Sections: errors, vocabulary, segmentation, ids to bytes, tokenizers, input shards, output folder
-and ledger, workers, jobs, command line.
+Sections: errors, vocabulary, segmentation, ids to bytes, capitals as marks, tokenizers, input
+shards, output folder and ledger, workers, jobs, command line.
 """
 
 from __future__ import annotations
@@ -84,19 +84,26 @@ def file_sha256(path: Path) -> str:
 MAX_TOKEN_BYTES, MAX_IDS = 40, 65536
 HEX_TOKEN = re.compile(r"TokenMonsterHexEncode\{((?:[0-9a-fA-F]{2})*)\}")
 CHARSETS = {0: "none", 1: "UTF-8", 2: "UTF-16"}
+NEXT_MARK, RUN_MARK = 0xFF, 0xFE  # with `case: ascii`: what they mean is told where they are made
+MARKS, CAPITALS = bytes([NEXT_MARK, RUN_MARK]), bytes(range(ord("A"), ord("Z") + 1))
 
 
 class Vocabulary:
     """A TokenMonster vocabulary; its last id is the synthetic BOS, which has no bytes."""
 
     def __init__(self, name: str, data: bytes, tokens: Sequence[bytes], lossy: str = "",
-                 charset: str = "none"):
-        """Bytes of the file and of each id, b"" for dead ids; `lossy`: why it is not byte-exact."""
+                 charset: str = "none", case: str = "none"):
+        """Bytes of the file and of each id, b"" for dead ids; `lossy`: why it is not byte-exact.
+
+        With case "ascii" the tokens are of text whose capitals are marks, and marks are no bytes.
+        """
         self.name, self.data, self.tokens = name, data, tuple(tokens)
-        self.lossy, self.charset = lossy, charset
+        self.lossy, self.charset, self.case = lossy, charset, case
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size, self.bos_id = len(tokens), len(tokens) - 1
-        self.base_bytes = np.array([len(token) for token in tokens], dtype=np.int16)
+        marks = MARKS if case == "ascii" else b""
+        self.base_bytes = np.array([len(token.translate(None, marks)) for token in tokens],
+                                   dtype=np.int16)
 
 
 def load_vocabulary(source: Path | str | bytes, name: str = "vocabulary") -> Vocabulary:
@@ -142,7 +149,7 @@ def _yaml_vocabulary(data: bytes, name: str) -> Vocabulary:
     for token, identity in id_of.items():
         tokens[identity] = token
     return Vocabulary(Path(name).name, data, tokens, _lossy_reason(settings, id_of),
-                      str(settings.get("charset", "none")).lower())
+                      *(str(settings.get(key, "none")).lower() for key in ("charset", "case")))
 
 
 def _load_yaml(data: bytes, name: str) -> dict:
@@ -167,7 +174,11 @@ def _lossy_reason(settings: dict, id_of: dict[bytes, int]) -> str:
              if str(settings.get(key)).lower() != value]
     wrong += [f"{key} entries" for key in ("unk", "special", "deleted")
               if settings.get(key) not in (None, [], "false", "null", "~", "")]
-    missing = sum(bytes([value]) not in id_of for value in range(256))
+    case = str(settings.get("case", "none")).lower()
+    if case not in ("none", "ascii"):
+        wrong.append(f"case {case}")
+    unused = CAPITALS if case == "ascii" else b""
+    missing = sum(bytes([value]) not in id_of for value in range(256) if value not in unused)
     if missing:
         wrong.append(f"no token for {missing} of the 256 byte values")
     return ", ".join(wrong)
@@ -286,7 +297,7 @@ def suffix_automaton(keys: dict[bytes, int]) -> tuple:
         back = next(number[state[:k]] for k in range(len(state) - 1, -1, -1) if state[:k] in number)
         step[n] = np.where(step[n] > 0, step[n], step[back])
         longest[n] = keys.get(state, longest[back])
-    byte_token = np.array([keys[bytes([value])] for value in range(256)], dtype=np.uint16)
+    byte_token = np.array([keys.get(bytes([value]), 0) for value in range(256)], dtype=np.uint16)
     return step.reshape(-1), longest, column, shift, byte_token
 
 
@@ -422,6 +433,91 @@ def is_utf8(text: np.ndarray) -> bool:
         return False
 
 
+# --- capitals as marks: `case: ascii` ---------------------------------------------------------
+
+SPACE = 32  # also how far a small letter is from its capital
+
+
+def _mark_kernel(text, starts, out, ends):
+    """Write the documents with marks to out, ends[k] the end of document k.
+
+    Returns where the text holds a byte that is a mark, -1 if nowhere.
+    """
+    at = 0
+    for document in range(starts.size - 1):
+        begin, end = starts[document], starts[document + 1]
+        stop, whole = begin, False  # end of the latest row of capitals; if it ends its run
+        for i in range(begin, end):
+            value = text[i]
+            if np.uint8(value - ord("A")) < 26:
+                first = i >= stop
+                if first:
+                    stop = i + 1
+                    while stop < end and np.uint8(text[stop] - ord("A")) < 26:
+                        stop += 1
+                    whole = stop > i + 1 and not (
+                        stop < end and np.uint8(text[stop] - ord("a")) < 26)
+                if first or not whole:
+                    out[at] = RUN_MARK if whole else NEXT_MARK
+                    if i > begin and text[i - 1] == SPACE:
+                        out[at - 1], out[at] = out[at], SPACE
+                    at += 1
+                value += SPACE
+            elif value >= RUN_MARK:
+                return i
+            out[at] = value
+            at += 1
+        ends[document] = at
+    return -1
+
+
+def _restore_kernel(marked, starts, out, ends):
+    """Write the documents without marks to out, ends[k] the end of document k."""
+    at = 0
+    for document in range(starts.size - 1):
+        mark, inside = 0, False  # the mark that counts; if its run of letters has begun
+        for i in range(starts[document], starts[document + 1]):
+            value = marked[i]
+            if value >= RUN_MARK:
+                mark, inside = value, False
+                continue
+            if mark:
+                if np.uint8(value - ord("a")) < 26:
+                    value -= SPACE
+                    mark, inside = (mark if mark == RUN_MARK else 0), True
+                elif inside or value != SPACE:
+                    mark = 0
+            out[at] = value
+            at += 1
+        ends[document] = at
+
+
+def mark_capitals(text: Documents) -> Documents:
+    """Documents with small letters for the ASCII capitals, and marks that no UTF-8 text contains.
+
+    0xFE stands before two or more capitals with which a run of ASCII letters ends, 0xFF before any
+    other capital, in both cases before the space if one precedes: "A NASA pArt" becomes
+    FF "a" FE " nasa p" FF "art". Each text has one such form, each byte but the marks stays in
+    its place. InputError for text that contains 0xFE or 0xFF.
+    """
+    out, ends = np.empty(2 * text.values.size, dtype=np.uint8), np.zeros_like(text.starts)
+    wrong = compiled(_mark_kernel)(*text, out, ends[1:])
+    if wrong >= 0:
+        document = int(np.searchsorted(text.starts, wrong, "right")) - 1
+        raise InputError(
+            f"document {document} of a block has the byte 0x{text.values[wrong]:02X} at "
+            f"{wrong - text.starts[document]}: no UTF-8 text has it, and with case: ascii it is a "
+            "mark; give text, or use a vocabulary without case")
+    return Documents(out[:ends[-1]], ends)
+
+
+def restore_capitals(marked: Documents) -> Documents:
+    """The inverse of `mark_capitals`; of no text's form, marks without a letter are left out."""
+    out, ends = np.empty_like(marked.values), np.zeros_like(marked.starts)
+    compiled(_restore_kernel)(*marked, out, ends[1:])
+    return Documents(out[:ends[-1]], ends)
+
+
 # --- tokenizers -----------------------------------------------------------------------------
 
 COUNTS = ("tokens", "documents", "source_bytes", "decoded_bytes", "bad_documents")
@@ -481,6 +577,7 @@ class Segmenter(Tokenizer):
         self.table, self.classes = token_table(self.vocab_size, keys), byte_classes(keys)
         self.follow, self.automaton = follow_scores(self.table), suffix_automaton(keys)
         self.pieces, self.base_bytes = PieceTable(vocabulary.tokens), vocabulary.base_bytes
+        self.case = vocabulary.case
 
     def longest(self, text: Documents) -> np.ndarray:
         """uint16 [bytes]: longest token at each position that ends within its document."""
@@ -490,10 +587,17 @@ class Segmenter(Tokenizer):
 
     def segment(self, text: Documents) -> Documents:
         """Ids of documents of text."""
+        if self.case == "ascii":
+            text = mark_capitals(text)
         ids = np.empty(text.values.size + text.starts.size, dtype=np.uint16)
         count = compiled(_choose_kernel)(*text, self.longest(text), self.table, self.follow,
                                          self.classes, ids)
         return Documents.after_bos(ids[:count], self.bos_id)
+
+    def decode(self, ids: Documents) -> Documents:
+        """The text of documents of ids."""
+        text = self.pieces.join(ids)
+        return restore_capitals(text) if self.case == "ascii" else text
 
     def encode(self, text: bytes) -> list[int]:
         """Ids of one document, without BOS."""
@@ -502,7 +606,7 @@ class Segmenter(Tokenizer):
     def encode_documents(self, text: Documents) -> Encoded:
         """Ids of documents of text; InputError if one decodes differently."""
         ids = self.segment(text)
-        block = compare(ids, text, self.pieces.join(ids))
+        block = compare(ids, text, self.decode(ids))
         bad = block.sizes[2]
         require(not bad.any(), f"document {int(bad.argmax())} of a block does not decode to its "
                 f"source with {self.name}; nothing is published: report this")

@@ -132,7 +132,7 @@ import harness as h
 import references as ref
 import retokenize_scylla as R
 import train_gpt as t
-from records.vocabulary import vocabulary_yaml
+from records.vocabulary import FIRST, vocabulary_yaml
 
 # ----------------------------------------------------------------------------------------- settings
 
@@ -233,26 +233,35 @@ def test_an_epoch_is_a_permutation_of_blocks_of_all_shards(tmp_path):
 # -------------------------------------------------------------------------------------------- bytes
 
 
-def check_random_vocabulary(rng: random.Random) -> None:
-    """One vocabulary and thirty documents: the page's ids, lossless, whatever stands beside."""
+def check_random_vocabulary(rng: random.Random, case: str) -> None:
+    """One vocabulary and thirty documents: the page's ids, lossless, whatever stands beside.
+
+    With case the page's ids are those of the text whose capitals are marks.
+    """
     atoms = rng.sample(ref.ATOMS, 6) + [b" ", b"a", bytes([rng.randrange(256)])]
     tokens = [ref.drawn(rng, atoms, 7) for _ in range(rng.randrange(13))] + [b" a", b" aa", b"."]
     tokens += [token[:rng.randint(1, len(token))] for token in tokens for _ in range(4)]
-    entries = [bytes([k]) for k in range(256)] + tokens
+    entries = [*FIRST[case], *tokens]
     documents = [ref.drawn(rng, tokens + atoms, 12) for _ in range(30)] + [rng.randbytes(30), b""]
-    segmenter = R.Segmenter(R.load_vocabulary(vocabulary_yaml(entries), "random.yaml"))
+    if case == "ascii":
+        entries += [b"\xffz", b"\xfe a", b" \xff", b"a\xff"]
+        documents = [text.translate(None, R.MARKS) for text in documents]
+    segmenter = R.Segmenter(R.load_vocabulary(vocabulary_yaml(entries, case), "random.yaml"))
     slow, block = ref.Segmenter(entries), segmenter.encode_documents(R.Documents.joined(documents))
     for ids, document in zip(block.ids.split(), documents, strict=True):
-        assert ids.tolist() == [segmenter.bos_id, *slow.encode(document)]
-        assert b"".join(entries[identity] for identity in ids[1:]) == document
+        form = ref.marked(document) if case == "ascii" else document
+        assert ids.tolist() == [segmenter.bos_id, *slow.encode(form)]
+        assert b"".join(entries[identity] for identity in ids[1:]) == form
+        assert segmenter.base_bytes[ids].sum() == len(document)
         assert segmenter.encode(document) == ids[1:].tolist()
 
 
+@pytest.mark.parametrize("case", ["none", "ascii"])
 @pytest.mark.parametrize("seed", range(8))
-def test_segmenter_agrees_with_the_page_on_random_vocabularies(seed):
+def test_segmenter_agrees_with_the_page_on_random_vocabularies(seed, case):
     rng = random.Random(seed)
-    for _ in range(20):
-        check_random_vocabulary(rng)
+    for _ in range(20 if case == "none" else 8):
+        check_random_vocabulary(rng, case)
 
 
 @pytest.mark.parametrize(("vocabulary", "vectors"), [

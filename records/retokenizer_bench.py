@@ -8,9 +8,17 @@ import timeit
 from collections.abc import Callable
 from pathlib import Path
 
-from retokenize_scylla import Documents, OutputFolder, Segmenter, ShardJob
+from retokenize_scylla import (
+    Documents,
+    OutputFolder,
+    Segmenter,
+    ShardJob,
+    mark_capitals,
+    restore_capitals,
+)
 
 BLOCKS = 150  # of the first shard, for the stages: some 24 MB of text
+CAPITALS = "capitals to marks and back"
 
 
 def stages(job: ShardJob) -> dict[str, Callable[[], object]]:
@@ -25,6 +33,7 @@ def stages(job: ShardJob) -> dict[str, Callable[[], object]]:
     if isinstance(tokenizer, Segmenter):
         tokens = [tokenizer.pieces.join(Documents.after_bos([k], k)).values.tobytes()
                   for k in range(tokenizer.vocab_size)]
+        joined = [tokenizer.pieces.join(ids).values.tobytes() for ids in made]
         found |= {
             "segmenter": lambda: [tokenizer.segment(text) for text in texts],
             "b''.join": lambda: [b"".join([tokens[k] for k in ids.values.tolist()])
@@ -32,16 +41,18 @@ def stages(job: ShardJob) -> dict[str, Callable[[], object]]:
             "joining kernel": lambda: [tokenizer.pieces.join(ids) for ids in made]}
 
         def plain() -> None:
-            for block, text in zip(lists, texts, strict=True):
+            for block, wanted in zip(lists, joined, strict=True):
                 again = Documents.joined([sp.decode(ids).encode() for ids in block])
                 ids = tokenizer.segment(again).values
-                assert b"".join([tokens[k] for k in ids.tolist()]) == text.values.tobytes()
+                assert b"".join([tokens[k] for k in ids.tolist()]) == wanted
 
         def ours() -> None:
             for block in blocks:
                 tokenizer.encode_documents(job.model.decode(block))
 
         found |= {"these three, library and segmenter": plain, "these three, ours": ours}
+        if tokenizer.case == "ascii":
+            found[CAPITALS] = lambda: [restore_capitals(mark_capitals(text)) for text in texts]
     return found
 
 
@@ -67,4 +78,6 @@ def bench(job: ShardJob, workers: int) -> None:
         rate = size / seconds
         print(f"end to end, {count} worker(s): {size:.1f} MB in {seconds:.2f} s, {rate:.1f} MB/s, "
               f"{rate / rates['sp.decode']:.2f} x sp.decode, {rate / alone:.2f} x one worker")
+    if CAPITALS in rates:
+        print(f"{CAPITALS}: {alone / rates[CAPITALS]:.1%} of one worker's time")
     print(f"peak memory of a process: {peak / 1024:.0f} MiB")

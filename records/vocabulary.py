@@ -16,6 +16,8 @@ import numpy as np
 
 from records.documents import DocumentReader
 from retokenize_scylla import (
+    CAPITALS,
+    MARKS,
     MAX_IDS,
     MAX_TOKEN_BYTES,
     Documents,
@@ -23,47 +25,59 @@ from retokenize_scylla import (
     Vocabulary,
     compiled,
     file_errors,
+    mark_capitals,
     positive,
     require,
 )
 
 BYTES = tuple(bytes([value]) for value in range(256))
+FIRST = {"none": BYTES, "ascii": tuple(byte for byte in BYTES if byte not in CAPITALS)}  # by case
 PEAK = 3.0  # how many times its final size the vocabulary reaches before it is pruned
 GROWTH, DECAY = 0.25, 0.15  # share of the tokens taken in, or thrown out, per step on that way
 FIRST_SWAP, LAST_SWAP = 0.3, 0.02  # share of the tokens exchanged in the first and the last round
 
 
 def build_vocab(documents: Iterable[bytes], size: int, rounds: int = 12,
-                log: Callable[[str], None] | None = None) -> bytes:
+                log: Callable[[str], None] | None = None, case: str = "none",
+                marks: str = "free") -> bytes:
     """TokenMonster YAML of `size` ids (BOS the last) that segments `documents` into few tokens.
 
     From the 256 bytes up, the most frequent pairs of adjacent tokens are taken in, and above
     `size` the tokens that the text misses least are thrown out; `rounds` ever smaller exchanges
     follow. The exact segmenter counts the tokens of each round, and the best round is kept.
+
+    With case "ascii" the text is that of `mark_capitals`, so no token is needed for a capital; its
+    marks may be parts of tokens ("free"), or are tokens of their own ("apart").
     """
-    require(257 <= size < MAX_IDS, f"--build-vocab {size}: the size must be 257 (the bytes and "
-            f"BOS) to {MAX_IDS - 1}")
-    draft, wanted = Draft(documents), size - 1
+    least = len(FIRST[case]) + 1
+    require(least <= size < MAX_IDS, f"--build-vocab {size}: the size must be {least} (the bytes "
+            f"and BOS) to {MAX_IDS - 1}")
+    draft, wanted = Draft(documents, case, marks), size - 1
     draft.grow(min(int(PEAK * wanted), MAX_IDS - 2), GROWTH)
     require(len(draft.tokens) >= wanted,
-            f"--build-vocab {size}: the {draft.text.values.size} bytes of --docs repeat too little "
+            f"--build-vocab {size}: the {draft.size} bytes of --docs repeat too little "
             f"for more than {len(draft.tokens) + 1} ids; give more text")
     draft.prune(wanted, DECAY)
-    best, fewest, bytes_read = draft.tokens, draft.ids.size, draft.text.values.size
+    best, fewest = draft.tokens, draft.ids.size
     for number, share in enumerate(np.geomspace(FIRST_SWAP, LAST_SWAP, rounds), 1):
         draft.grow(int(wanted * (1 + share)), share)
         draft.prune(wanted, share / 2)
         if draft.ids.size < fewest:
             best, fewest = draft.tokens, draft.ids.size
         if log:
-            log(f"vocabulary round {number}/{rounds}: {bytes_read} bytes, "
-                f"{bytes_read / (fewest - draft.text.starts.size + 1):.4f} bytes per token")
-    return vocabulary_yaml([*BYTES, *sorted(set(best).difference(BYTES))])
+            log(f"vocabulary round {number}/{rounds}: {draft.size} bytes, "
+                f"{draft.size / (fewest - draft.text.starts.size + 1):.4f} bytes per token")
+    return vocabulary_yaml([*draft.bytes, *sorted(set(best).difference(draft.bytes))], case)
 
 
-def vocabulary_yaml(tokens: list[bytes]) -> bytes:
-    """TokenMonster YAML of a byte-exact vocabulary: ids in list order, no BOS entry."""
+def vocabulary_yaml(tokens: list[bytes], case: str = "none") -> bytes:
+    """TokenMonster YAML of a byte-exact vocabulary: ids in list order, no BOS entry.
+
+    "case" is a setting of ours that TokenMonster does not have.
+    """
     lines = ["charset: none", 'normalization: "none"', "capcode: 0", "tokens:"]
+    if case != "none":
+        lines.insert(3, f"case: {case}")
     for identity, token in enumerate(tokens):
         text = token.decode("latin-1")
         plain = all(" " <= char <= "~" for char in text) and not text.startswith("TokenMonster")
@@ -89,12 +103,15 @@ class Draft:
     `ids` are those of the exact segmenter.
     """
 
-    def __init__(self, documents: Iterable[bytes]):
-        """Start with the 256 bytes."""
+    def __init__(self, documents: Iterable[bytes], case: str = "none", marks: str = "free"):
+        """Start with the bytes; `case` and `marks` as in `build_vocab`."""
         kept = [document for document in documents if document]
         require(kept, "--build-vocab: --docs holds no text; give documents to build from")
-        self.text = Documents.joined(kept)
-        self.take(BYTES)
+        text = Documents.joined(kept)
+        self.size, self.bytes = text.values.size, FIRST[case]
+        self.text = mark_capitals(text) if case == "ascii" else text
+        self.apart = MARKS if marks == "apart" else b""
+        self.take(self.bytes)
 
     def take(self, tokens: tuple[bytes, ...]) -> None:
         """Make `tokens` the vocabulary (the bytes come first) and segment the text with it."""
@@ -123,7 +140,8 @@ class Draft:
             if len(known) >= size or counts[at] < 2:
                 break
             pair = self.tokens[left[at]] + self.tokens[right[at]]
-            if len(pair) <= MAX_TOKEN_BYTES and pair not in known:
+            if (len(pair) <= MAX_TOKEN_BYTES and pair not in known
+                    and pair == pair.translate(None, self.apart)):
                 known.add(pair)
                 found.append(pair)
         return found
@@ -132,7 +150,7 @@ class Draft:
         """Throw out the least missed tokens, at most `share` at a time, down to `size` tokens."""
         while len(self.tokens) > size:
             loss = self.losses()
-            loss[:256] = np.iinfo(np.int64).max
+            loss[:len(self.bytes)] = np.iinfo(np.int64).max
             left = max(size, int(len(self.tokens) * (1 - share)))
             kept = np.sort(np.argsort(-loss, kind="stable")[:left])
             self.take(tuple(self.tokens[at] for at in kept))
@@ -197,9 +215,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help="bytes of text that are read, whole documents (50000000)")
     add("--build-rounds", metavar="R", type=positive, default=12,
         help="rounds of exchanging tokens (12)")
+    add("--case", choices=("none", "ascii"), default="none",
+        help="ascii: text in small letters, with marks for capitals (none)")
+    add("--case-marks", choices=("free", "apart"),
+        help="whether marks may be parts of tokens, or are tokens of their own (free)")
     add("--output", metavar="FILE", type=Path, default=Path("vocab.yaml"),
         help="where the vocabulary goes (vocab.yaml)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.case_marks and options.case == "none":
+        parser.error(f"--case-marks {options.case_marks} needs --case ascii")
+    return options
 
 
 def run(options: argparse.Namespace) -> None:
@@ -207,7 +232,8 @@ def run(options: argparse.Namespace) -> None:
     require(not options.output.is_dir(), f"--output {options.output}: is a folder; give a file")
     texts = first_bytes(DocumentReader(options.docs).documents(), options.build_bytes)
     data = build_vocab(texts, options.build_vocab, options.build_rounds,
-                       lambda line: print(line, file=sys.stderr, flush=True))
+                       lambda line: print(line, file=sys.stderr, flush=True),
+                       options.case, options.case_marks or "free")
     with file_errors(f"write {options.output}"):
         part = options.output.with_name(options.output.name + ".part")
         part.write_bytes(data)

@@ -35,7 +35,7 @@ import torch
 import retokenize_scylla as R
 import train_gpt as t
 from records.demo_data import train_sentencepiece
-from records.vocabulary import vocabulary_yaml
+from records.vocabulary import FIRST, vocabulary_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -368,7 +368,7 @@ def loader(folder: Path, rank: int = 0, world: int = 1, **changes) -> t.Loader:
 TOKENS = [b" the", b"the", b"th", b"he", b" t", b"in", b"ing", b" and", b"and", b", ", b". ",
           b" a", b"er", b"on", b"\xc3\xa9", b"123", b"12", b"ation", b"at", b" of the", b" of"]
 WORDS = ("the cat and the hat, 123 things of the nation. caf\u00e9 \u201cquoted\u201d "
-         "\u65e5\u672c other moaning rings 42 Zebra_x").split()
+         "\u65e5\u672c other moaning rings 42 Zebra_x UN's The").split()
 
 
 def texts(count: int, seed: int = 0) -> list[str]:
@@ -383,9 +383,13 @@ def write_documents(path: Path, documents: list[str]) -> Path:
     return path
 
 
-def vocabulary(extra: list[bytes] = TOKENS) -> bytes:
-    """A byte-exact vocabulary of all bytes and some longer tokens, as YAML."""
-    return vocabulary_yaml([bytes([k]) for k in range(256)] + extra)
+def vocabulary(extra: list[bytes] = TOKENS, case: str = "none") -> bytes:
+    """A byte-exact vocabulary of all bytes and some longer tokens, as YAML.
+
+    With case "ascii" there are no capitals, and three of the tokens hold marks.
+    """
+    marked = [b"\xffz", b"\xfe u", b" \xff"] if case == "ascii" else []
+    return vocabulary_yaml([*FIRST[case], *extra, *marked], case)
 
 
 @functools.cache
@@ -411,12 +415,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 class Case:
     """A folder with a model, a vocabulary and input shards whose documents cross borders."""
 
-    def __init__(self, folder: Path, documents: int = 40, shards: int = 4):
+    def __init__(self, folder: Path, documents: int = 40, shards: int = 4, case: str = "none"):
         self.folder, self.output = folder, folder / "out"
         (folder / "in").mkdir(parents=True)
         self.model, self.vocab = folder / "sp.model", folder / "toy.yaml"
         self.model.write_bytes(sentencepiece_model())
-        self.vocab.write_bytes(vocabulary())
+        self.vocab.write_bytes(vocabulary(case=case))
         self.processor = R.SentencePieceModel(self.model).processor
         self.documents = [[1, *tokens] for tokens in self.processor.encode(texts(documents, 1))]
         joined = [k for tokens in self.documents for k in tokens]

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, TOOL, RULES = "train_gpt.py", "retokenize_scylla.py", "records/rules.py"
+BUILDER = "records/vocabulary.py"
 ALL_USE = (".pytest.ini", "tests/harness.py", "tests/references.py", "records/tests/conftest.py")
 TIMEOUT = 900  # seconds for the tests of a mutant, on a machine that others load
 
@@ -591,6 +592,55 @@ MUTANTS = (
       " and not (first & 0xC0 == 0x80).any()", "", "test_a_character_cut_by_documents_is_none"),
     M("a character may go on after a control piece", TOOL, "control * (k != self.bos_id)", 'b""',
       "test_table_equals_sp_decode_on_random_ids"),
+    # capitals as marks
+    M("capitals within a word take one mark", TOOL, """stop > i + 1 and not (
+                        stop < end and np.uint8(text[stop] - ord("a")) < 26)""",
+      "stop > i + 1", "test_examples"),
+    M("a single capital takes the mark of several", TOOL, "whole = stop > i + 1 and not (",
+      "whole = not (", "test_examples"),
+    M("a row of capitals goes on in the next document", TOOL,
+      'while stop < end and np.uint8(text[stop] - ord("A"))',
+      'while stop < text.size and np.uint8(text[stop] - ord("A"))',
+      "test_every_short_text_and_every_pair_of_letters"),
+    M("a run of letters goes on in the next document", TOOL,
+      'stop < end and np.uint8(text[stop] - ord("a"))',
+      'stop < text.size and np.uint8(text[stop] - ord("a"))',
+      "test_every_short_text_and_every_pair_of_letters"),
+    M("a mark is before the space of the document before", TOOL,
+      "if i > begin and text[i - 1]", "if i > 0 and text[i - 1]",
+      "test_every_short_text_and_every_pair_of_letters"),
+    M("a mark stands after the space", TOOL, "if i > begin and text[i - 1] == SPACE:", "if False:",
+      "test_examples"),
+    M("every capital is marked", TOOL, "if first or not whole:", "if True:", "test_examples"),
+    M("text may hold a mark", TOOL, "elif value >= RUN_MARK:", "elif value > RUN_MARK:",
+      "test_text_with_a_mark_is_refused_by_name"),
+    M("capitals go on after a run of letters", TOOL, "elif inside or value != SPACE:",
+      "elif value != SPACE:", "test_examples"),
+    M("a mark waits for a letter", TOOL, "elif inside or value != SPACE:", "elif inside:",
+      "test_whatever_is_restored_has_the_bytes_without_its_marks"),
+    M("a mark is good for the next document", TOOL, """at = 0
+    for document in range(starts.size - 1):
+        mark, inside = 0, False  #""", """at, mark, inside = 0, 0, False
+    for document in range(starts.size - 1):
+        pass  #""",
+      "test_every_short_text_and_every_pair_of_letters"),
+    M("marks are bytes", TOOL, 'MARKS if case == "ascii" else b""', 'b""',
+      "test_what_a_vocabulary_with_case_must_hold"),
+    M("marks are no bytes in any vocabulary", TOOL, 'MARKS if case == "ascii" else b""', "MARKS",
+      "test_what_a_vocabulary_with_case_must_hold"),
+    M("a vocabulary may have any case", TOOL, 'if case not in ("none", "ascii"):', "if False:",
+      "test_what_a_vocabulary_with_case_must_hold"),
+    M("any vocabulary may lack capitals", TOOL, 'CAPITALS if case == "ascii" else b""', "CAPITALS",
+      "test_what_a_vocabulary_with_case_must_hold"),
+    M("shards are not restored to be compared", TOOL,
+      'return restore_capitals(text) if self.case == "ascii" else text', "return text",
+      "test_shards_of_a_vocabulary_with_case"),
+    M("marks that are to be apart are merged", BUILDER, 'MARKS if marks == "apart" else b""', 'b""',
+      "test_built_vocabularies_with_case"),
+    M("the builder counts marks as bytes", BUILDER, "{draft.size} bytes, ",
+      "{draft.text.values.size} bytes, ", "test_built_vocabularies_with_case"),
+    M("a built vocabulary does not say its case", BUILDER, 'if case != "none":', "if False:",
+      "test_built_vocabularies_with_case"),
     # shards and the ledger
     M("documents that decode differently are written", TOOL,
       "require(not bad.any(),", "require(True,",

@@ -1,8 +1,9 @@
 """Plain references: what the design says, written a second time, as slow as it likes.
 
 The model in float64 NumPy (SPEC section 3), Muon (section 4), GPTQ by its definition, the
-artifact's bytes (section 5), the four conditions of a legal score, Witten-Bell by dictionaries, and
-the segmenter of SCYLLA.md section 4. Nothing here uses train_gpt.py or retokenize_scylla.py.
+artifact's bytes (section 5), the four conditions of a legal score, Witten-Bell by dictionaries,
+the segmenter of SCYLLA.md section 4, and capitals as marks (FRONTIER.md section 4). Nothing here
+uses train_gpt.py or retokenize_scylla.py.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import lzma
 import math
 import random
+import re
 import struct
 import unicodedata
 import zlib
@@ -363,6 +365,21 @@ class Segmenter:
             ids.append(self.id_of[choice])
             data = data[len(choice):]
         return ids
+
+
+def marked(text: bytes) -> bytes:
+    """Capitals as marks, by words: FF, and FE for two or more capitals at the end of a run."""
+    def one(match: re.Match) -> bytes:
+        space, head, tail = match[1], *re.fullmatch(b"(.*?)([A-Z]{2,}|)", match[2]).groups()
+        word = re.sub(b"([A-Z])", b"\xff\\1", head) + b"\xfe" * bool(tail) + tail
+        return re.sub(b"^ ([\xfe\xff])", b"\\1 ", space + word).lower()
+
+    return re.sub(b"( ?)([A-Za-z]+)", one, text)
+
+
+def restored(text: bytes) -> bytes:
+    """The text whose marked form this is."""
+    return re.sub(b"\xff( ?[a-z])|\xfe( ?[a-z]+)", lambda m: (m[1] or m[2]).upper(), text)
 
 
 ATOMS = [b" ", b"  ", b"a", b"b", b"Z", b"the", b" a", b"1", b"23", b".", b",", b"_", b"'",

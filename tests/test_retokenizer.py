@@ -28,14 +28,15 @@ def retokenizer(arguments: list[str], prelude: str = "") -> subprocess.Popen:
 def check_output(case: h.Case, shards: int = 4) -> None:
     """Every output shard decodes to the documents that begin in its input shard, and so counts."""
     vocabulary = R.load_vocabulary(case.vocab)
-    slow = ref.Segmenter([bytes([k]) for k in range(256)] + h.TOKENS)
+    slow = ref.Segmenter(vocabulary.tokens)
+    form = ref.marked if vocabulary.case == "ascii" else bytes
     manifest, total = h.read_manifest(case.output), dict.fromkeys(R.COUNTS, 0)
     assert sorted(manifest["shards"]) == [case.shard(k).name for k in range(shards)]
     base = np.load(case.output / "scylla.meta.npz")["base_bytes"]
     for k in range(shards):
         path, source = case.output / case.shard(k).name, case.source(k)
         ids = h.read_shard(path)
-        assert ids == [i for text in source for i in [vocabulary.bos_id, *slow.encode(text)]]
+        assert ids == [i for text in source for i in [vocabulary.bos_id, *slow.encode(form(text))]]
         entry, size = manifest["shards"][path.name], sum(map(len, source))
         assert entry["sha256"] == R.file_sha256(path) and entry["status"] == "exact"
         counts = {"tokens": len(ids), "documents": len(source), "source_bytes": size,
@@ -66,6 +67,25 @@ def test_shards_with_documents_across_borders(case, retokenize, monkeypatch):
     assert (case.output / "toy.yaml").read_bytes() == case.vocab.read_bytes()
 
 
+def test_shards_of_a_vocabulary_with_case(tmp_path, retokenize, monkeypatch):
+    """Capitals as marks, with documents across shards and blocks; the trainer's audit is exact."""
+    monkeypatch.setattr(R, "BLOCK_IDS", 97)
+    case = h.Case(tmp_path / "marks", case="ascii")
+    assert retokenize(case.arguments())[0] == 0
+    check_output(case)
+    every = {k for shard in range(4) for k in h.read_shard(case.output / case.shard(shard).name)}
+    tokens = R.load_vocabulary(case.vocab).tokens
+    assert {tokens.index(token) for token in (b"\xff", b"\xfe u", b"\xffz")} < every
+    for shard in range(4):
+        name = case.shard(shard).name
+        (case.output / name).rename(case.output / name.replace("train", "val"))
+    manifest = case.output / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("train", "val"))
+    val = h.audit(case.output)
+    assert val.audit == "exact" and int(val.bytes.sum()) == sum(
+        len(text) for shard in range(4) for text in case.source(shard))
+
+
 def test_document_longer_than_a_shard(tmp_path, retokenize):
     case = h.Case(tmp_path / "long", documents=1, shards=3)
     assert retokenize(case.arguments())[0] == 0
@@ -85,8 +105,14 @@ def test_invalid_utf8_documents_take_the_slow_way(case, retokenize):
 
 
 @h.needs_shared
-def test_real_documents_are_exact_to_the_byte(tmp_path, retokenize):
+@pytest.mark.parametrize("case", ["none", "ascii"])
+def test_real_documents_are_exact_to_the_byte(tmp_path, retokenize, case):
+    """Through the tool, in shards that cut documents, with Scylla and with capitals as marks."""
     data = h.SHARED / "data"
+    vocabulary = data / "scylla.yaml"
+    if case == "ascii":
+        vocabulary = tmp_path / "case.yaml"
+        vocabulary.write_bytes(h.vocabulary(case=case))
     model = ["--sp-model", data / "fineweb_1024_bpe.model"]
     code, _ = retokenize(["--docs", data / "fineweb_docs.jsonl", "--split", "val", *model,
                           "--output-dir", tmp_path / "sp", "--workers", "1"])
@@ -97,7 +123,7 @@ def test_real_documents_are_exact_to_the_byte(tmp_path, retokenize):
         (tmp_path / "in").mkdir(exist_ok=True)
         h.write_shard(tmp_path / "in" / f"fineweb_val_{k:06d}.bin", ids[cut:end])
     code, _ = retokenize(["--sp-shards", tmp_path / "in" / "*.bin", *model, "--vocab",
-                          data / "scylla.yaml", "--output-dir", tmp_path / "out", "--workers", "1"])
+                          vocabulary, "--output-dir", tmp_path / "out", "--workers", "1"])
     totals = h.read_manifest(tmp_path / "out")["totals"]["val"]
     base = np.load(tmp_path / "out" / "scylla.meta.npz")["base_bytes"]
     counted = sum(int(base[h.read_shard(path)].sum(dtype=np.int64))
@@ -149,7 +175,7 @@ def test_restart_redoes_changed_sources(case, retokenize):
     last = h.read_shard(case.shard(3))
     h.write_shard(case.shard(3), last[:-1])
     assert "1 made, 3 skipped" in retokenize(case.arguments())[1]
-    h.write_shard(case.shard(3), [299, *last[1:]])
+    h.write_shard(case.shard(3), [last[0] - 1, *last[1:]])
     assert "1 made, 3 skipped" not in retokenize(case.arguments())[1], "2 has its tail there"
 
 
@@ -557,9 +583,13 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     assert not list((case.output / ".ledger").iterdir())
 
 
-def test_bench_reports_the_yardstick(case, retokenize):
+@pytest.mark.parametrize("capitals", ["none", "ascii"])
+def test_bench_reports_the_yardstick(tmp_path, retokenize, capitals):
+    case = h.Case(tmp_path / "case", case=capitals)
     code, text = retokenize(case.arguments("--bench"))
     assert code == 0 and "sp.decode:" in text and "x sp.decode" in text
+    assert ("capitals to marks and back: " in text) == (capitals == "ascii")
+    assert text.count(" of one worker's time\n") == (capitals == "ascii")
     assert not list(case.output.glob("*.bin"))
 
 

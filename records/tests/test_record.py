@@ -286,6 +286,10 @@ BROKEN = {  # what is wrong: what is done to the folder, the rule, a part of wha
         lambda f: shutil.copy(f / "tiny.yaml", f / "a.yaml"), log("a", "b", "tiny.yaml"),
         lambda f: edit(f / "manifest.json", r'(?<="sha256": ")\w+(?=",\s+"vocab_size")',
                        rules.sha256(f / "tiny.yaml"))), "vocabulary", "scylla.meta.npz: counts"),
+    "marks of capitals counted as bytes": (every(
+        lambda f: edit(f / "tiny.yaml", "case: ascii\n", ""),
+        lambda f: edit(f / "manifest.json", r'(?<="sha256": ")\w+(?=",\s+"vocab_size")',
+                       rules.sha256(f / "tiny.yaml"))), "vocabulary", "scylla.meta.npz: counts"),
     "no vocabulary": (gone("tiny.yaml"), "vocabulary", "manifest.json: names tiny.yaml"),
     "no vocabulary, and none in the ledger": (lambda f: [(f / "tiny.yaml").unlink(), edit(
         f / "manifest.json", '"sha256"', '"digest"')], "vocabulary", "manifest.json"),

@@ -180,18 +180,19 @@ def test_script_takes_the_shards_of_the_challenge(hub, tmp_path):
 def test_script_from_bare_machine_to_folder(hub, tmp_path):
     """Fetch shards and vocabulary, re-tokenize, pre-flight, smoke, two seeds on two ranks, folder.
 
+    The vocabulary is one with case: capitals are marks.
     A second run does nothing again, and ends in the same folder.
     """
     environ, hub = hub
-    hub.files["tiny.yaml"] = h.vocabulary()
+    hub.files["tiny.yaml"] = h.vocabulary(case="ascii")
     tiny = {name: value for name, value in h.environ().items() if name not in (
         "TRAIN_LOG_EVERY", "RUN_ID", "DATA_PATH", "ARTIFACT_PATH")}  # the script's own business
     environ |= tiny | dict(
         PRESET="demo", AUTHOR="A", GITHUB_ID="a", SHARDS="2", SEEDS="7 8", NPROC="2",
         DATA_DIR=str(tmp_path / "work"), RECORDS=str(tmp_path / "records"), PYTHON=sys.executable,
         VOCAB=environ["HF_ENDPOINT"] + "/datasets/a/b/resolve/main/tiny.yaml",
-        VOCAB_SHA256=hashlib.sha256(h.vocabulary()).hexdigest(), PREFLIGHT="-k preflight_05",
-        RECUR_START_STEP="0.3", ITERATIONS="6", OMP_NUM_THREADS="1")
+        VOCAB_SHA256=hashlib.sha256(hub.files["tiny.yaml"]).hexdigest(),
+        PREFLIGHT="-k preflight_05", RECUR_START_STEP="0.3", ITERATIONS="6", OMP_NUM_THREADS="1")
 
     def script(**more):
         return run_script(**environ | more)
