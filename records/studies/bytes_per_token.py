@@ -6,32 +6,27 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import signal
 import sys
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import retokenize_scylla as tool  # noqa: E402
+from records.documents import DocumentReader  # noqa: E402
+from records.other_tokenizers import SentencePieceTokenizer  # noqa: E402
+from retokenize_scylla import (  # noqa: E402
+    Documents,
+    Segmenter,
+    SentencePieceModel,
+    Tokenizer,
+    load_vocabulary,
+)
 
 
-def measure(documents: Iterable[bytes], encode: Callable[[bytes], list[int]],
-            decode: Callable[[list[int]], bytes]) -> float:
-    """Source bytes per token; a document that does not decode to itself is an error."""
-    size = tokens = 0
-    for document in documents:
-        ids = encode(document)
-        if decode(ids) != document:
-            raise SystemExit(f"a document of {len(document)} bytes does not decode to itself")
-        size, tokens = size + len(document), tokens + len(ids)
-    return size / tokens
-
-
-def join(pieces: tuple[bytes, ...], ids: list[int]) -> bytes:
-    """Bytes of ids by concatenation."""
-    return b"".join(pieces[i] for i in ids)
+def bytes_per_token(tokenizer: Tokenizer, text: Documents) -> float:
+    """Source bytes per token; InputError if a document does not decode to itself."""
+    counts = tokenizer.encode_documents(text).counts()
+    return counts["source_bytes"] / (counts["tokens"] - counts["documents"])
 
 
 def main() -> int:
@@ -41,26 +36,18 @@ def main() -> int:
     parser.add_argument("--vocab", type=Path, nargs="*", default=[])
     parser.add_argument("--sp-model", type=Path)
     options = parser.parse_args()
-    raw = list(tool.DocumentReader(options.docs).documents())
-    texts = {"raw": raw}
-    print("| vocabulary | ids | text | bytes/token |\n|--|--|--|--|")
+    texts = {"raw": Documents.joined(list(DocumentReader(options.docs).documents()))}
+    tokenizers: list[Tokenizer] = [Segmenter(load_vocabulary(path)) for path in options.vocab]
     if options.sp_model:
-        from sentencepiece import SentencePieceProcessor
-
-        model = SentencePieceProcessor(model_file=str(options.sp_model))
-        ids = [model.encode(document.decode()) for document in raw]
-        texts["as the model decodes it"] = [model.decode(one).encode() for one in ids]
-        tokens = sum(map(len, ids))
-        for name, documents in texts.items():
-            print(f"| {options.sp_model.name} | {model.vocab_size()} | {name} "
-                  f"| {sum(map(len, documents)) / tokens:.3f} |")
-    for path in options.vocab:
-        vocabulary = tool.load_vocabulary(path)
-        pieces, encode = vocabulary.tokens, tool.Segmenter(vocabulary).encode
-        decode = functools.partial(join, pieces)
-        for name, documents in texts.items():
-            print(f"| {path.name} | {len(pieces)} | {name} "
-                  f"| {measure(documents, encode, decode):.3f} |")
+        model = SentencePieceModel(options.sp_model)
+        tokenizers.insert(0, SentencePieceTokenizer(model))
+        ids = tokenizers[0].encode_documents(texts["raw"]).ids
+        texts["as the model decodes it"] = model.decode(ids)
+    print("| vocabulary | ids | text | bytes/token |\n|--|--|--|--|")
+    for tokenizer in tokenizers:
+        for name, text in texts.items():
+            print(f"| {tokenizer.name} | {tokenizer.vocab_size} | {name} "
+                  f"| {bytes_per_token(tokenizer, text):.3f} |")
     return 0
 
 

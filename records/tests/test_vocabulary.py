@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -172,6 +173,23 @@ def test_command_line_builds_a_vocabulary(tmp_path, capsys):
     assert R.main(["--build-vocab", "400", "--build-bytes", "50", *arguments]) == 1
     assert "error: --build-vocab 400" in capsys.readouterr().err
     assert output.read_bytes() == before and sorted(tmp_path.iterdir()) == [source, output]
+
+
+def test_the_study_of_bytes_per_token(tmp_path, capsys, monkeypatch):
+    """Its table has source bytes over ids without BOS, of a model and of vocabularies."""
+    case = h.Case(tmp_path / "case", case="ascii")
+    texts = h.texts(9)
+    documents = h.write_documents(tmp_path / "d.jsonl", texts)
+    monkeypatch.setattr(sys, "argv", ["x", "--docs", str(documents), "--vocab", str(case.vocab),
+                                      "--sp-model", str(case.model)])
+    assert h.tool("bytes_per_token").main() == 0
+    table = capsys.readouterr().out
+    wanted = bytes_per_token(case.vocab, [text.encode() for text in texts])
+    assert f"| toy.yaml | 255 | raw | {wanted:.3f} |" in table
+    tokens = case.processor.encode(texts)
+    decoded = sum(len(case.processor.decode(ids).encode()) for ids in tokens)
+    assert (f"| sp.model | 300 | as the model decodes it | "
+            f"{decoded / sum(map(len, tokens)):.3f} |" in table)
 
 
 @pytest.mark.slow
