@@ -5,9 +5,9 @@
     python records/ablate.py records/plans/slopes.json --table     of the results that are kept
     python records/ablate.py records/plans/frontier.json --only record,frontier    some variants
 
-A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
-"variants": {name: {settings against the base}}}; the first variant is the baseline, but for those
-that "against": {name: baseline} names. Optional: "seeds_of": {name: n} gives a variant only the
+A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...], "variants": {name:
+{settings against the base}}}; the first variant is the baseline, but for those that "against":
+{name: baseline, or a list of some} names. Optional: "seeds_of": {name: n} gives a variant only the
 first n seeds, "change": score is what the changes are of, if not the roundtrip. In a value "{root}"
 is this repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is
 scored after another variant has trained it. All runs use the copy of train_gpt.py that the first
@@ -197,7 +197,7 @@ def change_text(ours: list[float], base: list[float]) -> str:
     return f"**{text}**" if abs(change.mean) > change.interval else text
 
 
-def table(results: dict[str, list[dict]], against: dict[str, str] | None = None,
+def table(results: dict[str, list[dict]], against: dict[str, str | list[str]] | None = None,
           change: str = "roundtrip_bpb") -> str:
     """Markdown: means over the seeds, and the spread and change of a score against a baseline.
 
@@ -210,17 +210,18 @@ def table(results: dict[str, list[dict]], against: dict[str, str] | None = None,
             "ms/step with calibration", "evaluation s"]
     rows: list[list] = []
     for name, runs in results.items():
-        other = (against or {}).get(name, next(iter(results)))
-        baseline = [run[change] for run in results.get(other, [])]
+        others = (against or {}).get(name, next(iter(results)))
+        others = [other for other in ([others] if isinstance(others, str) else others)
+                  if other in results and other != name]
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run[change] for run in runs]
-        text = change_text(finals, baseline) if baseline else ""
+        texts = [change_text(finals, [run[change] for run in results[other]]) for other in others]
         trained = [run for run in runs if "steps" in run]
         steps, ms = (statistics.fmean(run[key] for run in trained) if trained else math.nan
                      for key in ("steps", "train_ms"))
         rows.append([name, len(runs), *means, f"{max(finals) - min(finals):.4f}"
                      if len(runs) > 1 else None,
-                     *((text, other) if baseline and name != other else ("-", "-")),
+                     "; ".join(texts) or "-", "; ".join(others) or "-",
                      figures.mean_of((run.get("bytes_total") for run in runs), ".0f"),
                      f"{steps:.0f}" if trained else None, f"{ms / steps:.0f}" if trained else None,
                      figures.mean_of((run.get("seconds_eval") for run in runs), ".0f")])
