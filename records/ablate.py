@@ -7,14 +7,14 @@
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...], "variants": {name:
 {settings against the base}}}; the first variant is the baseline, but for those that "against":
-{name: baseline, or a list of some} names. Optional: "seeds_of": {name: n} gives a variant only the
-first n seeds, "change": score is what the changes are of, if not the roundtrip. In a value "{root}"
-is this repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is
-scored after another variant has trained it. All runs use the copy of train_gpt.py that the first
-one made, each in a folder of its own, with an equal share of the processor cores, pinned where the
-system can, and where there are GPUs with one of them. A run whose log holds a summary is not
-repeated. results.json is copied to records/plans/results/<plan>.json to be kept: only then may a
-document quote figures of the plan. docs/studies.md has the plans and their tables.
+{name: [baselines]} names. Optional: "seeds_of": {name: n} gives a variant only the first n seeds,
+"change": score is what the changes are of, if not the roundtrip. In a value "{root}" is this
+repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is scored
+after another variant has trained it. All runs use the copy of train_gpt.py that the first one made,
+each in a folder of its own, with an equal share of the processor cores, pinned where the system
+can, and where there are GPUs with one of them. A run whose log holds a summary is not repeated.
+results.json is copied to records/plans/results/<plan>.json to be kept: only then may a document
+quote figures of the plan. docs/studies.md has the plans and their tables.
 """
 
 from __future__ import annotations
@@ -197,12 +197,12 @@ def change_text(ours: list[float], base: list[float]) -> str:
     return f"**{text}**" if abs(change.mean) > change.interval else text
 
 
-def table(results: dict[str, list[dict]], against: dict[str, str | list[str]] | None = None,
+def table(results: dict[str, list[dict]], against: dict[str, list[str]] | None = None,
           change: str = "roundtrip_bpb") -> str:
     """Markdown: means over the seeds, and the spread and change of a score against a baseline.
 
-    The baseline is the first variant, or what `against` names. Where there are more scores than
-    the roundtrip's, a second table has the change from each score to the next.
+    The baseline is the first variant, or those that `against` names. Where there are more scores
+    than the roundtrip's, a second table has the change from each score to the next.
     """
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
@@ -210,8 +210,7 @@ def table(results: dict[str, list[dict]], against: dict[str, str | list[str]] | 
             "ms/step with calibration", "evaluation s"]
     rows: list[list] = []
     for name, runs in results.items():
-        others = (against or {}).get(name, next(iter(results)))
-        others = [other for other in ([others] if isinstance(others, str) else others)
+        others = [other for other in (against or {}).get(name, [next(iter(results))])
                   if other in results and other != name]
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run[change] for run in runs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -158,10 +159,12 @@ def test_ablation_table_and_plans():
         runs["base"], (2.4, 2.8), strict=True)]
     change = ablate.table(runs).splitlines()[4].split("|")[7]  # +0.4 and +0.6: 0.5 +- t * 0.1
     assert change.strip() == f"+0.5000 +- {12.7062 * 0.1:.4f}"
-    rows = ablate.table(runs, {"more": "less"}).splitlines()
+    rows = ablate.table(runs, {"more": ["less"]}).splitlines()
     assert "| -0.1000 | less |" in rows[4] and "| +0.5000 | base |" in rows[3]
+    rows = ablate.table(runs, {"more": ["less", "gone", "base"]}).splitlines()
+    assert f"| -0.1000; {change.strip()} | less; base |" in rows[4]
     part = {name: runs[name] for name in ("less", "more")}  # their baseline was not run
-    rows = ablate.table(part, dict(less="base", more="base")).splitlines()[2:4]
+    rows = ablate.table(part, dict(less=["base"], more=["base"])).splitlines()[2:4]
     assert len(rows) == 2 and all(" | - | - | " in row for row in rows)
     assert ablate.table(json.loads(ablate.results_text(runs))) == ablate.table(runs)
     scored = {name: [dict(ttt_bpb=score, val_bpb=score)] for name, score in dict(a=2, b=1).items()}
@@ -173,7 +176,7 @@ def test_ablation_table_and_plans():
         plan = json.loads(path.read_text())
         assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
         against = plan.get("against", {})
-        assert {*against, *against.values()} <= set(plan["variants"])
+        assert {*against, *itertools.chain(*against.values())} <= set(plan["variants"])
         for changes in plan["variants"].values():
             texts = {k: str(v).format(root=h.ROOT, out="out", seed=1)
                      for k, v in (plan["base"] | changes).items()}
