@@ -84,7 +84,7 @@ def file_sha256(path: Path) -> str:
 MAX_TOKEN_BYTES, MAX_IDS = 40, 65536
 HEX_TOKEN = re.compile(r"TokenMonsterHexEncode\{((?:[0-9a-fA-F]{2})*)\}")
 CHARSETS = {0: "none", 1: "UTF-8", 2: "UTF-16"}
-NEXT_MARK, RUN_MARK = 0xFF, 0xFE  # with `case: ascii`: what they mean is told where they are made
+NEXT_MARK, RUN_MARK = 0xFF, 0xFE  # of `case: ascii`: see mark_capitals
 MARKS, CAPITALS = bytes([NEXT_MARK, RUN_MARK]), bytes(range(ord("A"), ord("Z") + 1))
 
 
@@ -92,18 +92,18 @@ class Vocabulary:
     """A TokenMonster vocabulary; its last id is the synthetic BOS, which has no bytes."""
 
     def __init__(self, name: str, data: bytes, tokens: Sequence[bytes], lossy: str = "",
-                 charset: str = "none", case: str = "none"):
+                 charset: str = "none", marked: bool = False):
         """Bytes of the file and of each id, b"" for dead ids; `lossy`: why it is not byte-exact.
 
-        With case "ascii" the tokens are of text whose capitals are marks, and marks are no bytes.
+        The tokens of a `marked` one are of text whose capitals are marks, which are no bytes of
+        the source.
         """
         self.name, self.data, self.tokens = name, data, tuple(tokens)
-        self.lossy, self.charset, self.case = lossy, charset, case
+        self.lossy, self.charset, self.marked = lossy, charset, marked
         self.sha256 = hashlib.sha256(data).hexdigest()
         self.vocab_size, self.bos_id = len(tokens), len(tokens) - 1
-        marks = MARKS if case == "ascii" else b""
-        self.base_bytes = np.array([len(token.translate(None, marks)) for token in tokens],
-                                   dtype=np.int16)
+        sizes = [len(token.translate(None, MARKS * marked)) for token in tokens]
+        self.base_bytes = np.array(sizes, dtype=np.int16)
 
 
 def load_vocabulary(source: Path | str | bytes, name: str = "vocabulary") -> Vocabulary:
@@ -132,6 +132,9 @@ def _yaml_vocabulary(data: bytes, name: str) -> Vocabulary:
     """Read the YAML that TokenMonster writes; the entry later in the file wins a byte string."""
     settings, id_of, ids = _load_yaml(data, name), {}, []
     unknown = f"{name}: unknown vocabulary:"
+    charset, case = (str(settings.get(key, "none")).lower() for key in ("charset", "case"))
+    require(case in ("none", "ascii"), f"{unknown} case {case!r} is not none or ascii; build it "
+            "again with --build-vocab")
     for entry in settings["tokens"]:
         try:
             match, identity = HEX_TOKEN.fullmatch(entry["token"]), int(entry["id"])
@@ -148,8 +151,9 @@ def _yaml_vocabulary(data: bytes, name: str) -> Vocabulary:
     tokens = [b""] * (len(ids) + 1)
     for token, identity in id_of.items():
         tokens[identity] = token
-    return Vocabulary(Path(name).name, data, tokens, _lossy_reason(settings, id_of),
-                      *(str(settings.get(key, "none")).lower() for key in ("charset", "case")))
+    needed = set(range(256)).difference(CAPITALS if case == "ascii" else b"")
+    return Vocabulary(Path(name).name, data, tokens, _lossy_reason(settings, id_of, needed),
+                      charset, case == "ascii")
 
 
 def _load_yaml(data: bytes, name: str) -> dict:
@@ -167,20 +171,16 @@ def _load_yaml(data: bytes, name: str) -> dict:
     return settings
 
 
-def _lossy_reason(settings: dict, id_of: dict[bytes, int]) -> str:
-    """Why a YAML vocabulary is not byte-exact; empty when it is."""
+def _lossy_reason(settings: dict, id_of: dict[bytes, int], needed: set[int]) -> str:
+    """Why a YAML vocabulary is not byte-exact, for the bytes that texts have; empty when it is."""
     wanted = {"capcode": "0", "charset": "none", "normalization": "none"}
     wrong = [f"{key} {settings.get(key, 'missing')}" for key, value in wanted.items()
              if str(settings.get(key)).lower() != value]
     wrong += [f"{key} entries" for key in ("unk", "special", "deleted")
               if settings.get(key) not in (None, [], "false", "null", "~", "")]
-    case = str(settings.get("case", "none")).lower()
-    if case not in ("none", "ascii"):
-        wrong.append(f"case {case}")
-    unused = CAPITALS if case == "ascii" else b""
-    missing = sum(bytes([value]) not in id_of for value in range(256) if value not in unused)
+    missing = sum(bytes([value]) not in id_of for value in needed)
     if missing:
-        wrong.append(f"no token for {missing} of the 256 byte values")
+        wrong.append(f"no token for {missing} of the {len(needed)} byte values")
     return ", ".join(wrong)
 
 
@@ -443,10 +443,9 @@ def _mark_kernel(text, starts, out, ends):
 
     Returns where the text holds a byte that is a mark, -1 if nowhere.
     """
-    at = 0
+    at, stop, whole = 0, 0, False  # stop: end of the latest row of capitals; if it ends its run
     for document in range(starts.size - 1):
         begin, end = starts[document], starts[document + 1]
-        stop, whole = begin, False  # end of the latest row of capitals; if it ends its run
         for i in range(begin, end):
             value = text[i]
             if np.uint8(value - ord("A")) < 26:
@@ -493,12 +492,12 @@ def _restore_kernel(marked, starts, out, ends):
 
 
 def mark_capitals(text: Documents) -> Documents:
-    """Documents with small letters for the ASCII capitals, and marks that no UTF-8 text contains.
+    """Documents with a to z for A to Z, and marks, bytes that no UTF-8 text contains.
 
-    0xFE stands before two or more capitals with which a run of ASCII letters ends, 0xFF before any
-    other capital, in both cases before the space if one precedes: "A NASA pArt" becomes
-    FF "a" FE " nasa p" FF "art". Each text has one such form, each byte but the marks stays in
-    its place. InputError for text that contains 0xFE or 0xFF.
+    Where a run of ASCII letters ends with two or more capitals, 0xFE stands before these; 0xFF
+    stands before each other capital. If a space precedes the letter, the mark precedes the space.
+    With > for 0xFF and ^ for 0xFE: "A NASA pART, ABc" becomes ">a^ nasa p^art,> a>bc". Each text
+    has one such form. InputError for text that contains 0xFE or 0xFF.
     """
     out, ends = np.empty(2 * text.values.size, dtype=np.uint8), np.zeros_like(text.starts)
     wrong = compiled(_mark_kernel)(*text, out, ends[1:])
@@ -506,13 +505,13 @@ def mark_capitals(text: Documents) -> Documents:
         document = int(np.searchsorted(text.starts, wrong, "right")) - 1
         raise InputError(
             f"document {document} of a block has the byte 0x{text.values[wrong]:02X} at "
-            f"{wrong - text.starts[document]}: no UTF-8 text has it, and with case: ascii it is a "
-            "mark; give text, or use a vocabulary without case")
+            f"{wrong - text.starts[document]}, which is a mark of case: ascii and occurs in no "
+            "UTF-8 text; give text, or do without case")
     return Documents(out[:ends[-1]], ends)
 
 
 def restore_capitals(marked: Documents) -> Documents:
-    """The inverse of `mark_capitals`; of no text's form, marks without a letter are left out."""
+    """The inverse of `mark_capitals`; elsewhere a mark that no letter follows has no effect."""
     out, ends = np.empty_like(marked.values), np.zeros_like(marked.starts)
     compiled(_restore_kernel)(*marked, out, ends[1:])
     return Documents(out[:ends[-1]], ends)
@@ -577,7 +576,7 @@ class Segmenter(Tokenizer):
         self.table, self.classes = token_table(self.vocab_size, keys), byte_classes(keys)
         self.follow, self.automaton = follow_scores(self.table), suffix_automaton(keys)
         self.pieces, self.base_bytes = PieceTable(vocabulary.tokens), vocabulary.base_bytes
-        self.case = vocabulary.case
+        self.marked = vocabulary.marked
 
     def longest(self, text: Documents) -> np.ndarray:
         """uint16 [bytes]: longest token at each position that ends within its document."""
@@ -587,7 +586,7 @@ class Segmenter(Tokenizer):
 
     def segment(self, text: Documents) -> Documents:
         """Ids of documents of text."""
-        if self.case == "ascii":
+        if self.marked:
             text = mark_capitals(text)
         ids = np.empty(text.values.size + text.starts.size, dtype=np.uint16)
         count = compiled(_choose_kernel)(*text, self.longest(text), self.table, self.follow,
@@ -597,19 +596,24 @@ class Segmenter(Tokenizer):
     def decode(self, ids: Documents) -> Documents:
         """The text of documents of ids."""
         text = self.pieces.join(ids)
-        return restore_capitals(text) if self.case == "ascii" else text
+        return restore_capitals(text) if self.marked else text
 
     def encode(self, text: bytes) -> list[int]:
         """Ids of one document, without BOS."""
         return self.segment(Documents.joined([text])).values[1:].tolist()
 
     def encode_documents(self, text: Documents) -> Encoded:
-        """Ids of documents of text; InputError if one decodes differently."""
+        """Ids of documents of text; InputError if one decodes differently or is counted wrong."""
         ids = self.segment(text)
         block = compare(ids, text, self.decode(ids))
-        bad = block.sizes[2]
-        require(not bad.any(), f"document {int(bad.argmax())} of a block does not decode to its "
-                f"source with {self.name}; nothing is published: report this")
+        wrong = block.sizes[2]
+        if self.marked:  # elsewhere a token's bytes are what is joined
+            counted = np.add.reduceat(self.base_bytes[ids.values], ids.starts[:-1], dtype=np.int64)
+            wrong = wrong | (counted != block.sizes[0])
+        for bad in np.flatnonzero(wrong):
+            raise InputError(f"document {bad} of a block does not decode to its source with "
+                             f"{self.name}, or is not counted so; nothing is published: report "
+                             "this")
         return block
 
 

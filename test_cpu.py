@@ -244,7 +244,7 @@ def check_random_vocabulary(rng: random.Random, case: str) -> None:
     entries = [*FIRST[case], *tokens]
     documents = [ref.drawn(rng, tokens + atoms, 12) for _ in range(30)] + [rng.randbytes(30), b""]
     if case == "ascii":
-        entries += [b"\xffz", b"\xfe a", b" \xff", b"a\xff"]
+        entries += [b"\xffz", b"\xfe a", b" \xff", b"a\xff", b"a\xffb"]
         documents = [text.translate(None, R.MARKS) for text in documents]
     segmenter = R.Segmenter(R.load_vocabulary(vocabulary_yaml(entries, case), "random.yaml"))
     slow, block = ref.Segmenter(entries), segmenter.encode_documents(R.Documents.joined(documents))

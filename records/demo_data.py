@@ -17,14 +17,14 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 import retokenize_scylla as tool
 from records import vocabulary
-from records.documents import DocumentReader
+from records.documents import DocumentReader, shard_documents
 from records.other_tokenizers import SentencePieceTokenizer
 
 DEMO = {
@@ -106,13 +106,6 @@ def write_documents(path: Path, documents: Iterable[bytes]) -> None:
     with open(path, "w", encoding="ascii") as file:
         for document in documents:
             file.write(json.dumps({"text": document.decode()}) + "\n")
-
-
-def shard_documents(paths: list[Path], model: tool.SentencePieceModel) -> Iterator[bytes]:
-    """Source text (`sp.decode`) of every document of SentencePiece shards."""
-    for index in range(len(paths)):
-        for ids in tool.whole_documents(paths, index, model.bos_id):
-            yield from (text.tobytes() for text in model.decode(ids).split())
 
 
 def build_demo(folder: Path, log: Callable[[str], None] = print) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Documents of JSON-lines files, plain or compressed."""
+"""Documents of JSON-lines files, plain or compressed, and of SentencePiece shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from retokenize_scylla import InputError, file_errors, needs, require
+from retokenize_scylla import (
+    InputError,
+    SentencePieceModel,
+    file_errors,
+    needs,
+    require,
+    whole_documents,
+)
 
 
 class DocumentReader:
@@ -96,3 +103,10 @@ def document_text(line: bytes, where: str) -> bytes:
     except (KeyError, TypeError, AttributeError):
         problem = f"no string \"text\" in {line[:60]!r}"
     raise InputError(f"{where}: {problem}; each line must be an object with a string \"text\"")
+
+
+def shard_documents(paths: list[Path], model: SentencePieceModel) -> Iterator[bytes]:
+    """Source text (`sp.decode`) of every document of SentencePiece shards."""
+    for index in range(len(paths)):
+        for ids in whole_documents(paths, index, model.bos_id):
+            yield from (text.tobytes() for text in model.decode(ids).split())

@@ -19,6 +19,7 @@ from retokenize_scylla import (
     Vocabulary,
     compare,
     needs,
+    require,
 )
 
 
@@ -56,6 +57,8 @@ class LossyTokenizer(Tokenizer):
     def __init__(self, vocabulary: Vocabulary):
         """Start the package's helper; InputError when package or helper are missing."""
         super().__init__(vocabulary)
+        require(not vocabulary.marked, f"{self.name}: the tokenmonster package does not know case: "
+                "ascii; use a byte-exact vocabulary")
         with needs("tokenmonster"):
             import tokenmonster
         try:

@@ -51,7 +51,7 @@ def stages(job: ShardJob) -> dict[str, Callable[[], object]]:
                 tokenizer.encode_documents(job.model.decode(block))
 
         found |= {"these three, library and segmenter": plain, "these three, ours": ours}
-        if tokenizer.case == "ascii":
+        if tokenizer.marked:
             found[CAPITALS] = lambda: [restore_capitals(mark_capitals(text)) for text in texts]
     return found
 

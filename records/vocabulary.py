@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from records.documents import DocumentReader
+from records.documents import DocumentReader, shard_documents
 from retokenize_scylla import (
     CAPITALS,
     MARKS,
@@ -22,9 +22,11 @@ from retokenize_scylla import (
     MAX_TOKEN_BYTES,
     Documents,
     Segmenter,
+    SentencePieceModel,
     Vocabulary,
     compiled,
     file_errors,
+    find_shards,
     mark_capitals,
     positive,
     require,
@@ -39,23 +41,23 @@ FIRST_SWAP, LAST_SWAP = 0.3, 0.02  # share of the tokens exchanged in the first 
 
 def build_vocab(documents: Iterable[bytes], size: int, rounds: int = 12,
                 log: Callable[[str], None] | None = None, case: str = "none",
-                marks: str = "free") -> bytes:
+                apart: bool = False) -> bytes:
     """TokenMonster YAML of `size` ids (BOS the last) that segments `documents` into few tokens.
 
-    From the 256 bytes up, the most frequent pairs of adjacent tokens are taken in, and above
+    From the single bytes up, the most frequent pairs of adjacent tokens are taken in, and above
     `size` the tokens that the text misses least are thrown out; `rounds` ever smaller exchanges
     follow. The exact segmenter counts the tokens of each round, and the best round is kept.
 
-    With case "ascii" the text is that of `mark_capitals`, so no token is needed for a capital; its
-    marks may be parts of tokens ("free"), or are tokens of their own ("apart").
+    With case "ascii" the tokens are of the text that `mark_capitals` gives, without capitals; with
+    `apart` its marks are tokens of their own, and in no other.
     """
     least = len(FIRST[case]) + 1
-    require(least <= size < MAX_IDS, f"--build-vocab {size}: the size must be {least} (the bytes "
-            f"and BOS) to {MAX_IDS - 1}")
-    draft, wanted = Draft(documents, case, marks), size - 1
+    require(least <= size < MAX_IDS, f"--build-vocab {size}: the size must be {least} (each byte "
+            f"that texts have, and BOS) to {MAX_IDS - 1}")
+    draft, wanted = Draft(documents, case, apart), size - 1
     draft.grow(min(int(PEAK * wanted), MAX_IDS - 2), GROWTH)
     require(len(draft.tokens) >= wanted,
-            f"--build-vocab {size}: the {draft.size} bytes of --docs repeat too little "
+            f"--build-vocab {size}: the {draft.source_bytes} bytes of text repeat too little "
             f"for more than {len(draft.tokens) + 1} ids; give more text")
     draft.prune(wanted, DECAY)
     best, fewest = draft.tokens, draft.ids.size
@@ -65,9 +67,9 @@ def build_vocab(documents: Iterable[bytes], size: int, rounds: int = 12,
         if draft.ids.size < fewest:
             best, fewest = draft.tokens, draft.ids.size
         if log:
-            log(f"vocabulary round {number}/{rounds}: {draft.size} bytes, "
-                f"{draft.size / (fewest - draft.text.starts.size + 1):.4f} bytes per token")
-    return vocabulary_yaml([*draft.bytes, *sorted(set(best).difference(draft.bytes))], case)
+            log(f"vocabulary round {number}/{rounds}: {draft.source_bytes} bytes, "
+                f"{draft.source_bytes / (fewest - draft.text.starts.size + 1):.4f} bytes per token")
+    return vocabulary_yaml([*FIRST[case], *sorted(set(best).difference(BYTES))], case)
 
 
 def vocabulary_yaml(tokens: list[bytes], case: str = "none") -> bytes:
@@ -75,9 +77,8 @@ def vocabulary_yaml(tokens: list[bytes], case: str = "none") -> bytes:
 
     "case" is a setting of ours that TokenMonster does not have.
     """
-    lines = ["charset: none", 'normalization: "none"', "capcode: 0", "tokens:"]
-    if case != "none":
-        lines.insert(3, f"case: {case}")
+    lines = ["charset: none", 'normalization: "none"', "capcode: 0"]
+    lines += [f"case: {case}"] * (case != "none") + ["tokens:"]
     for identity, token in enumerate(tokens):
         text = token.decode("latin-1")
         plain = all(" " <= char <= "~" for char in text) and not text.startswith("TokenMonster")
@@ -103,18 +104,18 @@ class Draft:
     `ids` are those of the exact segmenter.
     """
 
-    def __init__(self, documents: Iterable[bytes], case: str = "none", marks: str = "free"):
-        """Start with the bytes; `case` and `marks` as in `build_vocab`."""
+    def __init__(self, documents: Iterable[bytes], case: str = "none", apart: bool = False):
+        """Start with the single bytes; `case` and `apart` as in `build_vocab`."""
         kept = [document for document in documents if document]
-        require(kept, "--build-vocab: --docs holds no text; give documents to build from")
+        require(kept, "--build-vocab: the source holds no text; give documents to build from")
         text = Documents.joined(kept)
-        self.size, self.bytes = text.values.size, FIRST[case]
+        self.source_bytes, self.singles = text.values.size, len(FIRST[case])
         self.text = mark_capitals(text) if case == "ascii" else text
-        self.apart = MARKS if marks == "apart" else b""
-        self.take(self.bytes)
+        self.unmerged = MARKS if apart else b""
+        self.take(FIRST[case])
 
     def take(self, tokens: tuple[bytes, ...]) -> None:
-        """Make `tokens` the vocabulary (the bytes come first) and segment the text with it."""
+        """Make `tokens`, the single bytes first, the vocabulary; segment the text with it."""
         self.tokens = tokens
         self.segmenter = Segmenter(Vocabulary("draft", b"", (*tokens, b"")))
         self.ids = self.segmenter.segment(self.text).values
@@ -141,7 +142,7 @@ class Draft:
                 break
             pair = self.tokens[left[at]] + self.tokens[right[at]]
             if (len(pair) <= MAX_TOKEN_BYTES and pair not in known
-                    and pair == pair.translate(None, self.apart)):
+                    and pair == pair.translate(None, self.unmerged)):
                 known.add(pair)
                 found.append(pair)
         return found
@@ -150,7 +151,7 @@ class Draft:
         """Throw out the least missed tokens, at most `share` at a time, down to `size` tokens."""
         while len(self.tokens) > size:
             loss = self.losses()
-            loss[:len(self.bytes)] = np.iinfo(np.int64).max
+            loss[:self.singles] = np.iinfo(np.int64).max
             left = max(size, int(len(self.tokens) * (1 - share)))
             kept = np.sort(np.argsort(-loss, kind="stable")[:left])
             self.take(tuple(self.tokens[at] for at in kept))
@@ -206,22 +207,27 @@ def _loss_kernel(starts, longest, ids, length, shorter, loss):
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line of `retokenize_scylla.py --build-vocab`."""
     parser = argparse.ArgumentParser(
-        description="Build a byte-exact vocabulary from documents.")
-    add = parser.add_argument
+        description="Build a byte-exact vocabulary from SentencePiece shards or documents.")
+    add, source = parser.add_argument, parser.add_mutually_exclusive_group(required=True)
     add("--build-vocab", metavar="N", type=positive, required=True, help="ids, BOS included")
-    add("--docs", metavar="FILE", nargs="+", type=Path, required=True,
-        help="JSON lines with \"text\" (.jsonl, .gz, .xz, .zst)")
+    source.add_argument("--sp-shards", metavar="FILE", nargs="+",
+        help="shards of --sp-model, paths or patterns; the first is enough")
+    source.add_argument("--docs", metavar="FILE", nargs="+", type=Path,
+        help="JSON lines with \"text\" instead (.jsonl, .gz, .xz, .zst)")
+    add("--sp-model", metavar="MODEL", help="of --sp-shards")
     add("--build-bytes", metavar="B", type=positive, default=50_000_000,
         help="bytes of text that are read, whole documents (50000000)")
     add("--build-rounds", metavar="R", type=positive, default=12,
         help="rounds of exchanging tokens (12)")
     add("--case", choices=("none", "ascii"), default="none",
-        help="ascii: text in small letters, with marks for capitals (none)")
+        help="ascii: write A to Z as a to z with marks, without loss (none)")
     add("--case-marks", choices=("free", "apart"),
-        help="whether marks may be parts of tokens, or are tokens of their own (free)")
+        help="free: marks may be parts of tokens; apart: tokens of their own (free)")
     add("--output", metavar="FILE", type=Path, default=Path("vocab.yaml"),
         help="where the vocabulary goes (vocab.yaml)")
     options = parser.parse_args(arguments)
+    if bool(options.sp_shards) != bool(options.sp_model):
+        parser.error("--sp-shards and --sp-model need each other")
     if options.case_marks and options.case == "none":
         parser.error(f"--case-marks {options.case_marks} needs --case ascii")
     return options
@@ -230,10 +236,12 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> None:
     """Write a vocabulary built from documents."""
     require(not options.output.is_dir(), f"--output {options.output}: is a folder; give a file")
-    texts = first_bytes(DocumentReader(options.docs).documents(), options.build_bytes)
+    documents = (DocumentReader(options.docs).documents() if options.docs else shard_documents(
+        find_shards(options.sp_shards), SentencePieceModel(options.sp_model)))
+    texts = first_bytes(documents, options.build_bytes)
     data = build_vocab(texts, options.build_vocab, options.build_rounds,
                        lambda line: print(line, file=sys.stderr, flush=True),
-                       options.case, options.case_marks or "free")
+                       options.case, options.case_marks == "apart")
     with file_errors(f"write {options.output}"):
         part = options.output.with_name(options.output.name + ".part")
         part.write_bytes(data)

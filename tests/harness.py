@@ -386,9 +386,9 @@ def write_documents(path: Path, documents: list[str]) -> Path:
 def vocabulary(extra: list[bytes] = TOKENS, case: str = "none") -> bytes:
     """A byte-exact vocabulary of all bytes and some longer tokens, as YAML.
 
-    With case "ascii" there are no capitals, and three of the tokens hold marks.
+    With case "ascii" there are no capitals, and four of the tokens hold marks.
     """
-    marked = [b"\xffz", b"\xfe u", b" \xff"] if case == "ascii" else []
+    marked = [b"\xffz", b"\xfe u", b" \xff", b"d\xff t"] if case == "ascii" else []
     return vocabulary_yaml([*FIRST[case], *extra, *marked], case)
 
 

@@ -38,10 +38,11 @@ def test_evaluation_batches_have_one_shape(made):
 
 
 def test_score_arithmetic():
-    """Mean nats per token, bits per byte."""
+    """Mean nats per token, bits per byte; none where a lone mark of a capital was scored."""
     score = t.Score(nats=200 * math.log(2), tokens=50, bytes=100)
     assert score.bpb == pytest.approx(2.0, abs=1e-15)
     assert score.loss == pytest.approx(4 * math.log(2), abs=1e-15)
+    assert math.isnan(score._replace(bytes=0).bpb)
 
 
 def test_plain_equals_sliding_with_full_stride(made, tmp_path):

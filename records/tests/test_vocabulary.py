@@ -141,6 +141,19 @@ def test_pairs_count_what_can_join():
     assert draft.pairs(300) == [b"xy", b"yx"]  # "aaaa" holds "aa" three times, but one can join
 
 
+def test_a_vocabulary_is_built_from_shards(case, tmp_path, capsys):
+    """As from the source text of their documents, some of which cross shards."""
+    command = ["--build-vocab", "300", "--build-rounds", "1", "--output", str(tmp_path / "v.yaml")]
+    shards = ["--sp-shards", str(case.folder / "in" / "*.bin")]
+    assert R.main([*command, *shards, "--sp-model", str(case.model)]) == 0
+    source = [text for k in range(4) for text in case.source(k)]
+    assert (tmp_path / "v.yaml").read_bytes() == V.build_vocab(source, 300, 1)
+    for wrong in (shards, [*shards, "--docs", "d.jsonl"], ["--sp-model", "m"], []):
+        with pytest.raises(SystemExit):
+            R.main([*command, *wrong])
+    assert "--sp-shards and --sp-model need each other" in capsys.readouterr().err
+
+
 def test_log_reports_every_round():
     lines: list[str] = []
     documents = made_up_documents(100)
@@ -151,7 +164,7 @@ def test_log_reports_every_round():
 
 @pytest.mark.parametrize("documents, size, told", [
     ([b"some text"], 256, "size must be 257"),
-    ([b"some text"], 70000, "size must be 257"),
+    ([b"some text"], 65536, "size must be 257"),
     ([], 300, "holds no text"),
     ([b"", b""], 300, "holds no text"),
     ([b"too little text"], 300, "repeat too little for more than"),
@@ -185,7 +198,7 @@ def test_the_study_of_bytes_per_token(tmp_path, capsys, monkeypatch):
     assert h.tool("bytes_per_token").main() == 0
     table = capsys.readouterr().out
     wanted = bytes_per_token(case.vocab, [text.encode() for text in texts])
-    assert f"| toy.yaml | 255 | raw | {wanted:.3f} |" in table
+    assert f"| toy.yaml | 256 | raw | {wanted:.3f} |" in table
     tokens = case.processor.encode(texts)
     decoded = sum(len(case.processor.decode(ids).encode()) for ids in tokens)
     assert (f"| sp.model | 300 | as the model decodes it | "
