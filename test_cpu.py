@@ -18,7 +18,7 @@ data
       -> an_epoch_is_a_permutation_of_blocks_of_all_shards
 
 bytes
-  the segmenter gives the ids of the published page
+  the segmenter gives the ids of the published page, with capitals as marks too
       -> segmenter_agrees_with_the_page_on_random_vocabularies
   and those that the original tokenizer gave -> vectors_id_for_id
   bytes are counted exactly, or the log says that they are not -> byte_audit_states
