@@ -10,7 +10,8 @@
 #   variable      default           meaning
 #   AUTHOR        required          your name, for submission.json
 #   GITHUB_ID     required          your GitHub handle, for submission.json
-#   VOCAB         required          vocabulary, a path or URL; not for the demo or with DATA_PATH
+#   VOCAB         required          vocabulary, a path or URL; not for the demo or with DATA_PATH;
+#                                   PRESET=frontier builds one with lossless case without it
 #   VOCAB_SHA256  Scylla's          SHA-256 of VOCAB; set it for a vocabulary of your own
 #   PRESET        record            record, published, frontier, or demo, which brings a text of its
 #                                   own; or several, such as frontier,demo, of which later ones win
@@ -121,7 +122,11 @@ if [[ $TRACK == track_10min_16mb ]]; then
     [[ $devices == *H100* && $((NPROC * NNODES)) == 8 ]] || die "a record runs on 8 ranks on H100s, \
 not on $((NPROC * NNODES)) on ${devices%%$'\n'*}; to run all the same, set TRACK=track_non_record_16mb"
 fi
-sp1024=${SP1024:-$DATA_DIR/datasets} vocabulary=$DATA_DIR/scylla.yaml
+sp1024=${SP1024:-$DATA_DIR/datasets} vocabulary=$DATA_DIR/scylla.yaml built=''
+if [[ ${PRESET:-} == *frontier* && -z ${VOCAB:-}${DATA_PATH:-}$demo_text ]]; then
+    vocabulary=$DATA_DIR/case1254.yaml built=1
+fi
+retokenized=${vocabulary%.yaml}  # folder of the re-tokenized shards
 data=$((1 + SHARDS * 42 / 100))  # GB: shards before and after re-tokenizing, and the runs
 count() { { compgen -G "$1/fineweb_train_*.bin" || true; } | wc -l; }
 if [[ -n ${DATA_PATH:-}$demo_text ]]; then
@@ -133,10 +138,10 @@ elif [[ -n ${SP1024:-} ]]; then
 datasets/fineweb10B_sp1024, SHARDS=$SHARDS are wanted; download more, or lower SHARDS"
 fi
 has_hash() { sha256sum -c --status <<< "$VOCAB_SHA256  $1" 2> /dev/null; }
-[[ -n ${VOCAB:-}${DATA_PATH:-}$demo_text ]] || has_hash "$vocabulary" || die "VOCAB is not set: give \
-the path or URL of the byte-exact revision of Scylla (a YAML file of 1254 ids, sha256 $VOCAB_SHA256, \
-in pull request 1314 of github.com/openai/parameter-golf), or make a vocabulary of your own with \
-retokenize_scylla.py --build-vocab and set VOCAB_SHA256 as well"
+[[ -n ${VOCAB:-}${DATA_PATH:-}$demo_text$built ]] || has_hash "$vocabulary" || die "VOCAB is not \
+set: give the path or URL of the byte-exact revision of Scylla (a YAML file of 1254 ids, sha256 \
+$VOCAB_SHA256, in pull request 1314 of github.com/openai/parameter-golf), or make a vocabulary of \
+your own with retokenize_scylla.py --build-vocab and set VOCAB_SHA256 as well"
 room() {  # folder, GB, remedy
     local free
     free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1000000) }')
@@ -149,7 +154,7 @@ estimate() {  # minutes of each stage, were nothing done yet, and the cost
     seeds=$(wc -w <<< "$SEEDS")
     [[ -z ${PYTHON:-} ]] || environment=0
     [[ -n ${SP1024:-}${DATA_PATH:-}$demo_text ]] || fetch=$((SHARDS / 15 + 1))
-    [[ -n ${DATA_PATH:-}$demo_text ]] || convert=$((SHARDS / 12 / $(nproc) + 1))
+    [[ -n ${DATA_PATH:-}$demo_text ]] || convert=$((SHARDS / 12 / $(nproc) + 1 + 3 * ${built:-0}))
     if [[ ${PRESET:-} == *demo* ]]; then smoke=1 each=6 price=0 about="on two idle CPU cores"; fi
     echo "An estimate of the time, not a measurement; what is done already is skipped:"
     awk -v price="$price" -v gpus=$((NPROC * NNODES)) '{
@@ -161,7 +166,7 @@ estimate() {  # minutes of each stage, were nothing done yet, and the cost
     print ""
 }' <<< "$environment environment
 $fetch download of shards, at 50 MB/s
-$convert re-tokenizing, on $(nproc) cores
+$convert ${built:+building a vocabulary and }re-tokenizing, on $(nproc) cores
 2 pre-flight
 $smoke smoke test, with compilation
 $((seeds * each)) $seeds seeds, each $each minutes ($about)"
@@ -263,20 +268,24 @@ if [[ -n $demo_text ]]; then
     "$PYTHON" -c 'from records.demo_data import *; build_demo(Path("data/demo"))'
     DATA_PATH=data/demo/scylla
 elif [[ -z ${DATA_PATH:-} ]]; then
-    have=$(count "$DATA_DIR/scylla")
-    [[ $have -le $SHARDS ]] || die "$DATA_DIR/scylla holds $have training shards, and all would be \
+    have=$(count "$retokenized")
+    [[ $have -le $SHARDS ]] || die "$retokenized holds $have training shards, and all would be \
 used: set DATA_DIR to another folder for SHARDS=$SHARDS"
-    has_hash "$vocabulary" || get_vocabulary  # first: it is small, and the shards are not
+    # first: it is small, and the shards are not
+    [[ -n $built ]] || has_hash "$vocabulary" || get_vocabulary
     [[ -n ${SP1024:-} ]] || "$PYTHON" records/fetch.py --output "$DATA_DIR" --shards "$SHARDS"
     train=("$sp1024"/datasets/fineweb10B_sp1024/fineweb_train_*.bin)
     rm -rf "$DATA_DIR/chosen" && mkdir "$DATA_DIR/chosen"  # links to the first SHARDS
     ln -s "${train[@]:0:SHARDS}" "$sp1024"/datasets/fineweb10B_sp1024/fineweb_val_*.bin \
         "$DATA_DIR/chosen"
-    "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$DATA_DIR/scylla" \
+    [[ -z $built || -e $vocabulary ]] || "$PYTHON" retokenize_scylla.py --build-vocab 1254 \
+        --build-rounds 24 --case ascii --output "$vocabulary" --sp-shards "${train[0]}" \
+        --sp-model "$sp1024/tokenizers/fineweb_1024_bpe.model" || die "no vocabulary was built"
+    "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$retokenized" \
         --sp-shards "$DATA_DIR/chosen/fineweb_*.bin" \
         --sp-model "$sp1024/tokenizers/fineweb_1024_bpe.model" ||
         die "the shards were not made; for another VOCAB set another DATA_DIR"
-    DATA_PATH=$DATA_DIR/scylla
+    DATA_PATH=$retokenized
 fi
 DATA_PATH=$(cd "$DATA_PATH" && pwd)
 export DATA_PATH

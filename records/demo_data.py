@@ -1,7 +1,7 @@
 """The demo's data, made from documentation that is installed: train_gpt.py without settings.
 
-Text -> SentencePiece shards -> a vocabulary of its own -> exact Scylla shards, all of it with
-retokenize_scylla.py, as for a record.
+Text -> SentencePiece shards -> a vocabulary of its own, with capitals as marks -> exact shards of
+it, all with retokenize_scylla.py, as for PRESET=frontier.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from records.documents import DocumentReader, shard_documents
 from records.other_tokenizers import SentencePieceTokenizer
 
 DEMO = {
-    "version": 1, "pieces": 1024, "vocabulary_ids": 1024, "sample_bytes": 1_500_000,
-    "val_bytes": 170_000, "largest_val_document": 20_000, "smallest_text": 40,
+    "version": 1, "pieces": 1024, "vocabulary_ids": 1024, "case": "ascii",
+    "sample_bytes": 1_500_000, "val_bytes": 170_000, "largest_val_document": 20_000,
+    "smallest_text": 40,
     "packages": ["numpy", "networkx", "torch/nn", "torch/optim", "torch/distributions",
                  "torch/_tensor_docs.py", "torch/_torch_docs.py", "torch/functional.py"],
 }
@@ -163,7 +164,7 @@ def _build_demo(folder: Path, sources: list[tuple[str, Path]], log: Callable[[st
     shards.publish(tokenizer)
     texts = DocumentReader([paths["train_text"]]).documents()
     data = vocabulary.build_vocab(vocabulary.first_bytes(texts, DEMO["sample_bytes"]),
-                                  DEMO["vocabulary_ids"])
+                                  DEMO["vocabulary_ids"], case=DEMO["case"])
     segmenter = tool.Segmenter(tool.load_vocabulary(data, "demo.yaml"))
     output = tool.OutputFolder(paths["data_path"])
     inputs = tool.find_shards([str(shards.path / "fineweb_*.bin")])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import harness as h
+import references as ref
 import retokenize_scylla as R
 from records import demo_data as D
 
@@ -38,8 +39,10 @@ def test_demo_is_built_once_and_is_honest(tmp_path, monkeypatch):
                 size, size, 0)
         vocabulary = R.load_vocabulary(paths["tokenizer_path"])
         ids = h.read_shard(paths["data_path"] / f"fineweb_{split}_000000.bin")
-        decoded = b"".join(b"\0" if k == vocabulary.bos_id else vocabulary.tokens[k] for k in ids)
-        assert decoded.decode() == "".join("\0" + text for text in texts[split])
+        documents = R.Documents.after_bos(ids, vocabulary.bos_id).split()
+        assert texts[split] == [ref.restored(b"".join(
+            vocabulary.tokens[k] for k in document)).decode() for document in documents]
+        assert vocabulary.marked and ids[0] == vocabulary.bos_id
     assert not set(texts["train"]) & set(texts["val"]) and len(texts["val"]) > 3
     model = R.SentencePieceModel(paths["sp_model"])
     assert [model.processor.id_to_piece(k) for k in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]

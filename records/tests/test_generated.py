@@ -58,7 +58,8 @@ def test_the_idea_follows_the_settings(change, said, unsaid, runs):
 
 
 FRONTIER = dict(  # what PRESET=frontier logs of its levers, with an embedding at 7 bits
-    NUM_LAYERS="11", XSA_LAST_N="11", MLP_MULT="4", MUON_WD="0.095", MUON_WD_TAPER="0.7,0.5",
+    PRESET="frontier", NUM_LAYERS="11", XSA_LAST_N="11", MLP_MULT="4", MUON_WD="0.095",
+    MUON_WD_TAPER="0.7,0.5",
     MUON_ROW_NORM="1", MUON_COEFFICIENTS="polar", QK_GAIN_INIT="5.25", MATRIX_LR="0.026",
     TIED_EMBED_LR="0.03", SCALAR_LR="0.02", BETA2="0.99", MIN_LR="0.1", EMA_DECAY="0.9965",
     MUON_MOMENTUM="0.97", WARMDOWN_ITERS="0.85", RECUR_LAYERS="3,4,5", RECUR_PASSES="3",
@@ -87,7 +88,8 @@ def test_the_frontier_is_told_and_credited(older, runs):
                  "reads each document by itself"):
         assert part in text, part
     assert levers and levers <= {*generated.attribution([run])}
-    run.settings = reader.read_run(runs[2][0]).settings | OFF | dict(QK_GAIN_INIT="1.5")
+    run.settings = reader.read_run(runs[2][0]).settings | OFF | dict(
+        PRESET="record", QK_GAIN_INIT="1.5")
     if older:
         run.settings = {k: v for k, v in run.settings.items() if k not in NEW}
     assert not levers & {*generated.attribution([run])}

@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+from pathlib import Path
 
 import pytest
 
 import harness as h
+import retokenize_scylla as R
 
 
 class HubHandler(http.server.BaseHTTPRequestHandler):
@@ -149,18 +151,23 @@ def run_script(**environ: str) -> subprocess.CompletedProcess:
                           stderr=subprocess.STDOUT, env=h.clean_environ(**environ))
 
 
+def for_own_shards(hub: type[HubHandler], folder: Path) -> dict[str, str]:
+    """Settings of the script up to the pre-flight, two shards of the challenge's folder "data"."""
+    for name, data in hub.files.items():
+        path = folder / "data" / name.removeprefix("datasets/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return dict(PRESET="demo", AUTHOR="A", GITHUB_ID="a", PYTHON=sys.executable, SHARDS="2",
+                DATA_DIR=str(folder / "work"), SP1024=str(folder / "data"),
+                PREFLIGHT="--no-such-option")
+
+
 @pytest.mark.slow
 def test_script_takes_the_shards_of_the_challenge(hub, tmp_path):
     """As many as SHARDS of the folder that its download script fills; the hub is not asked."""
     environ, hub = hub
-    for name, data in hub.files.items():
-        path = tmp_path / "data" / name.removeprefix("datasets/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
     (tmp_path / "tiny.yaml").write_bytes(h.vocabulary())
-    environ |= dict(PRESET="demo", AUTHOR="A", GITHUB_ID="a", PYTHON=sys.executable, SHARDS="2",
-                    DATA_DIR=str(tmp_path / "work"), SP1024=str(tmp_path / "data"),
-                    VOCAB=str(tmp_path / "tiny.yaml"), PREFLIGHT="--no-such-option")
+    environ |= for_own_shards(hub, tmp_path) | dict(VOCAB=str(tmp_path / "tiny.yaml"))
     done = run_script(**environ)
     assert done.returncode == 1 and "tiny.yaml has sha256" in done.stdout, done.stdout
     environ["VOCAB_SHA256"] = hashlib.sha256(h.vocabulary()).hexdigest()
@@ -174,6 +181,32 @@ def test_script_takes_the_shards_of_the_challenge(hub, tmp_path):
     del environ["VOCAB"]  # its copy is there
     done = run_script(**environ | dict(SHARDS="1"))
     assert done.returncode == 1 and "holds 2 training shards" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_script_builds_the_frontiers_vocabulary(hub, tmp_path):
+    """With lossless case, once; its shards stand apart from those of a given one."""
+    environ, hub = hub
+    documents = h.write_documents(tmp_path / "more.jsonl", h.texts(1500, 2))
+    more = h.retokenized(documents, tmp_path / "fineweb_1024_bpe.model", "train", tmp_path / "more")
+    hub.files["datasets/datasets/fineweb10B_sp1024/fineweb_train_000000.bin"] = (
+        more / "fineweb_train_000000.bin").read_bytes()
+    environ |= for_own_shards(hub, tmp_path) | dict(PRESET="frontier,demo")
+    for _ in range(2):
+        done = run_script(**environ)
+        assert done.returncode == 1 and "the pre-flight failed" in done.stdout, done.stdout
+    assert done.stdout.count("vocabulary round") == 0
+    made = tmp_path / "work" / "case1254"
+    vocabulary = R.load_vocabulary(made.with_suffix(".yaml"))
+    assert vocabulary.marked and vocabulary.vocab_size == 1254 and not vocabulary.lossy
+    assert json.loads((made / "manifest.json").read_text())["tokenizer"]["sha256"] == (
+        vocabulary.sha256)
+    assert len([*made.glob("fineweb_*.bin")]) == 3
+    (tmp_path / "tiny.yaml").write_bytes(h.vocabulary())
+    done = run_script(**environ | dict(
+        VOCAB=str(tmp_path / "tiny.yaml"), VOCAB_SHA256=R.file_sha256(tmp_path / "tiny.yaml")))
+    assert "the pre-flight failed" in done.stdout, done.stdout
+    assert (tmp_path / "work" / "scylla" / "manifest.json").exists()
 
 
 @pytest.mark.slow
