@@ -1044,7 +1044,7 @@ class ByteTable(NamedTuple):
 
     base_bytes: np.ndarray  # int64 (V,)
     has_leading_space: np.ndarray  # bool (V,)
-    is_boundary: np.ndarray  # bool (V,): ids that begin a document or stand for no text
+    is_boundary: np.ndarray  # bool (V,): ids that begin a document, control ids
     path: Path
 
     def count(self, previous: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -2563,8 +2563,8 @@ class Score(NamedTuple):
 
     @property
     def bpb(self) -> float:
-        """Bits per source byte."""
-        return self.nats / math.log(2) / self.bytes
+        """Bits per source byte; nan where no target has bytes (marks of capitals have none)."""
+        return self.nats / math.log(2) / (self.bytes or math.nan)
 
 
 class Evaluator:
@@ -2870,7 +2870,7 @@ class DocumentTTT(TTT):
         self.slots = min(c.ttt_doc_batch or max(1, room), useful)
         self.plans = [self.plan(group) for group in np.split(self.documents, [c.ttt_global_docs])]
         self.work = sum(size for plan in self.plans for size, _ in plan)
-        first = self.documents[: c.ttt_global_docs, 1].sum()  # of which a token is read once more
+        first = int(self.documents[: c.ttt_global_docs, 1].sum())  # read once more, in training
         self.share = 3 * self.slots * runtime.world / c.eval_seq_len  # of a token that a slot reads
         self.windows = self.work * self.share + 3 * first / c.eval_seq_len
         self.score_chunk, self.adamw = runtime.compile(self.nats_of), runtime.compile(adamw)
@@ -2953,7 +2953,7 @@ class DocumentTTT(TTT):
         """Of this rank's targets, those that have been scored."""
         nats = self.nats[:-1].cpu().numpy()
         source = int(self.evaluator.val.bytes[nats != 0].sum(dtype=np.int64))
-        return Score(float(nats.sum(dtype=np.float64)), np.count_nonzero(nats), source or 1)
+        return Score(float(nats.sum(dtype=np.float64)), np.count_nonzero(nats), source)
 
     def learn_documents(self, end: int) -> None:
         """The global phase: one pass of SGD over the targets before `end`, scored on all ranks."""
