@@ -3,6 +3,7 @@
 # each seed, the folder. Every stage skips what is done, so after any interruption run it again.
 #
 #   VOCAB=scylla.yaml AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh  the record, on 8xH100
+#   PRESET=frontier AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh    with what was found later
 #   PRESET=demo AUTHOR="Your Name" GITHUB_ID=handle ./run_8xh100.sh        the same in small, no GPU
 #
 # It needs Linux, bash 4.4 and Python 3.11, or newer ones. Environment variables set it:
@@ -10,8 +11,9 @@
 #   variable      default           meaning
 #   AUTHOR        required          your name, for submission.json
 #   GITHUB_ID     required          your GitHub handle, for submission.json
-#   VOCAB         required          vocabulary, a path or URL; not for the demo or with DATA_PATH;
-#                                   PRESET=frontier builds one with lossless case without it
+#   VOCAB         required          vocabulary, a path or URL; not for the demo or with DATA_PATH.
+#                                   Left out with PRESET=frontier, one of 1,254 ids with lossless
+#                                   case is built
 #   VOCAB_SHA256  Scylla's          SHA-256 of VOCAB; set it for a vocabulary of your own
 #   PRESET        record            record, published, frontier, or demo, which brings a text of its
 #                                   own; or several, such as frontier,demo, of which later ones win
@@ -122,11 +124,13 @@ if [[ $TRACK == track_10min_16mb ]]; then
     [[ $devices == *H100* && $((NPROC * NNODES)) == 8 ]] || die "a record runs on 8 ranks on H100s, \
 not on $((NPROC * NNODES)) on ${devices%%$'\n'*}; to run all the same, set TRACK=track_non_record_16mb"
 fi
-sp1024=${SP1024:-$DATA_DIR/datasets} vocabulary=$DATA_DIR/scylla.yaml built=''
+sp1024=${SP1024:-$DATA_DIR/datasets} built='' name=${VOCAB:-scylla.yaml}
 if [[ ${PRESET:-} == *frontier* && -z ${VOCAB:-}${DATA_PATH:-}$demo_text ]]; then
-    vocabulary=$DATA_DIR/case1254.yaml built=1
+    built=1 name=case1254.yaml
 fi
-retokenized=${vocabulary%.yaml}  # folder of the re-tokenized shards
+name=${name%%\?*} name=${name##*/}
+retokenized=$DATA_DIR/${name%.*}  # folder of the re-tokenized shards
+vocabulary=$retokenized.yaml
 data=$((1 + SHARDS * 42 / 100))  # GB: shards before and after re-tokenizing, and the runs
 count() { { compgen -G "$1/fineweb_train_*.bin" || true; } | wc -l; }
 if [[ -n ${DATA_PATH:-}$demo_text ]]; then
@@ -284,7 +288,7 @@ used: set DATA_DIR to another folder for SHARDS=$SHARDS"
     "$PYTHON" retokenize_scylla.py --vocab "$vocabulary" --output-dir "$retokenized" \
         --sp-shards "$DATA_DIR/chosen/fineweb_*.bin" \
         --sp-model "$sp1024/tokenizers/fineweb_1024_bpe.model" ||
-        die "the shards were not made; for another VOCAB set another DATA_DIR"
+        die "the shards were not made; another VOCAB needs another name, or another DATA_DIR"
     DATA_PATH=$retokenized
 fi
 DATA_PATH=$(cd "$DATA_PATH" && pwd)
