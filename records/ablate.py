@@ -139,7 +139,7 @@ def tasks_of(plan: dict, out: Path) -> list[tuple[str, Path, dict[str, str]]]:
     tasks = []
     for variant, changes in plan["variants"].items():
         for seed in plan["seeds"][: plan.get("seeds_of", {}).get(variant)]:
-            settings = plan["base"] | changes | {"SEED": seed}
+            settings = plan["base"] | {"SEED": seed} | changes
             texts = {name: str(value).format(root=ROOT, out=out, seed=seed)
                      for name, value in settings.items()}
             try:

@@ -551,8 +551,6 @@ MUTANTS = (
     M("each rank judges its own shard", TRAIN, "problem = max(runtime.gather(problem))",
       "problem = (runtime.gather(problem), problem)[1]",
       "test_a_shard_damaged_on_one_rank_is_damage_for_all"),
-    M("random state is not restored", TRAIN, 'torch.set_rng_state(own["rng"])', "pass", (),
-      "a step draws nothing, and a resumed run has drawn the same initial weights before"),
     # segmenter
     M("no point for a homogeneous token", TOOL, "len(token) + bool(flags & HOMOGENEOUS) +",
       "len(token) +", "test_segmenter_agrees_with_the_page_on_random_vocabularies"),

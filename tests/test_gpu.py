@@ -165,31 +165,41 @@ def test_attention_backends_agree_with_plain_fp32(gpu, name):
     assert max(errors) < 0.02
 
 
+@pytest.mark.parametrize("length", [2048, 2560])  # of flex's blocks 16, a power of two, and 20
 @pytest.mark.parametrize("name", ["flash_attention_3", "flex", "cudnn", "mem_efficient", "math"])
-def test_document_attention_agrees_with_plain_fp32(gpu, name):
-    """Outputs and gradients of tokens that attend to their own document, at the record's heads."""
+def test_document_attention_agrees_with_plain_fp32(gpu, name, length):
+    """Outputs and gradients of tokens that attend to their own document, at the record's heads.
+
+    Mask and attention are compiled together, as a model's are: for training, and for scoring.
+    """
     if name == "flash_attention_3":
         pytest.importorskip("flash_attn_interface", reason="FlashAttention-3 is not installed")
-    *values, grad = (torch.randn(2, 2048, heads, 64, device="cuda") for heads in (8, 4, 4, 8))
-    starts = torch.zeros(2, 2048, dtype=torch.bool, device="cuda")
-    starts[:, 0] = starts[0, 700:710] = starts[1, [1, 1500, 2047]] = True
+    *values, grad = (torch.randn(4, length, heads, 64, device="cuda") for heads in (8, 4, 4, 8))
+    starts = torch.zeros(4, length, dtype=torch.bool, device="cuda")
+    starts[:, 0] = starts[0, 700:710] = starts[1, [1, 1500, 2047]] = starts[2, 512] = True
     results, kernels = [], [getattr(torch.backends.cuda, f"{k}_sdp_enabled")()
                             for k in t.SDPA_KERNELS]
     for dtype, backend in ((torch.bfloat16, name), (torch.float32, "math")):
         q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in values)
         attend, mask = t.use_attention(backend)
-        attend = torch.compile(attend) if attend is t.flex else attend
+
+        def attention(*qkv, attend=attend, mask=mask):
+            return attend(*qkv, mask(starts))
+
         try:
-            y = attend(q, k, v, mask(starts))
+            attention = torch.compile(attention) if attend is t.flex else attention
+            y = attention(q, k, v)
+            with torch.inference_mode():
+                scored = attention(q, k, v)
         except RuntimeError as reason:  # a kernel that takes no mask, or no grouped queries
             pytest.skip(f"{name}: {t.first_line(reason)}")
         finally:
             for kernel, enabled in zip(t.SDPA_KERNELS, kernels, strict=True):
                 getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(enabled)
         y.backward(grad.to(dtype))
-        results.append([y, q.grad, k.grad, v.grad])
+        results.append([y, scored, q.grad, k.grad, v.grad])
     errors = [error(a, b) for a, b in zip(*results, strict=True)]
-    print(name, "by document", " ".join(f"{e:.1e}" for e in errors))
+    print(name, "by document", length, " ".join(f"{e:.1e}" for e in errors))
     assert max(errors) < 0.02
 
 

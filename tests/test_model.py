@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask
 
 import harness as h
 import references as ref
@@ -170,6 +171,20 @@ def test_document_attention_equals_softmax(attend, mask, monkeypatch):
                                if trains else ())])
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_block_masks_have_a_stride_of_heads():
+    """FlexAttention's kernel goes from sequence to sequence by it; of 32 it is not padded."""
+    starts = documents()
+    mask, (document, T) = t.block_mask(starts), (starts.cumsum(1), starts.size(1))
+    made = create_block_mask(lambda b, _, query, key: (query >= key)
+                             & (document[b, query] == document[b, key]),
+                             len(starts), None, T, T, device="cpu")
+    for part in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+                 "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+        ours, theirs = getattr(mask, part), getattr(made, part)
+        assert torch.equal(ours, theirs.expand_as(ours)) and ours.size(1) == 32
+        assert ours.is_contiguous() and ours.stride(0) == 32 * ours.stride(1)
 
 
 @pytest.mark.parametrize("attend, mask", [
