@@ -205,6 +205,8 @@ def test_batches_depend_on_seed_and_step_only(tmp_path):
         assert torch.equal(fresh.read(step)[:, 1:], batches[step][1])
         assert torch.equal(walked.batch(step)[0], batches[step][0])  # back in time
         assert not torch.equal(h.loader(tmp_path, seed=2).batch(step)[0], batches[step][0])
+        ordered = h.loader(tmp_path, data_seed=2).batch(step)[0]
+        assert torch.equal(ordered, h.loader(tmp_path, seed=2).batch(step)[0])
     assert len({b[0].numpy().tobytes() for b in batches}) == 20
 
 
@@ -1522,7 +1524,6 @@ def test_preflight_02_hyperparameters():
 def full():
     """The record model at full width: its initial weights, then two steps on a tiny batch."""
     c = h.config(h.RECORD, compressor="zlib", quant="rtn", n_int6_layers=4)
-    torch.manual_seed(c.seed)
     model = t.GPT(c, h.table(1254).is_boundary, h.runtime())
     model.set_phase(t.Phase(recur=True))
     with torch.no_grad():

@@ -53,8 +53,9 @@ PLAIN = dict(  # without the levers of PRESET=frontier
     ttt_lora_wd=1.0,
 )  # fmt: skip
 RECORD = dict(  # SPEC section 1, and the settings that it leaves open
-    preset=("record",), run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
-    tokenizer_path="", tokenizer_meta_path="", vocab_size=0, dry_run=False,
+    preset=("record",), run_id="", seed=1337, data_seed=0,
+    data_path="./data/datasets/fineweb10B_scylla", tokenizer_path="", tokenizer_meta_path="",
+    vocab_size=0, dry_run=False,
     num_layers=11, model_dim=512, num_heads=8, num_kv_heads=4, mlp_mult=3.0, tie_embeddings=True,
     rope_base=10000.0, rope_dims=16, logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True,
     xsa_last_n=4, smear_enabled=True, bigram_vocab_size=2048, bigram_dim=128, ve_enabled=True,
@@ -79,8 +80,9 @@ RECORD = dict(  # SPEC section 1, and the settings that it leaves open
 )  # fmt: skip
 VOCAB, BOS = 300, 299  # of the tiny data; its last id is the boundary
 TINY = dict(
-    preset=("record",), run_id="", seed=1337, data_path="./data/datasets/fineweb10B_scylla",
-    tokenizer_path="", tokenizer_meta_path="", vocab_size=0, dry_run=False,
+    preset=("record",), run_id="", seed=1337, data_seed=0,
+    data_path="./data/datasets/fineweb10B_scylla", tokenizer_path="", tokenizer_meta_path="",
+    vocab_size=0, dry_run=False,
     num_layers=4, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=3.0, tie_embeddings=True,
     rope_base=10000.0, rope_dims=8, logit_softcap=30.0, qk_gain_init=1.5, ln_scale=True,
     xsa_last_n=2, smear_enabled=True, bigram_vocab_size=64, bigram_dim=8, ve_enabled=True, ve_dim=8,
@@ -219,7 +221,6 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 def random_model(c: t.Config, recur: bool = True, seed: int | None = 0, vocab: int = VOCAB
                  ) -> t.GPT:  # fmt: skip
     """A model on the CPU in the given phase; with `seed` None it has its initial values."""
-    torch.manual_seed(1)
     model = t.GPT(c, table(vocab).is_boundary, runtime())
     if seed is not None:
         randomize(model, seed)
@@ -667,7 +668,6 @@ def two_checkpoints(data, tmp_path_factory) -> Path:
 
 def build_trainer(c: t.Config, on: t.Runtime) -> t.Trainer:
     """A Trainer on the data of its configuration."""
-    torch.manual_seed(c.seed)
     about = t.load_byte_table(c)
     model = t.GPT(c, about.is_boundary, on)
     batches = t.Loader(t.find_shards(c, "train"), c, on, model.vocab_size)

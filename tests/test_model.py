@@ -421,6 +421,21 @@ def test_layer_plan_frontier():
         assert [r.layer for r in one_pass] == [*range(11)]
 
 
+@pytest.mark.parametrize("changes", [
+    dict(bigram_vocab_size=0), dict(recur_untie_mlp=False), dict(mlp_mult=4.0), dict(data_seed=7),
+    dict(ve_enabled=False, smear_enabled=False), dict(parallel_start_layer=4), dict(seed=7)])
+def test_runs_begin_alike_where_shapes_agree(changes):
+    """Whatever else differs, but for SEED; so a comparison by seeds is one of pairs."""
+    first, second = ({n: p.detach() for n, p in h.random_model(
+        h.config(h.DEEP, **changed), seed=None).named_parameters()} for changed in ({}, changes))
+    common = [n for n in first if n in second and first[n].shape == second[n].shape]
+    alike = [n for n in common if torch.equal(first[n], second[n])]
+    drawn = [n for n in common if n.endswith((".q.weight", "embed.weight", ".table.weight"))
+             and first[n].any()]
+    assert len(common) > 40 and drawn
+    assert not {*alike} & {*drawn} if "seed" in changes else alike == common
+
+
 def test_initial_values():
     """The table of GPT's docstring, and orthogonality of q, k, v and up."""
     c = h.config(h.DEEP, tie_embeddings=False, tied_embed_init_std=0.005, qk_gain_init=1.7,
@@ -450,6 +465,8 @@ def test_initial_values():
             assert torch.equal(x, torch.full_like(x, 1.7))
         else:
             assert name.startswith(("embed", "bigram", "value")), name
+    assert len({x.sum().item() for n, x in p.items() if n.endswith("attn.q.weight")}) == len(
+        model.blocks)  # no two matrices are alike
     ids = h.ids()
     starts = torch.from_numpy(h.table().is_boundary)[ids]
     assert not model.bigram(ids, starts).any()  # adds nothing at the start of training

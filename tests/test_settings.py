@@ -266,7 +266,6 @@ def see_model(c, made):
 
 def see_init(c, made):
     """Initial weights."""
-    torch.manual_seed(c.seed)
     return h.digest(t.GPT(c, h.table().is_boundary, h.runtime()).named_parameters())
 
 
@@ -389,7 +388,7 @@ FLIPS = [  # (what is seen, settings that it needs, another value of each of the
         skip_gate=True, asym_softcap=True, doc_attention=True)),
     (see_init, {}, dict(qk_gain_init=1.0, tied_embed_init_std=0.02)),
     (see_train, {}, dict(
-        seed=1, recur_start_step=5.0, train_batch_tokens=128, micro_batch_tokens=32,
+        seed=1, data_seed=2, recur_start_step=5.0, train_batch_tokens=128, micro_batch_tokens=32,
         train_seq_len=16, iterations=5, warmdown_iters=10, warmup_steps=9,
         max_wallclock_seconds=0.26, matrix_lr=0.01, scalar_lr=0.01, tied_embed_lr=0.01, min_lr=0.3,
         muon_momentum=0.9, muon_momentum_warmup_start=0.5, muon_momentum_warmup_steps=2,
