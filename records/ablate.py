@@ -3,6 +3,8 @@
     python records/ablate.py records/plans/demo_features.json --jobs 2
     python records/ablate.py records/plans/levers.json --list      what would run; runs nothing
     python records/ablate.py records/plans/slopes.json --table     of the results that are kept
+    python records/ablate.py records/plans/levers.json --power     which difference they could show
+    python records/ablate.py records/plans/levers.json --figure levers.png
     python records/ablate.py records/plans/frontier.json --only record,frontier    some variants
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...], "variants": {name:
@@ -10,11 +12,19 @@ A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
 {name: [baselines]} names. Optional: "seeds_of": {name: n} gives a variant only the first n seeds,
 "change": score is what the changes are of, if not the roundtrip. In a value "{root}" is this
 repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is scored
-after another variant has trained it. All runs use the copy of train_gpt.py that the first one made,
-each in a folder of its own, with an equal share of the processor cores, pinned where the system
-can, and where there are GPUs with one of them. A run whose log holds a summary is not repeated.
-results.json is copied to records/plans/results/<plan>.json to be kept: only then may a document
-quote figures of the plan. docs/studies.md has the plans and their tables.
+after another variant has trained it.
+
+"alike": {baseline: [variants]} names variants that differ from a baseline by chance alone, such as
+by a LOGIT_SOFTCAP of 30.001: others are compared with the mean of them all. With "pooled": true the
+intervals take what a whole family of variants, those against one baseline, says of chance: variants
+and seeds are its rows and columns, and chance is what is left of their scores when both have been
+taken out. Its standard deviation is taken to be the same for all of them.
+
+All runs use the copy of train_gpt.py that the first one made, each in a folder of its own, with an
+equal share of the processor cores, pinned where the system can, and where there are GPUs with one
+of them. A run whose log holds a summary is not repeated. results.json is copied to
+records/plans/results/<plan>.json to be kept: only then may a document quote figures of the plan.
+docs/studies.md has the plans and their tables.
 """
 
 from __future__ import annotations
@@ -40,11 +50,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records"), str(ROOT)]
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import figures  # noqa: E402
 import train_gpt  # noqa: E402
-from welch import sample  # noqa: E402
+from welch import sample, t_quantile  # noqa: E402
 
 SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mode != "slot"),
           f"{train_gpt.FINAL_LINES['slot']}_bpb")
@@ -185,24 +196,74 @@ def results_text(results: dict[str, list[dict]]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def change_text(ours: list[float], base: list[float]) -> str:
-    """Mean of the differences, seed by seed, with its 95 % interval by Student's t.
+class Family:
+    """The runs that are compared with one baseline, and what they say of chance.
 
-    It is bold where the interval leaves out zero. One seed has no interval.
+    `results` are summaries by variant, in the order of the seeds; `score` names one of theirs.
     """
-    change = sample([a - b for a, b in zip(ours, base, strict=False)])
-    if change.interval is None:
-        return f"{change.mean:+.4f}"
-    text = f"{change.mean:+.4f} +- {change.interval:.4f}"
-    return f"**{text}**" if abs(change.mean) > change.interval else text
+
+    def __init__(self, results: dict[str, list[dict]], plan: dict, baseline: str) -> None:
+        alike, score = plan.get("alike", {}).get(baseline, []), plan.get("change", "roundtrip_bpb")
+        self.baseline, self.pooled = baseline, plan.get("pooled", False)
+        self.scores = {name: [run[score] for run in runs] for name, runs in results.items()}
+        self.alike = [name for name in (baseline, *alike) if name in results]
+        self.members = [name for name in results if name in self.alike
+                        or baseline in baselines(results, plan, name)[:1]]
+
+    def chance(self) -> tuple[float, int] | None:
+        """Standard deviation of a score, its variant and seed taken out, and degrees of freedom."""
+        cells = [(row, seed, score) for row, name in enumerate(self.members)
+                 for seed, score in enumerate(self.scores[name])]
+        rows, seeds, scores = map(np.array, zip(*cells, strict=True))
+        design = np.concatenate((np.eye(rows.max() + 1)[rows], np.eye(seeds.max() + 1)[seeds]), 1)
+        fitted, _, rank, _ = np.linalg.lstsq(design, scores, rcond=None)
+        freedom = len(scores) - int(rank)
+        rest = scores - design @ fitted
+        return (math.sqrt(rest @ rest / freedom), freedom) if freedom > 0 else None
+
+    def change(self, name: str) -> tuple[float, float | None]:
+        """Mean difference of a variant to the baseline, and half its 95 % interval if there is one.
+
+        Seed by seed. One that is alike is compared with the baseline only.
+        """
+        alike = [self.baseline] if name in self.alike else self.alike
+        base = [statistics.fmean(scores) for scores in zip(*(self.scores[n] for n in alike),
+                                                           strict=False)]
+        ours = sample([a - b for a, b in zip(self.scores[name], base, strict=False)])
+        chance = self.chance() if self.pooled else None
+        if chance is None:
+            return ours.mean, ours.interval
+        return ours.mean, half_interval(*chance, ours.n, len(alike))
 
 
-def table(results: dict[str, list[dict]], against: dict[str, list[str]] | None = None,
-          change: str = "roundtrip_bpb") -> str:
+def baselines(results: dict[str, list[dict]], plan: dict, name: str) -> list[str]:
+    """What a variant is compared with, of the variants that have run."""
+    named = plan.get("against", {}).get(name, [next(iter(results))])
+    return [other for other in named if other in results and other != name]
+
+
+def families(results: dict[str, list[dict]], plan: dict) -> list[Family]:
+    """One for each baseline."""
+    first = (other for name in results for other in baselines(results, plan, name)[:1])
+    return [Family(results, plan, baseline) for baseline in dict.fromkeys(first)]
+
+
+def half_interval(deviation: float, freedom: float, seeds: int, alike: int) -> float:
+    """Half the 95 % interval of a difference of means over `seeds` to `alike` baselines."""
+    return t_quantile(0.025, freedom) * deviation * math.sqrt((1 + 1 / alike) / seeds)
+
+
+def change_text(mean: float, half: float | None) -> str:
+    """A change with half its interval; bold where that leaves out zero."""
+    text = f"{mean:+.4f}" if half is None else f"{mean:+.4f} +- {half:.4f}"
+    return f"**{text}**" if half is not None and abs(mean) > half else text
+
+
+def table(results: dict[str, list[dict]], plan: dict) -> str:
     """Markdown: means over the seeds, and the spread and change of a score against a baseline.
 
-    The baseline is the first variant, or those that `against` names. Where there are more scores
-    than the roundtrip's, a second table has the change from each score to the next.
+    Where there are more scores than the roundtrip's, a second table has the change from each score
+    to the next.
     """
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
@@ -210,11 +271,10 @@ def table(results: dict[str, list[dict]], against: dict[str, list[str]] | None =
             "ms/step with calibration", "evaluation s"]
     rows: list[list] = []
     for name, runs in results.items():
-        others = [other for other in (against or {}).get(name, [next(iter(results))])
-                  if other in results and other != name]
+        others = baselines(results, plan, name)
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
-        finals = [run[change] for run in runs]
-        texts = [change_text(finals, [run[change] for run in results[other]]) for other in others]
+        finals = [run[plan.get("change", "roundtrip_bpb")] for run in runs]
+        texts = [change_text(*Family(results, plan, other).change(name)) for other in others]
         trained = [run for run in runs if "steps" in run]
         steps, ms = (statistics.fmean(run[key] for run in trained) if trained else math.nan
                      for key in ("steps", "train_ms"))
@@ -234,11 +294,58 @@ def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
     """Markdown: by variant, the change from each of `scores` to the next, as change_text gives."""
     pairs = list(zip(scores, scores[1:], strict=False))
     names = {s: s.removesuffix("_bpb").replace("_", "-") for s in scores}
-    rows = [[variant, *(change_text([run[new] for run in runs], [run[old] for run in runs])
-                        if all(old in run and new in run for run in runs) else None
-                        for old, new in pairs)] for variant, runs in results.items()]
+
+    def cell(runs: list[dict], old: str, new: str) -> str | None:
+        if not all(old in run and new in run for run in runs):
+            return None
+        found = sample([run[new] - run[old] for run in runs])
+        return change_text(found.mean, found.interval)
+
+    rows = [[variant, *(cell(runs, *pair) for pair in pairs)] for variant, runs in results.items()]
     return figures.markdown(["variant", *(f"{names[new]} against {names[old]}, 95 %"
                                           for old, new in pairs)], rows)
+
+
+GOAL = 0.003  # BPB: the difference that an experiment should see
+
+
+def power_table(results: dict[str, list[dict]], plan: dict) -> str:
+    """Markdown: for each family of variants, which difference its runs could have seen.
+
+    "seen 19 times in 20" is a true difference that would leave zero outside the interval so often.
+    The last columns: how many seeds make half an interval GOAL, and the hours of all their runs.
+    """
+    head = ["baseline", "variants", "seeds", "deviation over seeds", "deviation of chance",
+            "half a 95 % interval", "seen 19 times in 20", f"seeds for {GOAL}", "hours a run",
+            f"hours for {GOAL}"]
+    rows = []
+    for family in families(results, plan):
+        found, variants = family.chance(), len(family.members)
+        if found is None:
+            continue
+        seeds, alike = max(len(family.scores[name]) for name in family.members), len(family.alike)
+        spread = math.sqrt(statistics.fmean(
+            statistics.variance(family.scores[name]) for name in family.members
+            if len(family.scores[name]) > 1))
+        half = half_interval(*found, seeds, alike)
+        seen = half * (1 + t_quantile(0.05, found[1]) / t_quantile(0.025, found[1]))
+        needed = next(n for n in itertools.count(2) if half_interval(
+            found[0], (variants - 1) * (n - 1), n, alike) <= GOAL)
+        hours = statistics.fmean((run.get("train_ms", 0) / 1e3 + run.get("seconds_eval", 0)) / 3600
+                                 for name in family.members for run in results[name])
+        rows.append([family.baseline, variants, seeds, f"{spread:.4f}", f"{found[0]:.4f}",
+                     f"{half:.4f}", f"{seen:.4f}", needed, f"{hours:.2f}",
+                     f"{hours * variants * needed:.0f}"])
+    return figures.markdown(head, rows)
+
+
+def draw(results: dict[str, list[dict]], plan: dict, path: Path) -> None:
+    """A PNG: the change of every variant with its interval, family by family."""
+    groups = {}
+    for family in families(results, plan):
+        names = [name for name in family.members if name not in family.alike]
+        groups[family.baseline] = [(name, *family.change(name)) for name in names]
+    figures.plot_changes(groups, path)
 
 
 def chosen(variants: dict[str, dict], names: list[str]) -> dict[str, dict]:
@@ -265,16 +372,24 @@ def main() -> int:
     parser.add_argument("--only", metavar="NAMES", help="some variants, separated by commas")
     parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
     parser.add_argument("--table", action="store_true", help="only the table of kept results")
+    parser.add_argument("--power", action="store_true",
+                        help="which difference the kept results could show")
+    parser.add_argument("--figure", type=Path, metavar="PNG",
+                        help="draw the changes of the kept results with their intervals")
     options = parser.parse_args()
     plan = read_json(options.plan)
     if options.only:
         plan["variants"] = chosen(plan["variants"], options.only.split(","))
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
-    if options.table or options.list:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    if options.table:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
+    if options.table or options.power or options.figure:
         results = read_json(options.plan.parent / "results" / options.plan.name)
-        print(table(results, plan.get("against"), plan.get("change", "roundtrip_bpb")))
+        if options.table:
+            print(table(results, plan))
+        if options.power:
+            print(power_table(results, plan))
+        if options.figure:
+            draw(results, plan, options.figure)
         return 0
     if options.list:
         for variant, folder, _ in tasks_of(plan, out):
@@ -284,7 +399,7 @@ def main() -> int:
     code = keep_code(out)
     results = {variant: [run | {"train_gpt": code} for run in runs]
                for variant, runs in run_plan(plan, out, options.jobs).items()}
-    text = table(results, plan.get("against"), plan.get("change", "roundtrip_bpb"))
+    text = table(results, plan)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     (out / "results.json").write_text(results_text(results), encoding="utf-8")
     print(text)

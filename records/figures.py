@@ -137,6 +137,30 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
+def plot_changes(groups: dict[str, list[tuple[str, float, float | None]]], path: Path) -> None:
+    """Changes of BPB against baselines, (name, mean, half an interval), a panel each: a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tallest = max(len(rows) for rows in groups.values())
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 1.2 + 0.26 * tallest),
+                                layout="constrained", squeeze=False)
+    for panel, (baseline, rows) in zip(axes[0], groups.items(), strict=True):
+        for place, (_, mean, half) in enumerate(rows):
+            told = half is not None and abs(mean) > half
+            colour = ("#1a7f4b" if mean < 0 else "#b3412e") if told else "#888888"
+            panel.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3, markersize=4)
+        panel.axvline(0, color="black", linewidth=0.8)
+        panel.set(title=f"against {baseline}", yticks=range(len(rows)), ylim=(tallest - 0.5, -0.5),
+                  yticklabels=[name for name, *_ in rows],
+                  xlabel="better <  change of BPB, 95 % interval  > worse")
+        panel.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
 def nats_to_bpb(runs: Sequence[Run]) -> float | None:
     """BPB of one nat per token, of the tokenizer that the runs used."""
     factors = [run.bpb_per_nat for run in runs if run.bpb_per_nat]

@@ -152,35 +152,91 @@ def test_ablation_table_and_plans():
                      for r in (2.0, 2.2)],
             "less": [dict(post_ema_bpb=1.5, roundtrip_bpb=2.5, bytes_total=8, steps=5,
                           train_ms=100)]}
-    rows = ablate.table(runs).splitlines()
+    rows = ablate.table(runs, {}).splitlines()
     assert rows[2] == "| base | 2 | 1.0000 | 2.1000 | 1.9000 | 0.2000 | - | - | 10 | 4 | 10 | 3 |"
     assert rows[3] == "| less | 1 | 1.5000 | 2.5000 | - | - | +0.5000 | base | 8 | 5 | 20 | - |"
     runs["more"] = [dict(run, roundtrip_bpb=r) for run, r in zip(
         runs["base"], (2.4, 2.8), strict=True)]
-    change = ablate.table(runs).splitlines()[4].split("|")[7]  # +0.4 and +0.6: 0.5 +- t * 0.1
+    change = ablate.table(runs, {}).splitlines()[4].split("|")[7]  # +0.4 and +0.6: 0.5 +- t * 0.1
     assert change.strip() == f"+0.5000 +- {12.7062 * 0.1:.4f}"
-    rows = ablate.table(runs, {"more": ["less"]}).splitlines()
+    rows = ablate.table(runs, dict(against={"more": ["less"]})).splitlines()
     assert "| -0.1000 | less |" in rows[4] and "| +0.5000 | base |" in rows[3]
-    rows = ablate.table(runs, {"more": ["less", "gone", "base"]}).splitlines()
+    rows = ablate.table(runs, dict(against={"more": ["less", "gone", "base"]})).splitlines()
     assert f"| -0.1000; {change.strip()} | less; base |" in rows[4]
     part = {name: runs[name] for name in ("less", "more")}  # their baseline was not run
-    rows = ablate.table(part, dict(less=["base"], more=["base"])).splitlines()[2:4]
+    rows = ablate.table(part, dict(against=dict(less=["base"], more=["base"]))).splitlines()[2:4]
     assert len(rows) == 2 and all(" | - | - | " in row for row in rows)
-    assert ablate.table(json.loads(ablate.results_text(runs))) == ablate.table(runs)
-    scored = {name: [dict(ttt_bpb=score, val_bpb=score)] for name, score in dict(a=2, b=1).items()}
-    rows = ablate.table(json.loads(ablate.results_text(scored)), change="val_bpb").splitlines()
+    assert ablate.table(json.loads(ablate.results_text(runs)), {}) == ablate.table(runs, {})
+    loaded = {name: [dict(ttt_bpb=score, val_bpb=score)] for name, score in dict(a=2, b=1).items()}
+    kept = json.loads(ablate.results_text(loaded))
+    rows = ablate.table(kept, dict(change="val_bpb")).splitlines()
     assert rows[3] == "| b | 1 | 1.0000 | - | -1.0000 | a | - | - | - | - |"  # without training
     plans = sorted((h.ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
         plan = json.loads(path.read_text())
         assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
-        against = plan.get("against", {})
-        assert {*against, *itertools.chain(*against.values())} <= set(plan["variants"])
+        for names in (plan.get("against", {}), plan.get("alike", {})):
+            assert {*names, *itertools.chain(*names.values())} <= set(plan["variants"])
         for changes in plan["variants"].values():
             texts = {k: str(v).format(root=h.ROOT, out="out", seed=1)
                      for k, v in (plan["base"] | changes).items()}
             t.Config.from_env(texts, cuda=True)
+
+
+def scored(scores: dict[str, list[float]]) -> dict[str, list[dict]]:
+    """Results that hold roundtrip scores only."""
+    return {name: [dict(roundtrip_bpb=score) for score in row] for name, row in scores.items()}
+
+
+def test_chance_is_what_variants_and_seeds_leave():
+    """By hand: three variants, three seeds; missing seeds of a variant change no fitted mean."""
+    runs = scored(dict(base=[1, 2, 3], a=[2, 3, 4], b=[1.3, 2.0, 2.7]))
+    plan = dict(pooled=True, alike=dict(base=["b"]))
+    family = ablate.Family(runs, plan, "base")
+    deviation, freedom = family.chance()  # rest of b: 0.2, 0, -0.2, of the others half of it
+    assert freedom == 4 and deviation == pytest.approx(np.sqrt((0.08 + 2 * 0.02) / 4))
+    mean, half = family.change("a")  # against the mean of base and b
+    assert mean == pytest.approx(np.mean([2 - 1.15, 1, 4 - 2.85]))
+    assert half == pytest.approx(2.77645 * deviation * np.sqrt(1.5 / 3), rel=1e-5)
+    assert family.change("b")[0] == pytest.approx(0)  # one that is alike, against the baseline
+    assert family.change("b")[1] == pytest.approx(2.77645 * deviation * np.sqrt(2 / 3), rel=1e-5)
+    few = scored(dict(base=[1, 2, 3], a=[2, 3], b=[1, 2, 3]))
+    assert ablate.Family(few, plan, "base").chance() == (pytest.approx(0, abs=1e-12), 3)
+    assert ablate.Family(scored(dict(base=[1], a=[2])), plan, "base").change("a") == (1, None)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_intervals_hold_zero_as_often_as_they_say(pooled):
+    """19 of 20 intervals, where seeds matter, nothing else does, and the baseline has two more."""
+    random, inside = np.random.default_rng(0), []
+    plan = dict(pooled=pooled, alike=dict(base=["b1", "b2"]))
+    for _ in range(400):
+        scores = random.normal(size=(7, 4)) + 10 * random.normal(size=4)
+        family = ablate.Family(scored(dict(zip(
+            ("base", "b1", "b2", "v", "w", "x", "y"), scores, strict=True))), plan, "base")
+        inside += [abs(mean) <= half for mean, half in map(family.change, "vwxy")]
+    assert 0.93 < np.mean(inside) < 0.97
+
+
+def test_power_of_a_plan():
+    """Half an interval, the seeds that make it small enough, and what they cost, by hand."""
+    random = np.random.default_rng(1)
+    scores = 2.3 + 0.002 * random.normal(size=(6, 4)) + 0.01 * random.normal(size=4)
+    runs = {name: [dict(roundtrip_bpb=score, train_ms=3.6e6, seconds_eval=1800) for score in row]
+            for name, row in zip("abcdef", scores, strict=True)}
+    head, _, row = ablate.power_table(runs, dict(pooled=True)).splitlines()
+    cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+    half = ablate.Family(runs, dict(pooled=True), "a").change("b")[1]
+    assert cells["half a 95 % interval"] == f"{half:.4f}" and "a" in row.split(" | ")[0]
+    seen = float(cells["seen 19 times in 20"])
+    assert seen == pytest.approx(half * (1 + 1.753 / 2.131), rel=2e-2)
+    seeds = int(cells[f"seeds for {ablate.GOAL}"])
+    deviation, _ = ablate.Family(runs, {}, "a").chance()
+    halves = [ablate.half_interval(deviation, 5 * (n - 1), n, 1) for n in (seeds - 1, seeds)]
+    assert halves[1] <= ablate.GOAL < halves[0] and cells["hours a run"] == "1.50"
+    assert cells[f"hours for {ablate.GOAL} |"].strip(" |") == f"{1.5 * 6 * seeds:.0f}"
+    assert not ablate.power_table({"a": runs["a"][:1], "b": runs["b"][:1]}, {}).splitlines()[2:]
 
 
 def test_changes_from_score_to_score():
@@ -188,13 +244,13 @@ def test_changes_from_score_to_score():
     runs = {"full": [dict(post_ema_bpb=1.0, roundtrip_bpb=1.25, ttt_bpb=tuned, bytes_total=1,
                           steps=1, train_ms=1) for tuned in (1.0, 0.75)]}
     runs["half"] = [{k: v for k, v in run.items() if k != "ttt_bpb"} for run in runs["full"][:1]]
-    second = ablate.table(runs).split("\n\n")[1].splitlines()
+    second = ablate.table(runs, {}).split("\n\n")[1].splitlines()
     assert second[0] == ("| variant | roundtrip against post-ema, 95 % "
                          "| ttt against roundtrip, 95 % |")
     assert second[2:] == [
         f"| full | **+0.2500 +- 0.0000** | -0.3750 +- {12.7062 * 0.125:.4f} |",
         "| half | +0.2500 | - |"]
-    assert "\n\n" not in ablate.table({"half": runs["half"]})
+    assert "\n\n" not in ablate.table({"half": runs["half"]}, {})
 
 
 def printed(plan: str, capsys, monkeypatch) -> str:
