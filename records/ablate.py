@@ -1,7 +1,7 @@
 """Matched experiments: named sets of settings x seeds -> one table, resumable.
 
     python records/ablate.py records/plans/demo_features.json --jobs 2
-    python records/ablate.py records/plans/levers.json --list      what would run; runs nothing
+    python records/ablate.py records/plans/levers.json --list      what is left; runs nothing
     python records/ablate.py records/plans/slopes.json --table     of the results that are kept
     python records/ablate.py records/plans/levers.json --power     which difference they could show
     python records/ablate.py records/plans/levers.json --figure levers.png
@@ -14,15 +14,11 @@ A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...],
 repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is scored
 after another variant has trained it.
 
-"alike": {baseline: [variants]} names variants that differ from a baseline by chance alone, such as
-by a LOGIT_SOFTCAP of 30.001: others are compared with the mean of them all. With "pooled": true the
-intervals take what a whole family of variants, those against one baseline, says of chance: variants
-and seeds are its rows and columns, and chance is what is left of their scores when both have been
-taken out. Its standard deviation is taken to be the same for all of them.
-
-All runs use the copy of train_gpt.py that the first one made, each in a folder of its own, with an
-equal share of the processor cores, pinned where the system can, and where there are GPUs with one
-of them. A run whose log holds a summary is not repeated. results.json is copied to
+All variants are run with the first seed, then all with the second, and so on. They begin alike: a
+seed gives the same order of the data and, where shapes agree, the same initial values. All runs use
+the copy of train_gpt.py that the first one made, each in a folder of its own, with an equal share
+of the processor cores, pinned where the system can, and where there are GPUs with one of them. A
+run whose log holds a summary is not repeated. results.json is copied to
 records/plans/results/<plan>.json to be kept: only then may a document quote figures of the plan.
 docs/studies.md has the plans and their tables.
 """
@@ -50,12 +46,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "records"), str(ROOT)]
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 import figures  # noqa: E402
 import train_gpt  # noqa: E402
-from welch import sample, t_quantile  # noqa: E402
+from welch import Sample, sample, t_quantile  # noqa: E402
 
 SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mode != "slot"),
           f"{train_gpt.FINAL_LINES['slot']}_bpb")
@@ -147,9 +142,11 @@ def keep_code(out: Path) -> str:
 
 def tasks_of(plan: dict, out: Path) -> list[tuple[str, Path, dict[str, str]]]:
     """(variant, folder, settings) of every run of a plan."""
-    tasks = []
-    for variant, changes in plan["variants"].items():
-        for seed in plan["seeds"][: plan.get("seeds_of", {}).get(variant)]:
+    tasks, seeds_of = [], plan.get("seeds_of", {})
+    for number, seed in enumerate(plan["seeds"], 1):
+        for variant, changes in plan["variants"].items():
+            if number > seeds_of.get(variant, number):
+                continue
             settings = plan["base"] | {"SEED": seed} | changes
             texts = {name: str(value).format(root=ROOT, out=out, seed=seed)
                      for name, value in settings.items()}
@@ -187,6 +184,36 @@ def run_plan(plan: dict, out: Path, jobs: int) -> dict[str, list[dict]]:
     return grouped
 
 
+def list_runs(plan: dict, out: Path) -> None:
+    """Print which runs of a plan are done, which are to come, and how long these will take."""
+    tasks = tasks_of(plan, out)
+    done = {folder: summary_of(folder) for _, folder, _ in tasks}
+    for variant, folder, _ in tasks:
+        print(f"{folder.name}: {'done' if done[folder] else 'to run'}, "
+              f"{plan['variants'][variant] or 'the base'}")
+    took = [hours_of(run) for run in done.values() if run]
+    left = len(tasks) - len(took)
+    hours = f", {left * statistics.fmean(took):.1f} hours one at a time" if took else ""
+    print(f"{len(took)} of {len(tasks)} runs are done; {left} are to come{hours}")
+
+
+def hours_of(run: dict) -> float:
+    """What a run took, training and evaluation."""
+    return run.get("train_ms", 0) / 3.6e6 + run.get("seconds_eval", 0) / 3600
+
+
+def finished(plan: dict, out: Path) -> dict[str, list[dict]]:
+    """Summaries of the runs that are done, by variant, up to the first seed that is not."""
+    results: dict[str, list[dict]] = {}
+    for variant in plan["variants"]:
+        runs = (summary_of(folder) for name, folder, _ in tasks_of(plan, out) if name == variant)
+        if done := list(itertools.takewhile(bool, runs)):
+            results[variant] = done
+    if not results:
+        raise SystemExit(f"{out}: no run of the plan is done")
+    return results
+
+
 def results_text(results: dict[str, list[dict]]) -> str:
     """What a table is made of, as JSON, a line a run; it is small enough to keep with the plan."""
     keys = (*SCORES, "val_bpb", "bytes_total", "steps", "train_ms", "seconds_eval", "train_gpt")
@@ -196,67 +223,27 @@ def results_text(results: dict[str, list[dict]]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-class Family:
-    """The runs that are compared with one baseline, and what they say of chance.
-
-    `results` are summaries by variant, in the order of the seeds; `score` names one of theirs.
-    """
-
-    def __init__(self, results: dict[str, list[dict]], plan: dict, baseline: str) -> None:
-        alike, score = plan.get("alike", {}).get(baseline, []), plan.get("change", "roundtrip_bpb")
-        self.baseline, self.pooled = baseline, plan.get("pooled", False)
-        self.scores = {name: [run[score] for run in runs] for name, runs in results.items()}
-        self.alike = [name for name in (baseline, *alike) if name in results]
-        self.members = [name for name in results if name in self.alike
-                        or baseline in baselines(results, plan, name)[:1]]
-
-    def chance(self) -> tuple[float, int] | None:
-        """Standard deviation of a score, its variant and seed taken out, and degrees of freedom."""
-        cells = [(row, seed, score) for row, name in enumerate(self.members)
-                 for seed, score in enumerate(self.scores[name])]
-        rows, seeds, scores = map(np.array, zip(*cells, strict=True))
-        design = np.concatenate((np.eye(rows.max() + 1)[rows], np.eye(seeds.max() + 1)[seeds]), 1)
-        fitted, _, rank, _ = np.linalg.lstsq(design, scores, rcond=None)
-        freedom = len(scores) - int(rank)
-        rest = scores - design @ fitted
-        return (math.sqrt(rest @ rest / freedom), freedom) if freedom > 0 else None
-
-    def change(self, name: str) -> tuple[float, float | None]:
-        """Mean difference of a variant to the baseline, and half its 95 % interval if there is one.
-
-        Seed by seed. One that is alike is compared with the baseline only.
-        """
-        alike = [self.baseline] if name in self.alike else self.alike
-        base = [statistics.fmean(scores) for scores in zip(*(self.scores[n] for n in alike),
-                                                           strict=False)]
-        ours = sample([a - b for a, b in zip(self.scores[name], base, strict=False)])
-        chance = self.chance() if self.pooled else None
-        if chance is None:
-            return ours.mean, ours.interval
-        return ours.mean, half_interval(*chance, ours.n, len(alike))
-
-
 def baselines(results: dict[str, list[dict]], plan: dict, name: str) -> list[str]:
     """What a variant is compared with, of the variants that have run."""
     named = plan.get("against", {}).get(name, [next(iter(results))])
     return [other for other in named if other in results and other != name]
 
 
-def families(results: dict[str, list[dict]], plan: dict) -> list[Family]:
-    """One for each baseline."""
-    first = (other for name in results for other in baselines(results, plan, name)[:1])
-    return [Family(results, plan, baseline) for baseline in dict.fromkeys(first)]
+def change_of(results: dict[str, list[dict]], plan: dict, name: str, baseline: str) -> Sample:
+    """The differences of a variant's score to a baseline's, seed by seed."""
+    score = plan.get("change", "roundtrip_bpb")
+    return sample([ours[score] - theirs[score] for ours, theirs in zip(
+        results[name], results[baseline], strict=False)])
 
 
-def half_interval(deviation: float, freedom: float, seeds: int, alike: int) -> float:
-    """Half the 95 % interval of a difference of means over `seeds` to `alike` baselines."""
-    return t_quantile(0.025, freedom) * deviation * math.sqrt((1 + 1 / alike) / seeds)
+def change_text(change: Sample) -> str:
+    """A mean difference with its 95 % interval by Student's t; bold where that leaves out zero.
 
-
-def change_text(mean: float, half: float | None) -> str:
-    """A change with half its interval; bold where that leaves out zero."""
-    text = f"{mean:+.4f}" if half is None else f"{mean:+.4f} +- {half:.4f}"
-    return f"**{text}**" if half is not None and abs(mean) > half else text
+    One seed has no interval.
+    """
+    half = change.interval
+    text = f"{change.mean:+.4f}" if half is None else f"{change.mean:+.4f} +- {half:.4f}"
+    return f"**{text}**" if half is not None and abs(change.mean) > half else text
 
 
 def table(results: dict[str, list[dict]], plan: dict) -> str:
@@ -274,7 +261,7 @@ def table(results: dict[str, list[dict]], plan: dict) -> str:
         others = baselines(results, plan, name)
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run[plan.get("change", "roundtrip_bpb")] for run in runs]
-        texts = [change_text(*Family(results, plan, other).change(name)) for other in others]
+        texts = [change_text(change_of(results, plan, name, other)) for other in others]
         trained = [run for run in runs if "steps" in run]
         steps, ms = (statistics.fmean(run[key] for run in trained) if trained else math.nan
                      for key in ("steps", "train_ms"))
@@ -298,8 +285,7 @@ def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
     def cell(runs: list[dict], old: str, new: str) -> str | None:
         if not all(old in run and new in run for run in runs):
             return None
-        found = sample([run[new] - run[old] for run in runs])
-        return change_text(found.mean, found.interval)
+        return change_text(sample([run[new] - run[old] for run in runs]))
 
     rows = [[variant, *(cell(runs, *pair) for pair in pairs)] for variant, runs in results.items()]
     return figures.markdown(["variant", *(f"{names[new]} against {names[old]}, 95 %"
@@ -309,42 +295,42 @@ def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
 GOAL = 0.003  # BPB: the difference that an experiment should see
 
 
-def power_table(results: dict[str, list[dict]], plan: dict) -> str:
-    """Markdown: for each family of variants, which difference its runs could have seen.
+def detectable(change: Sample) -> float:
+    """The true difference that would leave zero outside the interval 19 times in 20."""
+    tails = (t_quantile(tail, change.n - 1) for tail in (0.05, 0.025))
+    return sum(tails) * change.std / math.sqrt(change.n)
 
-    "seen 19 times in 20" is a true difference that would leave zero outside the interval so often.
-    The last columns: how many seeds make half an interval GOAL, and the hours of all their runs.
+
+def power_table(results: dict[str, list[dict]], plan: dict) -> str:
+    """Markdown: for each variant, which difference to its baseline its runs could have seen.
+
+    The last columns: how many seeds would make half the interval GOAL, and the hours that the
+    variant's runs would take.
     """
-    head = ["baseline", "variants", "seeds", "deviation over seeds", "deviation of chance",
-            "half a 95 % interval", "seen 19 times in 20", f"seeds for {GOAL}", "hours a run",
-            f"hours for {GOAL}"]
-    rows = []
-    for family in families(results, plan):
-        found, variants = family.chance(), len(family.members)
-        if found is None:
-            continue
-        seeds, alike = max(len(family.scores[name]) for name in family.members), len(family.alike)
-        spread = math.sqrt(statistics.fmean(
-            statistics.variance(family.scores[name]) for name in family.members
-            if len(family.scores[name]) > 1))
-        half = half_interval(*found, seeds, alike)
-        seen = half * (1 + t_quantile(0.05, found[1]) / t_quantile(0.025, found[1]))
-        needed = next(n for n in itertools.count(2) if half_interval(
-            found[0], (variants - 1) * (n - 1), n, alike) <= GOAL)
-        hours = statistics.fmean((run.get("train_ms", 0) / 1e3 + run.get("seconds_eval", 0)) / 3600
-                                 for name in family.members for run in results[name])
-        rows.append([family.baseline, variants, seeds, f"{spread:.4f}", f"{found[0]:.4f}",
-                     f"{half:.4f}", f"{seen:.4f}", needed, f"{hours:.2f}",
-                     f"{hours * variants * needed:.0f}"])
+    head = ["variant", "against", "seeds", "deviation over seeds", "deviation of the difference",
+            "half a 95 % interval", "seen 19 times in 20", f"seeds for {GOAL}", f"hours for {GOAL}"]
+    rows, score = [], plan.get("change", "roundtrip_bpb")
+    for name, runs in results.items():
+        alone = sample([run[score] for run in runs])
+        hours = statistics.fmean(map(hours_of, runs))
+        for other in baselines(results, plan, name):
+            change = change_of(results, plan, name, other)
+            if change.interval is None:
+                continue
+            needed = next(n for n in itertools.count(2)
+                          if Sample(0, change.std, n).interval <= GOAL)
+            rows.append([name, other, change.n, f"{alone.std:.4f}", f"{change.std:.4f}",
+                         f"{change.interval:.4f}", f"{detectable(change):.4f}", needed,
+                         f"{hours * needed:.1f}"])
     return figures.markdown(head, rows)
 
 
 def draw(results: dict[str, list[dict]], plan: dict, path: Path) -> None:
-    """A PNG: the change of every variant with its interval, family by family."""
-    groups = {}
-    for family in families(results, plan):
-        names = [name for name in family.members if name not in family.alike]
-        groups[family.baseline] = [(name, *family.change(name)) for name in names]
+    """A PNG: the change of every variant with its interval, a panel for each baseline."""
+    groups: dict[str, list[tuple[str, Sample]]] = {}
+    for name in results:
+        for other in baselines(results, plan, name)[:1]:
+            groups.setdefault(other, []).append((name, change_of(results, plan, name, other)))
     figures.plot_changes(groups, path)
 
 
@@ -370,8 +356,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: data/ablations/<plan>")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", metavar="NAMES", help="some variants, separated by commas")
-    parser.add_argument("--list", action="store_true", help="say what would run, and run nothing")
+    parser.add_argument("--list", action="store_true", help="say what is left, and run nothing")
     parser.add_argument("--table", action="store_true", help="only the table of kept results")
+    parser.add_argument("--so-far", action="store_true",
+                        help="table, power or figure of the runs that are done, not of those kept")
     parser.add_argument("--power", action="store_true",
                         help="which difference the kept results could show")
     parser.add_argument("--figure", type=Path, metavar="PNG",
@@ -383,7 +371,8 @@ def main() -> int:
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     if options.table or options.power or options.figure:
-        results = read_json(options.plan.parent / "results" / options.plan.name)
+        kept = options.plan.parent / "results" / options.plan.name
+        results = finished(plan, out) if options.so_far else read_json(kept)
         if options.table:
             print(table(results, plan))
         if options.power:
@@ -392,9 +381,7 @@ def main() -> int:
             draw(results, plan, options.figure)
         return 0
     if options.list:
-        for variant, folder, _ in tasks_of(plan, out):
-            state = "done" if summary_of(folder) else "to run"
-            print(f"{folder.name}: {state}, {plan['variants'][variant] or 'the base'}")
+        list_runs(plan, out)
         return 0
     code = keep_code(out)
     results = {variant: [run | {"train_gpt": code} for run in runs]

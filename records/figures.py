@@ -137,8 +137,8 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
     plt.close(figure)
 
 
-def plot_changes(groups: dict[str, list[tuple[str, float, float | None]]], path: Path) -> None:
-    """Changes of BPB against baselines, (name, mean, half an interval), a panel each: a PNG."""
+def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> None:
+    """Changes of BPB with their intervals, (variant, change) by baseline, a panel each: a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,10 +148,11 @@ def plot_changes(groups: dict[str, list[tuple[str, float, float | None]]], path:
     figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 1.2 + 0.26 * tallest),
                                 layout="constrained", squeeze=False)
     for panel, (baseline, rows) in zip(axes[0], groups.items(), strict=True):
-        for place, (_, mean, half) in enumerate(rows):
-            told = half is not None and abs(mean) > half
-            colour = ("#1a7f4b" if mean < 0 else "#b3412e") if told else "#888888"
-            panel.errorbar(mean, place, xerr=half, fmt="o", color=colour, capsize=3, markersize=4)
+        for place, (_, change) in enumerate(rows):
+            half = change.interval or math.inf
+            told = "#1a7f4b" if change.mean < 0 else "#b3412e"
+            panel.errorbar(change.mean, place, xerr=change.interval, fmt="o", markersize=4,
+                           capsize=3, color=told if abs(change.mean) > half else "#888888")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set(title=f"against {baseline}", yticks=range(len(rows)), ylim=(tallest - 0.5, -0.5),
                   yticklabels=[name for name, *_ in rows],

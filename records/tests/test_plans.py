@@ -184,59 +184,33 @@ def test_ablation_table_and_plans():
             t.Config.from_env(texts, cuda=True)
 
 
-def scored(scores: dict[str, list[float]]) -> dict[str, list[dict]]:
-    """Results that hold roundtrip scores only."""
-    return {name: [dict(roundtrip_bpb=score) for score in row] for name, row in scores.items()}
-
-
-def test_chance_is_what_variants_and_seeds_leave():
-    """By hand: three variants, three seeds; missing seeds of a variant change no fitted mean."""
-    runs = scored(dict(base=[1, 2, 3], a=[2, 3, 4], b=[1.3, 2.0, 2.7]))
-    plan = dict(pooled=True, alike=dict(base=["b"]))
-    family = ablate.Family(runs, plan, "base")
-    deviation, freedom = family.chance()  # rest of b: 0.2, 0, -0.2, of the others half of it
-    assert freedom == 4 and deviation == pytest.approx(np.sqrt((0.08 + 2 * 0.02) / 4))
-    mean, half = family.change("a")  # against the mean of base and b
-    assert mean == pytest.approx(np.mean([2 - 1.15, 1, 4 - 2.85]))
-    assert half == pytest.approx(2.77645 * deviation * np.sqrt(1.5 / 3), rel=1e-5)
-    assert family.change("b")[0] == pytest.approx(0)  # one that is alike, against the baseline
-    assert family.change("b")[1] == pytest.approx(2.77645 * deviation * np.sqrt(2 / 3), rel=1e-5)
-    few = scored(dict(base=[1, 2, 3], a=[2, 3], b=[1, 2, 3]))
-    assert ablate.Family(few, plan, "base").chance() == (pytest.approx(0, abs=1e-12), 3)
-    assert ablate.Family(scored(dict(base=[1], a=[2])), plan, "base").change("a") == (1, None)
-
-
-@pytest.mark.parametrize("pooled", [True, False])
-def test_intervals_hold_zero_as_often_as_they_say(pooled):
-    """19 of 20 intervals, where seeds matter, nothing else does, and the baseline has two more."""
-    random, inside = np.random.default_rng(0), []
-    plan = dict(pooled=pooled, alike=dict(base=["b1", "b2"]))
-    for _ in range(400):
-        scores = random.normal(size=(7, 4)) + 10 * random.normal(size=4)
-        family = ablate.Family(scored(dict(zip(
-            ("base", "b1", "b2", "v", "w", "x", "y"), scores, strict=True))), plan, "base")
-        inside += [abs(mean) <= half for mean, half in map(family.change, "vwxy")]
-    assert 0.93 < np.mean(inside) < 0.97
-
-
 def test_power_of_a_plan():
-    """Half an interval, the seeds that make it small enough, and what they cost, by hand."""
-    random = np.random.default_rng(1)
-    scores = 2.3 + 0.002 * random.normal(size=(6, 4)) + 0.01 * random.normal(size=4)
+    """By hand: seeds move both alike; what differs between them decides what could be seen."""
+    rows = {"base": [2.0, 2.1, 2.2], "less": [2.3, 2.402, 2.498], "one": [2.0]}
     runs = {name: [dict(roundtrip_bpb=score, train_ms=3.6e6, seconds_eval=1800) for score in row]
-            for name, row in zip("abcdef", scores, strict=True)}
-    head, _, row = ablate.power_table(runs, dict(pooled=True)).splitlines()
+            for name, row in rows.items()}
+    head, _, row = ablate.power_table(runs, {}).splitlines()  # one seed says nothing
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
-    half = ablate.Family(runs, dict(pooled=True), "a").change("b")[1]
-    assert cells["half a 95 % interval"] == f"{half:.4f}" and "a" in row.split(" | ")[0]
+    deviation = np.std([0.3, 0.302, 0.298], ddof=1)  # 0.002
+    half = 4.30265 * deviation / np.sqrt(3)
+    assert cells["| variant"] == "| less" and cells["seeds"] == "3"
+    assert cells["deviation over seeds"] == f"{np.std(rows['less'], ddof=1):.4f}"
+    assert cells["deviation of the difference"] == f"{deviation:.4f}"
+    assert cells["half a 95 % interval"] == f"{half:.4f}"
     seen = float(cells["seen 19 times in 20"])
-    assert seen == pytest.approx(half * (1 + 1.753 / 2.131), rel=2e-2)
-    seeds = int(cells[f"seeds for {ablate.GOAL}"])
-    deviation, _ = ablate.Family(runs, {}, "a").chance()
-    halves = [ablate.half_interval(deviation, 5 * (n - 1), n, 1) for n in (seeds - 1, seeds)]
-    assert halves[1] <= ablate.GOAL < halves[0] and cells["hours a run"] == "1.50"
-    assert cells[f"hours for {ablate.GOAL} |"].strip(" |") == f"{1.5 * 6 * seeds:.0f}"
-    assert not ablate.power_table({"a": runs["a"][:1], "b": runs["b"][:1]}, {}).splitlines()[2:]
+    assert seen == pytest.approx(half * (1 + 2.91999 / 4.30265), abs=6e-5)
+    # 0.002 t / sqrt(n): 0.0032 with four seeds, 0.0025 with five
+    assert cells["seeds for 0.003"] == "5" and cells["hours for 0.003 |"] == "7.5 |"
+
+
+@pytest.mark.parametrize("effect, power", [(0.0, 0.05), (1.0, 0.95)])
+def test_what_power_promises(effect, power):
+    """Of 4,000 experiments with that true difference so many have zero outside their interval."""
+    random = np.random.default_rng(0)
+    seen = ablate.detectable(ablate.Sample(0, 1.0, 6))
+    changes = [ablate.sample(row) for row in random.normal(effect * seen, 1.0, size=(4000, 6))]
+    told = np.mean([abs(change.mean) > change.interval for change in changes])
+    assert told == pytest.approx(power, abs=0.015)
 
 
 def test_changes_from_score_to_score():
@@ -356,7 +330,7 @@ def test_ablation_runs_and_resumes(tmp_path):
 
 
 def test_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
-    """One GPU for each run where there are any; --list runs nothing and tells what is done."""
+    """One GPU for each run where there are any; --list runs nothing and tells what is left."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [slot.gpu for slot in ablate.slots(2)] == [0, 1]
     with pytest.raises(SystemExit, match="2 GPUs"):
@@ -365,18 +339,30 @@ def test_ablation_slots_and_list(tmp_path, monkeypatch, capsys):
     plan.write_text(json.dumps(dict(base={}, seeds=[1, 2], variants={"a": {}, "b": {"SEED": 3}})))
     done = tmp_path / "out" / "a_seed2" / "logs" / "run.jsonl"
     done.parent.mkdir(parents=True)
-    done.write_text('{"event": "summary"}\n')
+    done.write_text(json.dumps(dict(event="summary", train_ms=5.4e6, seconds_eval=1800,
+                                    roundtrip_bpb=2.0, steps=1, bytes_total=1)))
     monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--out", str(tmp_path / "out"),
                                       "--list"])
     monkeypatch.setattr(ablate, "run_one", None)
     assert ablate.main() == 0
-    states = [line.split(",")[0] for line in capsys.readouterr().out.splitlines()]
-    assert states == ["a_seed1: to run", "a_seed2: done", "b_seed1: to run", "b_seed2: to run"]
-    for names, wanted in (("b", states[2:]), ("b,a", states)):
+    *states, left = capsys.readouterr().out.splitlines()
+    states = [line.split(",")[0] for line in states]
+    assert states == ["a_seed1: to run", "b_seed1: to run", "a_seed2: done", "b_seed2: to run"]
+    assert left == "1 of 4 runs are done; 3 are to come, 6.0 hours one at a time"
+    for names, wanted in (("b", states[1::2]), ("b,a", states)):
         monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--out", str(tmp_path / "out"),
                                           "--list", "--only", names])
         assert ablate.main() == 0
-        assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == wanted
+        listed = capsys.readouterr().out.splitlines()[:-1]
+        assert [line.split(",")[0] for line in listed] == wanted
+    so_far = ["ablate", str(plan), "--out", str(tmp_path / "out"), "--so-far", "--table"]
+    monkeypatch.setattr(sys, "argv", so_far)
+    with pytest.raises(SystemExit, match="no run of the plan is done"):
+        ablate.main()  # a second seed without the first cannot be compared
+    shutil.copytree(done.parent.parent, tmp_path / "out" / "a_seed1")
+    assert ablate.main() == 0
+    assert "| a | 2 | 2.0000 |" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "out" / "a_seed1")
     monkeypatch.setattr(sys, "argv", ["ablate", str(plan), "--list", "--only", "a,c"])
     with pytest.raises(SystemExit, match="--only c: the plan has a, b"):
         ablate.main()
