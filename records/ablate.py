@@ -10,9 +10,10 @@
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...], "variants": {name:
 {settings against the base}}}; the first variant is the baseline, but for those that "against":
 {name: [baselines]} names. Optional: "seeds_of": {name: n} gives a variant only the first n seeds,
-"change": score is what the changes are of, if not the roundtrip. In a value "{root}" is this
-repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is scored
-after another variant has trained it.
+"change": score is what the changes are of, if not the roundtrip. Instead of variants a plan may
+have a design, in which each run differs in several levers: records/design.py. In a value "{root}"
+is this repository, "{seed}" the seed, and "{out}" the folder of the runs: a LOAD_ARTIFACT there is
+scored after another variant has trained it.
 
 All variants are run with the first seed, then all with the second, and so on. They begin alike: a
 seed gives the same order of the data and, where shapes agree, the same initial values. All runs use
@@ -48,9 +49,11 @@ sys.path[:0] = [str(ROOT / "records"), str(ROOT)]
 
 import torch  # noqa: E402
 
+import design  # noqa: E402
 import figures  # noqa: E402
 import train_gpt  # noqa: E402
-from welch import Sample, sample, t_quantile  # noqa: E402
+from design import GOAL, detectable, hours_of  # noqa: E402
+from welch import Sample, sample  # noqa: E402
 
 SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mode != "slot"),
           f"{train_gpt.FINAL_LINES['slot']}_bpb")
@@ -197,11 +200,6 @@ def list_runs(plan: dict, out: Path) -> None:
     print(f"{len(took)} of {len(tasks)} runs are done; {left} are to come{hours}")
 
 
-def hours_of(run: dict) -> float:
-    """What a run took, training and evaluation."""
-    return run.get("train_ms", 0) / 3.6e6 + run.get("seconds_eval", 0) / 3600
-
-
 def finished(plan: dict, out: Path) -> dict[str, list[dict]]:
     """Summaries of the runs that are done, by variant, up to the first seed that is not."""
     results: dict[str, list[dict]] = {}
@@ -236,22 +234,14 @@ def change_of(results: dict[str, list[dict]], plan: dict, name: str, baseline: s
         results[name], results[baseline], strict=False)])
 
 
-def change_text(change: Sample) -> str:
-    """A mean difference with its 95 % interval by Student's t; bold where that leaves out zero.
-
-    One seed has no interval.
-    """
-    half = change.interval
-    text = f"{change.mean:+.4f}" if half is None else f"{change.mean:+.4f} +- {half:.4f}"
-    return f"**{text}**" if half is not None and abs(change.mean) > half else text
-
-
 def table(results: dict[str, list[dict]], plan: dict) -> str:
     """Markdown: means over the seeds, and the spread and change of a score against a baseline.
 
     Where there are more scores than the roundtrip's, a second table has the change from each score
-    to the next.
+    to the next. Of a design it is the table of effects.
     """
+    if "levers" in plan:
+        return design.table(results, plan)
     present = [s for s in SCORES if any(s in run for runs in results.values() for run in runs)]
     head = ["variant", "seeds", *(s.removesuffix("_bpb").replace("_", "-") for s in present),
             "max - min", "change, 95 %", "against", "artifact + code bytes", "steps",
@@ -261,7 +251,7 @@ def table(results: dict[str, list[dict]], plan: dict) -> str:
         others = baselines(results, plan, name)
         means = [figures.mean_of((run.get(s) for run in runs), ".4f") for s in present]
         finals = [run[plan.get("change", "roundtrip_bpb")] for run in runs]
-        texts = [change_text(change_of(results, plan, name, other)) for other in others]
+        texts = [figures.change_text(change_of(results, plan, name, other)) for other in others]
         trained = [run for run in runs if "steps" in run]
         steps, ms = (statistics.fmean(run[key] for run in trained) if trained else math.nan
                      for key in ("steps", "train_ms"))
@@ -285,20 +275,11 @@ def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
     def cell(runs: list[dict], old: str, new: str) -> str | None:
         if not all(old in run and new in run for run in runs):
             return None
-        return change_text(sample([run[new] - run[old] for run in runs]))
+        return figures.change_text(sample([run[new] - run[old] for run in runs]))
 
     rows = [[variant, *(cell(runs, *pair) for pair in pairs)] for variant, runs in results.items()]
     return figures.markdown(["variant", *(f"{names[new]} against {names[old]}, 95 %"
                                           for old, new in pairs)], rows)
-
-
-GOAL = 0.003  # BPB: the difference that an experiment should see
-
-
-def detectable(change: Sample) -> float:
-    """The true difference that would leave zero outside the interval 19 times in 20."""
-    tails = (t_quantile(tail, change.n - 1) for tail in (0.05, 0.025))
-    return sum(tails) * change.std / math.sqrt(change.n)
 
 
 def power_table(results: dict[str, list[dict]], plan: dict) -> str:
@@ -307,6 +288,8 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
     The last columns: how many seeds would make half the interval GOAL, and the hours that the
     variant's runs would take.
     """
+    if "levers" in plan:
+        return design.power_table(results, plan)
     head = ["variant", "against", "seeds", "deviation over seeds", "deviation of the difference",
             "half a 95 % interval", "seen 19 times in 20", f"seeds for {GOAL}", f"hours for {GOAL}"]
     rows, score = [], plan.get("change", "roundtrip_bpb")
@@ -328,9 +311,13 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
 def draw(results: dict[str, list[dict]], plan: dict, path: Path) -> None:
     """A PNG: the change of every variant with its interval, a panel for each baseline."""
     groups: dict[str, list[tuple[str, Sample]]] = {}
-    for name in results:
+    for end in plan.get("ends", ()):
+        groups[f"near {end}"] = [(" ".join(key), effect) for key, effect in design.fit(
+            results, plan, end).effects.items()]
+    for name in results if "ends" not in plan else ():
         for other in baselines(results, plan, name)[:1]:
-            groups.setdefault(other, []).append((name, change_of(results, plan, name, other)))
+            groups.setdefault(f"against {other}", []).append(
+                (name, change_of(results, plan, name, other)))
     figures.plot_changes(groups, path)
 
 
@@ -365,7 +352,7 @@ def main() -> int:
     parser.add_argument("--figure", type=Path, metavar="PNG",
                         help="draw the changes of the kept results with their intervals")
     options = parser.parse_args()
-    plan = read_json(options.plan)
+    plan = design.expand(read_json(options.plan))
     if options.only:
         plan["variants"] = chosen(plan["variants"], options.only.split(","))
     out = (options.out or ROOT / "data" / "ablations" / options.plan.stem).resolve()

@@ -35,6 +35,16 @@ def spread_of(found: Sample, form: str = ".5f") -> str:
     return f"{found.mean:{form}}{half}"
 
 
+def change_text(change: Sample) -> str:
+    """A mean difference with its 95 % interval by Student's t; bold where that leaves out zero.
+
+    One seed has no interval.
+    """
+    half = change.interval
+    text = f"{change.mean:+.4f}" if half is None else f"{change.mean:+.4f} +- {half:.4f}"
+    return f"**{text}**" if half is not None and abs(change.mean) > half else text
+
+
 def stage_table(groups: dict[str, list[Run]], published: Iterable[Sequence[Any]] = ()) -> str:
     """Runs or groups of runs side by side: means over the seeds of what their logs say.
 
@@ -138,7 +148,7 @@ def plot(groups: dict[str, list[Run]], path: Path, title: str) -> None:
 
 
 def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> None:
-    """Changes of BPB with their intervals, (variant, change) by baseline, a panel each: a PNG."""
+    """Changes of BPB with their intervals, (name, change) by title, a panel each: a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,14 +157,14 @@ def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> Non
     tallest = max(len(rows) for rows in groups.values())
     figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 1.2 + 0.26 * tallest),
                                 layout="constrained", squeeze=False)
-    for panel, (baseline, rows) in zip(axes[0], groups.items(), strict=True):
+    for panel, (title, rows) in zip(axes[0], groups.items(), strict=True):
         for place, (_, change) in enumerate(rows):
             half = change.interval or math.inf
             told = "#1a7f4b" if change.mean < 0 else "#b3412e"
             panel.errorbar(change.mean, place, xerr=change.interval, fmt="o", markersize=4,
                            capsize=3, color=told if abs(change.mean) > half else "#888888")
         panel.axvline(0, color="black", linewidth=0.8)
-        panel.set(title=f"against {baseline}", yticks=range(len(rows)), ylim=(tallest - 0.5, -0.5),
+        panel.set(title=title, yticks=range(len(rows)), ylim=(tallest - 0.5, -0.5),
                   yticklabels=[name for name, *_ in rows],
                   xlabel="better <  change of BPB, 95 % interval  > worse")
         panel.grid(axis="x", alpha=0.3)

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ablate
 import cost_model as cost
+import design
 import document_ttt as documents
 import harness as h
 import train_gpt as t
@@ -174,7 +175,7 @@ def test_ablation_table_and_plans():
     plans = sorted((h.ROOT / "records" / "plans").glob("*.json"))
     assert plans
     for path in plans:
-        plan = json.loads(path.read_text())
+        plan = design.expand(json.loads(path.read_text()))
         assert set(plan.get("seeds_of", {})) <= set(plan["variants"])
         for names in (plan.get("against", {}), plan.get("alike", {})):
             assert {*names, *itertools.chain(*names.values())} <= set(plan["variants"])
@@ -251,7 +252,8 @@ def test_every_plan_has_a_section(capsys, monkeypatch):
         assert f"records/ablate.py records/plans/{plan}.json" in found[plan]
         assert printed(plan, capsys, monkeypatch) in found[plan], plan
     for path in kept.values():
-        variants = json.loads((RECORDS / "plans" / path.name).read_text())["variants"]
+        plan = design.expand(json.loads((RECORDS / "plans" / path.name).read_text()))
+        variants = plan["variants"]
         results = [*json.loads(path.read_text())]  # of all variants, or of those of --only
         assert results and results == [name for name in variants if name in results]
 

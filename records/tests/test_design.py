@@ -1,0 +1,126 @@
+"""records/design.py: designs whose runs differ in many levers, and the effects of these."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import ablate
+import design
+import harness as h
+
+PLAN = dict(
+    base={"ITERATIONS": 5}, seeds=[1, 2, 3], runs=40, share=0.25,
+    ends=dict(near={"PRESET": "record,demo"}, far={"PRESET": "frontier,demo"}),
+    levers=dict(xsa={"four": {"XSA_LAST_N": 4}, "none": {"XSA_LAST_N": 0},
+                     "all": {"XSA_LAST_N": 11}},
+                smear={"on": {}, "off": {"SMEAR_ENABLED": 0}},
+                gain={"low": {"QK_GAIN_INIT": 1.5}, "high": {"QK_GAIN_INIT": 5}}),
+    at=dict(far=dict(xsa="all", gain="high")))
+KEYS = [("xsa", "four -> none"), ("xsa", "four -> all"), ("smear", "on -> off"),
+        ("gain", "low -> high")]
+
+
+def measured(plan: dict, worth: dict, seeds: np.ndarray, chance: np.ndarray) -> dict:
+    """Results of a plan whose levers are worth so much; `chance` is that of each run."""
+    results = {}
+    for (name, settings), luck in zip(plan["variants"].items(), chance, strict=True):
+        gains = sum(worth.get((lever, level), 0.0) for lever, level in plan["levels"][name].items())
+        results[name] = [dict(roundtrip_bpb=2.5 + gains + seeds[settings["SEED"]] + luck,
+                              train_ms=3.6e6, seconds_eval=0)]
+    return results
+
+
+def test_every_lever_leaves_its_end_in_as_many_runs():
+    """A quarter of the runs at each end, all other levels alike, whatever else they have."""
+    plan = design.expand(PLAN)
+    assert len(plan["variants"]) == 80 and plan["seeds"] == [1]
+    for end, own in (("near", ("four", "on", "low")), ("far", ("all", "on", "high"))):
+        runs = {name: levels for name, levels in plan["levels"].items() if name.startswith(end)}
+        for lever, level in zip(PLAN["levers"], own, strict=True):
+            counts = Counter(levels[lever] for levels in runs.values())
+            assert counts.pop(level) == 30 and {*counts.values()} == {10 // len(counts)}
+        both = sum(levels["smear"] == "off" and levels["gain"] != own[2]
+                   for levels in runs.values())
+        assert 0 < both < 8  # one does not tell the other
+        assert Counter(plan["variants"][name]["SEED"] for name in runs) == {1: 14, 2: 13, 3: 13}
+    assert plan["variants"]["far_000"]["PRESET"] == "frontier,demo"
+    for name, levels in plan["levels"].items():
+        settings = plan["variants"][name]
+        assert settings["XSA_LAST_N"] == dict(four=4, none=0, all=11)[levels["xsa"]]
+        assert ("SMEAR_ENABLED" in settings) == (levels["smear"] == "off")
+    assert design.expand(PLAN) == plan  # the same runs tomorrow
+    assert design.expand(dict(variants={})) == dict(variants={})
+
+
+def test_effects_without_chance_are_exact():
+    """Seeds and other levers are taken out; each end has its own effects."""
+    plan = design.expand(PLAN)
+    worth = {("xsa", "none"): 0.02, ("xsa", "all"): -0.01, ("smear", "off"): 0.005,
+             ("gain", "high"): -0.003}
+    results = measured(plan, worth, np.array([0, 0.1, -0.2, 0.3]), np.zeros(80))
+    for end in PLAN["ends"]:
+        found = design.fit(results, plan, end)
+        assert [*found.effects] == KEYS and found.runs == 40
+        means = [effect.mean for effect in found.effects.values()]
+        assert means == pytest.approx([*worth.values()])
+        assert found.deviation == pytest.approx(0, abs=1e-12)
+    few = dict(list(results.items())[:10])
+    assert design.fit(few, plan, "near") == design.Fit({}, 5, None)
+    assert design.table(few, plan).count("\n") == 1
+    assert "| near | 5 | 5.0 | - | - | - | - |" in design.power_table(few, plan)
+
+
+def test_intervals_of_effects_hold_the_truth_as_often_as_they_say():
+    """19 of 20, by simulation; they are as narrow as the design promises."""
+    plan, random, inside, halves = design.expand(PLAN), np.random.default_rng(0), [], []
+    worth = {("smear", "off"): 0.005}
+    for _ in range(300):
+        results = measured(plan, worth, random.normal(size=4), random.normal(size=80))
+        for end in PLAN["ends"]:
+            effects = design.fit(results, plan, end).effects
+            inside += [abs(effects[key].mean - worth.get((key[0], key[1].split(" -> ")[1]), 0))
+                       <= effects[key].interval for key in KEYS]
+            halves.append(effects["smear", "on -> off"].interval)
+    assert 0.935 < np.mean(inside) < 0.965
+    assert np.mean(halves) == pytest.approx(2.03 / math.sqrt(40 * 0.25 * 0.75), rel=0.1)
+
+
+def test_table_and_power_of_a_design(tmp_path, monkeypatch, capsys):
+    """By the command line, of the runs so far; bold where the interval leaves out zero."""
+    plan, random = design.expand(PLAN), np.random.default_rng(1)
+    results = measured(plan, {("xsa", "none"): 0.02}, np.zeros(4), 0.004 * random.normal(size=80))
+    path, out = tmp_path / "plan.json", tmp_path / "out"
+    path.write_text(json.dumps(PLAN))
+    for name, (run,) in results.items():
+        log = out / f"{name}_seed1" / "logs" / "run.jsonl"
+        log.parent.mkdir(parents=True)
+        log.write_text(json.dumps(run | dict(event="summary")))
+    monkeypatch.setattr("sys.argv", ["ablate", str(path), "--out", str(out), "--so-far", "--table",
+                                     "--power", "--figure", str(tmp_path / "x.png")])
+    assert ablate.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = design.fit(results, plan, "near")
+    effect, text = found.effects[KEYS[0]], lines[2].split(" | ")
+    assert lines[0] == "| lever | change | near near, 40 runs | near far, 40 runs |"
+    assert text[:3] == ["| xsa", "four -> none", f"**{effect.mean:+.4f} +- {effect.interval:.4f}**"]
+    assert lines[6].startswith("| near |") and len(lines) == 6 + 4
+    cells = dict(zip(lines[6].split(" | "), lines[8].split(" | "), strict=True))
+    assert cells["runs"] == "40" and cells["hours of all runs"] == "40.0"
+    assert cells["deviation of chance"] == f"{found.deviation:.4f}"
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_kept_design_can_see_its_goal():
+    """With the chance that was measured, 0.0062 BPB, half an interval is at most 0.0035."""
+    plan = design.expand(json.loads((h.ROOT / "records" / "plans" / "levers.json").read_text()))
+    random = np.random.default_rng(2)
+    results = measured(plan, {}, np.zeros(9), 0.0062 * random.normal(size=len(plan["variants"])))
+    for end in plan["ends"]:
+        found = design.fit(results, plan, end)
+        halves = sorted(effect.interval for effect in found.effects.values())
+        assert halves[len(halves) // 2] < 0.0035
