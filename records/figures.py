@@ -156,7 +156,7 @@ def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> Non
 
     tallest = max(len(rows) for rows in groups.values())
     figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 1.2 + 0.26 * tallest),
-                                layout="constrained", squeeze=False)
+                                layout="constrained", squeeze=False, sharex=True)
     for panel, (title, rows) in zip(axes[0], groups.items(), strict=True):
         for place, (_, change) in enumerate(rows):
             half = change.interval or math.inf
@@ -166,7 +166,8 @@ def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> Non
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set(title=title, yticks=range(len(rows)), ylim=(tallest - 0.5, -0.5),
                   yticklabels=[name for name, *_ in rows],
-                  xlabel="better <  change of BPB, 95 % interval  > worse")
+                  xlabel="change of BPB, 95 % interval (left is better)")
+        panel.locator_params(axis="x", nbins=6)
         panel.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
