@@ -3060,7 +3060,7 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
 
 CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians over that measured before the clock
 SPIKE = 1.25  # a loss beyond this many medians of the last 50 is logged as an event
-CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
+CHECKPOINT_FORMAT = 2  # changes with what a shard holds, the order of Muon's rows included
 UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
     r"(run_id|preset|dry_run|resume|compressor|size_limit|load_artifact|train_log_every|\w+_path"
     r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
