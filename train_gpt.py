@@ -997,8 +997,8 @@ class Loader:
     """
 
     def __init__(self, paths: list[Path], c: Config, runtime: Runtime, vocab_size: int) -> None:
-        self.seq_len, self.seed = c.train_seq_len, c.data_seed or c.seed
-        self.vocab_size = vocab_size
+        self.seq_len, self.vocab_size = c.train_seq_len, vocab_size
+        self.seed = c.data_seed or c.seed
         self.runtime, self.batch_seqs = runtime, c.train_batch_tokens // c.train_seq_len
         self.paths = [path for path in paths if len(open_shard(path)) > self.seq_len]
         self.shards = [open_shard(path) for path in self.paths]

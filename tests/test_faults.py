@@ -82,7 +82,7 @@ def test_signals_outside_training_stop_too(tmp_path, data, monkeypatch, capsys):
     (dict(n_int6_layers=0), "N_INT6_LAYERS=2 (now 0)"),
     (dict(data_path="other"), "DATA="),
     (dict(), "WORLD_SIZE=1 (now 2)"),
-    (dict(), "CHECKPOINT_FORMAT=1 (now 2)"),
+    (dict(), "CHECKPOINT_FORMAT=2 (now 3)"),
 ], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
 def test_foreign_checkpoints_are_refused_by_name(changes, named, two_checkpoints, data,
                                                  tmp_path, monkeypatch, capsys):
@@ -94,7 +94,7 @@ def test_foreign_checkpoints_are_refused_by_name(changes, named, two_checkpoints
         manifest = tmp_path / "other/manifest.json"
         manifest.write_text(manifest.read_text().replace("5" * 64, "6" * 64))
     if "FORMAT" in named:
-        monkeypatch.setattr(t, "CHECKPOINT_FORMAT", 2)
+        monkeypatch.setattr(t, "CHECKPOINT_FORMAT", 3)
     if "WORLD" in named:
         init = t.Checkpoints.__init__
 
