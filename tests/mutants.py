@@ -733,6 +733,28 @@ MUTANTS = (
       "(first.std - second.std)", "test_welch_by_hand"),
     M("Welch: the spread of one side is none", "records/welch.py", "(first.std or second.std)",
       "(first.std and second.std)", "test_welch_by_hand"),
+    # experiments
+    M("a difference is not that of one seed", "records/ablate.py",
+      "ours[score] - theirs[score] for ours, theirs in zip(\n        results[name], results",
+      "ours[score] - theirs[score] for ours, theirs in zip(\n        results[name][::-1], results",
+      "test_power_of_a_plan"),
+    M("what could be seen is what half an interval is", "records/design.py", "in (0.05, 0.025))",
+      "in (0.025,))", "test_what_power_promises"),
+    M("a run out of turn counts", "records/ablate.py", "itertools.takewhile(bool, runs)",
+      "filter(None, runs)", "test_ablation_slots_and_list"),
+    M("both ends are drawn alike", "records/design.py", "np.random.default_rng(number)",
+      "np.random.default_rng(0)", (), "no effect is read off both ends, and each is balanced"),
+    M("levers leave an end together", "records/design.py", "random.permutation(runs)",
+      "range(runs)", "test_every_lever_leaves_its_end_in_as_many_runs"),
+    M("seeds are not taken out", "records/design.py",
+      '[plan["variants"][name]["SEED"] == seed for seed in seeds]', "[1 for seed in seeds[:1]]",
+      "test_effects_without_chance_are_exact"),
+    M("the fit's freedom without its effects", "records/design.py",
+      "freedom = len(names) - design.shape[1]", "freedom = len(names) - 1",
+      "test_intervals_of_effects_hold_the_truth_as_often_as_they_say"),
+    M("the frontier's end has the record's levels", "records/design.py",
+      'plan.get("at", {}).get(end, {}).get(lever, names[0])', "names[0]",
+      "test_every_lever_leaves_its_end_in_as_many_runs"),
 )
 
 
