@@ -7,6 +7,7 @@ method, DLMF 8.17.22), exact to about 1e-14.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ def t_tail(t: float, freedom: float) -> float:
     return half if t >= 0 else 1 - half
 
 
+@functools.cache
 def t_quantile(tail: float, freedom: float) -> float:
     """The t with P(T > t) = tail, 0 < tail < 0.5, by bisection."""
     low, high = 0.0, 1.0

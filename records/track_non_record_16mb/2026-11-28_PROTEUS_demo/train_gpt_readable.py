@@ -105,6 +105,7 @@ class Config:
         "record", "published", "frontier", "demo"))
     run_id: str = setting("", "name of logs/<RUN_ID>.txt and .jsonl; empty: time and a random tag")
     seed: int = setting(1337, "initial weights and order of the data", 0, 2**31 - 1)
+    data_seed: int = setting(0, "order of the data; 0: that of SEED", 0, 2**31 - 1)
     data_path: str = setting("./data/datasets/fineweb10B_scylla", "folder of the shards")
     tokenizer_path: str = setting("", "vocabulary or SentencePiece .model; empty: in DATA_PATH")
     tokenizer_meta_path: str = setting("", "byte table (.meta.npz); empty: beside the vocabulary")
@@ -816,7 +817,11 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 
 def block_mask(starts: Tensor) -> Any:
-    """`dense_mask` as FlexAttention wants it: it leaves out blocks without an entry."""
+    """`dense_mask` as FlexAttention wants it: it leaves out blocks without an entry.
+
+    Its kernel steps from sequence to sequence by the stride of heads. Compiled by torch 2.11, one
+    head has none of use, and scores read past the mask; 32 alike have one that is never padded.
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     document, (B, T) = starts.cumsum(1), starts.shape
@@ -824,7 +829,11 @@ def block_mask(starts: Tensor) -> Any:
     def attended(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document[b, query] == document[b, key])
 
-    return create_block_mask(attended, B, None, T, T, device=starts.device)
+    mask = create_block_mask(attended, B, None, T, T, device=starts.device)
+    for name, part in mask.__dict__.items():
+        if isinstance(part, Tensor):
+            setattr(mask, name, part.repeat(1, 32, *[1] * (part.ndim - 2)))
+    return mask
 
 
 def flash_attention_3(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> Tensor:
@@ -988,7 +997,8 @@ class Loader:
     """
 
     def __init__(self, paths: list[Path], c: Config, runtime: Runtime, vocab_size: int) -> None:
-        self.seq_len, self.seed, self.vocab_size = c.train_seq_len, c.seed, vocab_size
+        self.seq_len, self.vocab_size = c.train_seq_len, vocab_size
+        self.seed = c.data_seed or c.seed
         self.runtime, self.batch_seqs = runtime, c.train_batch_tokens // c.train_seq_len
         self.paths = [path for path in paths if len(open_shard(path)) > self.seq_len]
         self.shards = [open_shard(path) for path in self.paths]
@@ -1575,17 +1585,23 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Fill all matrices and mixes as the class docstring says."""
+        """Fill all matrices and mixes as the class docstring says.
+
+        A value depends on SEED and its parameter's name and shape alone, so that runs which differ
+        in a feature begin alike in all else.
+        """
+        c = self.config
+        normal = {"embed.weight": c.tied_embed_init_std, "value.table.weight": 0.01}
         for name, parameter in self.named_parameters():
-            if re.fullmatch(r"(.*\.(q|k|v|up)|bigram\.proj)\.weight", name):
+            torch.manual_seed(zlib.crc32(f"{c.seed} {name}".encode()))
+            if name in normal:
+                nn.init.normal_(parameter, std=normal[name])
+            elif re.fullmatch(r"(.*\.(q|k|v|up)|bigram\.proj)\.weight", name):
                 nn.init.orthogonal_(parameter)
             elif name.endswith(".weight"):
                 parameter.zero_()
             elif "resid_mix" in name:
                 parameter[1] = 0
-        nn.init.normal_(self.embed.weight, std=self.config.tied_embed_init_std)
-        if self.value is not None:
-            nn.init.normal_(self.value.table.weight, std=0.01)
 
     def is_trained(self, name: str) -> bool:
         """Whether a parameter is trained before TTT."""
@@ -3044,7 +3060,7 @@ def evaluate_artifact(path: str, evaluator: Evaluator, table: ByteTable) -> dict
 
 CALIBRATION_MARGIN = 1.5  # time set aside for the Hessians over that measured before the clock
 SPIKE = 1.25  # a loss beyond this many medians of the last 50 is logged as an event
-CHECKPOINT_FORMAT = 1  # changes with what a shard holds, the order of Muon's rows included
+CHECKPOINT_FORMAT = 2  # changes with what a shard holds, the order of Muon's rows included
 UNBOUND = re.compile(  # settings that change no trained weight, so that a resumed run may
     r"(run_id|preset|dry_run|resume|compressor|size_limit|load_artifact|train_log_every|\w+_path"
     r"|(val|eval|ttt|ngram|slot|checkpoint)_\w+)")
@@ -3351,7 +3367,7 @@ class Trainer:
         kinds = dict(weight=self.params, ema=average.ema, swa=average.swa) | {
             key: [adam[p][key] for p in small] for key in ("step", "exp_avg", "exp_avg_sq")}
         same = {f"{kind}{i}": t for kind, tensors in kinds.items() for i, t in enumerate(tensors)}
-        own = dict(momentum=self.optimizer.muon.momentum, rng=torch.get_rng_state())
+        own = {"momentum": self.optimizer.muon.momentum}
         return own | (same if self.runtime.rank == 0 else {}), list(same.values())
 
     def save(self) -> None:
@@ -3379,7 +3395,6 @@ class Trainer:
         for name, array in arrays.items():
             own[name].copy_(torch.from_numpy(array))
         if state:
-            torch.set_rng_state(own["rng"])
             self.runtime.broadcast(same)
             self.steps = self.saved = self.clock.steps = state["steps"]
             self.clock.elapsed_ms = state["elapsed_ms"]
@@ -3614,7 +3629,6 @@ def build_demo(c: Config, runtime: Runtime) -> dict[str, Any]:
 def run(c: Config) -> None:
     """From shards to a scored artifact; raises RunError for whatever stops the run."""
     with contextlib.closing(Runtime(c)) as runtime, runtime.guarded():
-        torch.manual_seed(c.seed)
         summary: dict[str, Any] = {}
         if "demo" in c.preset and c.data_path == PRESETS["demo"]["data_path"]:
             with stage("data", summary):
