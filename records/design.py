@@ -5,7 +5,7 @@ A plan for records/ablate.py may have, instead of variants,
     "ends": {"record": {settings}, "frontier": {settings}}    configurations to stand near
     "levers": {name: {level: {settings}, ...}}                what is changed, and to what
     "at": {end: {lever: level}}                               which level an end has; else the first
-    "runs": 128, "share": 0.2                                 runs at each end
+    "runs": 128, "share": 0.25                                runs at each end
 
 In a run at an end each lever leaves the end's level with the probability `share`, for any of its
 other levels alike. Which runs do is drawn so that every lever leaves in equally many runs, within
@@ -15,7 +15,7 @@ by as many runs, each would get but a few.
 
 The effects are those of least squares: a score is the sum of its seed's effect, of its levers' and
 of chance. An effect is thus an average over the company in which the lever was met: near an end,
-with a fifth of the other levers changed. What does not add up counts as chance, and so widens the
+with that share of the other levers changed. What does not add up counts as chance, and so widens the
 intervals (Student's t, 95 %). Intervals of many levers: one in twenty leaves out zero by chance.
 """
 
