@@ -15,8 +15,9 @@ by as many runs, each would get but a few.
 
 The effects are those of least squares: a score is the sum of its seed's effect, of its levers' and
 of chance. An effect is thus an average over the company in which the lever was met: near an end,
-with that share of the other levers changed. What does not add up counts as chance, and so widens the
-intervals (Student's t, 95 %). Intervals of many levers: one in twenty leaves out zero by chance.
+with that share of the other levers changed. What does not add up counts as chance, and so widens
+the intervals (Student's t, 95 %). Intervals of many levers: one in twenty leaves out zero by
+chance.
 """
 
 from __future__ import annotations
