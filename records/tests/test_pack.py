@@ -249,6 +249,6 @@ def test_packed_code_starts_as_a_script(packed):
     assert done.returncode == 1 and done.stderr.startswith("error: no shards match")
     assert "QK_GAIN_INIT" in h.python([packed, "--help"], packed.parent, {}).stdout
     code = ("import runpy, sys\nsys.argv = ['train_gpt.py']\nimport torch\n"
-            f"torch.manual_seed = None\nrunpy.run_path({str(packed)!r}, run_name='__main__')")
+            f"torch.device = None\nrunpy.run_path({str(packed)!r}, run_name='__main__')")
     broken = h.python(["-c", code], packed.parent, dict(PRESET="demo"))
     assert f'File "{packed} (unpacked)", line' in broken.stderr, broken.stderr
