@@ -285,8 +285,9 @@ def score_to_score(results: dict[str, list[dict]], scores: list[str]) -> str:
 def power_table(results: dict[str, list[dict]], plan: dict) -> str:
     """Markdown: for each variant, which difference to its baseline its runs could have seen.
 
-    The last columns: how many seeds would make half the interval GOAL, and the hours that the
-    variant's runs would take.
+    Of a variant without a baseline only the deviation of its score over the seeds. The last
+    columns: how many seeds would make half the interval GOAL, and the hours that the variant's runs
+    would take.
     """
     if "levers" in plan:
         return design.power_table(results, plan)
@@ -296,7 +297,10 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
     for name, runs in results.items():
         alone = sample([run[score] for run in runs])
         hours = statistics.fmean(map(hours_of, runs))
-        for other in baselines(results, plan, name):
+        others = baselines(results, plan, name)
+        if not others and alone.std is not None:
+            rows.append([name, None, alone.n, f"{alone.std:.4f}", *[None] * 5])
+        for other in others:
             change = change_of(results, plan, name, other)
             if change.interval is None:
                 continue

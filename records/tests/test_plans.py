@@ -22,6 +22,7 @@ import cost_model as cost
 import design
 import document_ttt as documents
 import harness as h
+import noise
 import train_gpt as t
 
 RECORDS = h.ROOT / "records"
@@ -190,7 +191,8 @@ def test_power_of_a_plan():
     rows = {"base": [2.0, 2.1, 2.2], "less": [2.3, 2.402, 2.498], "one": [2.0]}
     runs = {name: [dict(roundtrip_bpb=score, train_ms=3.6e6, seconds_eval=1800) for score in row]
             for name, row in rows.items()}
-    head, _, row = ablate.power_table(runs, {}).splitlines()  # one seed says nothing
+    head, _, base, row = ablate.power_table(runs, {}).splitlines()  # one seed says nothing
+    assert base == "| base | - | 3 | 0.1000 | - | - | - | - | - |"
     cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
     deviation = np.std([0.3, 0.302, 0.298], ddof=1)  # 0.002
     half = 4.30265 * deviation / np.sqrt(3)
@@ -202,6 +204,43 @@ def test_power_of_a_plan():
     assert seen == pytest.approx(half * (1 + 2.91999 / 4.30265), abs=6e-5)
     # 0.002 t / sqrt(n): 0.0032 with four seeds, 0.0025 with five
     assert cells["seeds for 0.003"] == "5" and cells["hours for 0.003 |"] == "7.5 |"
+
+
+def saved_run(folder, name, nats, scores):
+    """A finished run of two documents, of 3 and 2 tokens after their first; its folder."""
+    (folder / name / "logs").mkdir(parents=True)
+    (folder / name / "scores").mkdir()
+    np.savez(folder / name / "scores" / "roundtrip.npz", ids=np.arange(6), nats=np.float32(nats),
+             bytes=np.array([2, 2, 2, 0, 3, 1]))
+    events = [dict(event=stage, val_bpb=9.9) for stage in noise.STAGES]  # the last one counts
+    events += [dict(event=stage, val_bpb=s) for stage, s in zip(noise.STAGES, scores, strict=True)]
+    (folder / name / "logs" / "run.jsonl").write_text("\n".join(map(json.dumps, events)))
+    return folder / name
+
+
+def test_study_of_the_noise(tmp_path):
+    """Documents, deviations over seeds and over documents, by hand."""
+    bits = np.log(2) * np.array([[1, 2, 3, 99, 4, 5], [1, 2, 4, 99, 4, 6], [1, 2, 3, 99, 4, 5]])
+    for seed in (1, 2, 3):
+        run = saved_run(tmp_path, f"w64_seed{seed}", bits[seed - 1], [1 + seed, 2 * seed, 3 * seed])
+    saved_run(tmp_path, "w96_seed1", bits[0], [1, 1, 1])
+    (tmp_path / "w96_seed2" / "logs").mkdir(parents=True)  # has only begun
+    groups = noise.groups_of(tmp_path)
+    assert [len(runs) for runs in groups.values()] == [3, 1]
+    assert np.allclose(noise.documents_of(run, None), [[3, 6, 6], [2, 9, 4]])
+    assert np.allclose(noise.documents_of(run, 1), [[1, 1, 2], [1, 4, 3]])
+    low, high = noise.spread_interval(3.0, 3)  # of a table of chi-square: 7.378 and 0.0506
+    assert (low, high) == pytest.approx([3 * (2 / x) ** 0.5 for x in (7.378, 0.0506)], rel=5e-3)
+    rows = noise.spread_table(groups).splitlines()
+    assert len(rows) == 3  # one run has no deviation
+    assert rows[2].startswith(f"| w64 | 3 | 6.0000 | 1.0000 | 2.0000 | 3.0000 | {low:.4f} to ")
+    # seeds 1 and 2, and 2 and 3, differ by a bit on 6 bytes and a bit on 4: 0.2 of each byte
+    by_documents = ((1 - 6 * 0.2) ** 2 + (1 - 4 * 0.2) ** 2) * 2 / 10**2 * 2 / 3
+    by_runs = 0.2**2 * 2 / 3 - by_documents
+    assert (f"| w64 | all | 2 | 2 | 5 | {by_documents**0.5:.4f} | {by_runs**0.5:.4f} |"
+            in noise.document_table(groups))
+    with pytest.raises(SystemExit, match="no finished run"):
+        noise.groups_of(tmp_path / "w64_seed1")
 
 
 @pytest.mark.parametrize("effect, power", [(0.0, 0.05), (1.0, 0.95)])

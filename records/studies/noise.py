@@ -1,0 +1,123 @@
+"""Where the noise of a score comes from: from the run, and from the documents that are scored.
+
+    python records/studies/noise.py data/ablations/noise
+
+reads the finished runs of records/plans/noise.json. The first table has the standard deviation of
+the BPB over the seeds, by group, of the last weights, of their average and of the artifact, this
+with its 95 % interval (the runs taken as normally distributed).
+
+The second table asks how long a validation set has to be. Two runs of a group differ by something
+on every document; with other documents of the same kind, the difference of their BPB would move by
+the first deviation (that of a ratio of sums over documents). The second is the rest of what the
+difference itself varies over pairs of seeds: scoring more text cannot remove it. Both are root mean
+squares over all pairs. Documents are cut to their first tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+import figures  # noqa: E402
+
+STAGES = {"val": "last weights", "post_ema": "average", "summary": "artifact"}
+LENGTHS = (64, 256, 1024, None)  # tokens of each document; None: all
+
+
+def groups_of(folder: Path) -> dict[str, list[Path]]:
+    """The finished runs of a plan by variant."""
+    groups: dict[str, list[Path]] = {}
+    for scores in sorted(folder.glob("*_seed*/scores/roundtrip.npz")):
+        run = scores.parents[1]
+        groups.setdefault(run.name.rsplit("_seed", 1)[0], []).append(run)
+    if not groups:
+        raise SystemExit(f"{folder}: no finished run; records/ablate.py with the plan makes them")
+    return groups
+
+
+def bpb_of(run: Path) -> dict[str, float]:
+    """A run's BPB by stage, from the last event of each kind in its log."""
+    lines = (run / "logs" / "run.jsonl").read_text(encoding="utf-8").splitlines()
+    events = {event["event"]: event for event in map(json.loads, lines)}
+    return {stage: events[stage]["val_bpb"] for stage in STAGES}
+
+
+def spread_interval(std: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a standard deviation of n normal values: by chi-square, drawn."""
+    drawn = np.random.default_rng(0).chisquare(n - 1, 1_000_000)
+    low, high = np.quantile((n - 1) / drawn, (0.025, 0.975))
+    return std * math.sqrt(low), std * math.sqrt(high)
+
+
+def spread_table(groups: dict[str, list[Path]]) -> str:
+    """Markdown: the deviation over the seeds of each group."""
+    rows = []
+    for name, runs in groups.items():
+        scores = [bpb_of(run) for run in runs]
+        if len(runs) < 2:
+            continue
+        stds = [statistics.stdev(score[stage] for score in scores) for stage in STAGES]
+        low, high = spread_interval(stds[-1], len(runs))
+        mean = statistics.fmean(score["summary"] for score in scores)
+        rows.append([name, len(runs), f"{mean:.4f}", *(f"{std:.4f}" for std in stds),
+                     f"{low:.4f} to {high:.4f}"])
+    return figures.markdown(["group", "runs", "BPB", *STAGES.values(), "95 % of the last"], rows)
+
+
+def documents_of(run: Path, length: int | None) -> np.ndarray:
+    """(documents, 3): tokens, bits and bytes of the first `length` tokens of each document.
+
+    The first id of a document has no bytes, and the first of all is not scored.
+    """
+    scores = np.load(run / "scores" / "roundtrip.npz")
+    ends = [*np.flatnonzero(scores["bytes"] == 0), len(scores["ids"])]
+    begins = [0, *(end + 1 for end in ends[:-1])]
+    spans = [slice(a, b if length is None else min(b, a + length))
+             for a, b in zip(begins, ends, strict=True) if b > a]
+    return np.array([(span.stop - span.start, scores["nats"][span].sum() / math.log(2),
+                      scores["bytes"][span].sum()) for span in spans], float)
+
+
+def document_table(groups: dict[str, list[Path]]) -> str:
+    """Markdown: by group and length, what documents and runs add to one difference."""
+    rows = []
+    for name, runs in groups.items():
+        for length in LENGTHS if len(runs) > 2 else ():
+            read = [documents_of(run, length) for run in runs]
+            tokens, size = read[0][:, 0].sum(), read[0][:, 2]
+            total, chance = [], []
+            for one, other in itertools.combinations(read, 2):
+                change = one[:, 1] - other[:, 1]
+                mean = change.sum() / size.sum()
+                rest = np.square(change - mean * size).sum() * len(size) / (len(size) - 1)
+                total.append(mean**2)
+                chance.append(rest / size.sum() ** 2)
+            by_documents, both = statistics.fmean(chance), statistics.fmean(total)
+            alike = size.sum() ** 2 / np.square(size).sum()
+            rows.append([name, length or "all", len(size), f"{alike:.0f}", f"{tokens:.0f}",
+                         f"{math.sqrt(by_documents):.4f}",
+                         f"{math.sqrt(max(0.0, both - by_documents)):.4f}"])
+    return figures.markdown(["group", "tokens of each", "documents", "as many of one size",
+                             "tokens", "documents' deviation", "runs' deviation"], rows)
+
+
+def main() -> int:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, help="the folder of the plan's runs")
+    groups = groups_of(parser.parse_args().runs)
+    print(spread_table(groups), document_table(groups), sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
