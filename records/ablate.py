@@ -315,10 +315,11 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
 def draw(results: dict[str, list[dict]], plan: dict, path: Path) -> None:
     """A PNG: the change of every variant with its interval, a panel for each baseline."""
     groups: dict[str, list[tuple[str, Sample]]] = {}
-    for end in plan.get("ends", ()):
-        groups[f"near {end}"] = [(" ".join(key), effect) for key, effect in design.fit(
-            results, plan, end).effects.items()]
-    for name in results if "ends" not in plan else ():
+    if "levers" in plan:
+        groups = {f"{title}, {fit.runs} runs": [(": ".join(key), effect)
+                                                for key, effect in fit.effects.items()]
+                  for title, fit in design.fits_of(results, plan).items()}
+    for name in results if "levers" not in plan else ():
         for other in baselines(results, plan, name)[:1]:
             groups.setdefault(f"against {other}", []).append(
                 (name, change_of(results, plan, name, other)))

@@ -22,6 +22,7 @@ chance.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -42,6 +43,17 @@ def detectable(change: Sample) -> float:
     """The true difference that would leave zero outside the interval 19 times in 20."""
     tails = (t_quantile(tail, change.n - 1) for tail in (0.05, 0.025))
     return sum(tails) * change.std / math.sqrt(change.n)
+
+
+def runs_for_goal(effect: Sample, runs: int) -> int:
+    """How many runs in place of `runs` would make half the effect's interval GOAL.
+
+    Of so many runs a part fixes the other effects, and the rest, effect.n - 1, measures this one.
+    """
+    error, freedom = effect.std / math.sqrt(effect.n), effect.n - 1
+    more = next(n for n in itertools.count(1)
+                if t_quantile(0.025, n) * error * math.sqrt(freedom / n) <= GOAL)
+    return math.ceil(runs - freedom + more)
 
 
 def levels_of(plan: dict, end: str, lever: str) -> list[str]:
@@ -113,10 +125,30 @@ def fit(results: dict[str, list[dict]], plan: dict, end: str) -> Fit:
         for i, (lever, first, other) in enumerate(keys)}, len(names), deviation)
 
 
+def fits_of(results: dict[str, list[dict]], plan: dict) -> dict[str, Fit]:
+    """The fit near each end and, if all ends have one, the mean of their effects over the ends.
+
+    The ends' runs are independent, so errors add up in squares, and the freedom is Welch's.
+    """
+    fits = {f"near {end}": fit(results, plan, end) for end in plan["ends"]}
+    found = [one for one in fits.values() if one.effects]
+    if len(found) < len(fits) or len(found) < 2:
+        return fits
+    effects = {}
+    for key in found[0].effects:
+        at = [one.effects[key] for one in found]
+        squares = [effect.std**2 / effect.n for effect in at]
+        n = 1 + sum(squares) ** 2 / sum(v**2 / (effect.n - 1)
+                                        for v, effect in zip(squares, at, strict=True))
+        error = math.sqrt(sum(squares)) / len(at)
+        effects[key] = Sample(sum(effect.mean for effect in at) / len(at), error * math.sqrt(n), n)
+    return fits | {"mean of them": Fit(effects, sum(one.runs for one in found), None)}
+
+
 def table(results: dict[str, list[dict]], plan: dict) -> str:
     """Markdown: the effect of every lever near each end; bold where its interval is without 0."""
-    fits = {end: fit(results, plan, end) for end in plan["ends"]}
-    head = ["lever", "change", *(f"near {end}, {found.runs} runs" for end, found in fits.items())]
+    fits = fits_of(results, plan)
+    head = ["lever", "change", *(f"{name}, {found.runs} runs" for name, found in fits.items())]
     keys = dict.fromkeys(key for found in fits.values() for key in found.effects)
     rows = [[*key, *(figures.change_text(found.effects[key]) if key in found.effects else None
                      for found in fits.values())] for key in keys]
@@ -125,19 +157,19 @@ def table(results: dict[str, list[dict]], plan: dict) -> str:
 
 def power_table(results: dict[str, list[dict]], plan: dict) -> str:
     """Markdown: for each end what chance is, and which effects its runs could have seen."""
-    head = ["near", "runs", "hours of all runs", "deviation of chance", "half a 95 % interval",
+    head = ["effects", "runs", "hours of all runs", "deviation of chance", "half a 95 % interval",
             "seen 19 times in 20", f"runs for {GOAL}"]
     rows = []
-    for end in plan["ends"]:
-        found = fit(results, plan, end)
-        hours = sum(hours_of(runs[0]) for name, runs in results.items()
-                    if name.startswith(end + "_"))
+    for name, found in fits_of(results, plan).items():
+        hours = sum(hours_of(runs[0]) for run, runs in results.items()
+                    if name.removeprefix("near ") in (run.rsplit("_", 1)[0], "mean of them"))
         if not found.effects:
-            rows.append([end, found.runs, f"{hours:.1f}", *[None] * 4])
+            rows.append([name, found.runs, f"{hours:.1f}", *[None] * 4])
             continue
-        middle = sorted(found.effects.values(), key=lambda effect: effect.std)[
+        middle = sorted(found.effects.values(), key=lambda effect: effect.interval)[
             len(found.effects) // 2]
-        rows.append([end, found.runs, f"{hours:.1f}", f"{found.deviation:.4f}",
+        rows.append([name, found.runs, f"{hours:.1f}",
+                     f"{found.deviation:.4f}" if found.deviation else None,
                      f"{middle.interval:.4f}", f"{detectable(middle):.4f}",
-                     math.ceil(found.runs * (middle.interval / GOAL) ** 2)])
+                     runs_for_goal(middle, found.runs)])
     return figures.markdown(head, rows)

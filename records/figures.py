@@ -154,8 +154,8 @@ def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tallest = max(len(rows) for rows in groups.values())
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.5 * len(groups), 1.2 + 0.26 * tallest),
+    tallest, first = max(map(len, groups.values())), next(iter(groups.values()))
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.5 * len(groups), 1.2 + 0.26 * tallest),
                                 layout="constrained", squeeze=False, sharex=True)
     for panel, (title, rows) in zip(axes[0], groups.items(), strict=True):
         for place, (_, change) in enumerate(rows):
@@ -165,10 +165,12 @@ def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> Non
                            capsize=3, color=told if abs(change.mean) > half else "#888888")
         panel.axvline(0, color="black", linewidth=0.8)
         panel.set(title=title, yticks=range(len(rows)), ylim=(tallest - 0.5, -0.5),
-                  yticklabels=[name for name, *_ in rows],
+                  yticklabels=[name.replace(" -> ", " \u2192 ") for name, _ in rows],
                   xlabel="change of BPB, 95 % interval (left is better)")
         panel.locator_params(axis="x", nbins=6)
         panel.grid(axis="x", alpha=0.3)
+        if rows and panel is not axes[0, 0] and [*dict(rows)] == [*dict(first)]:
+            panel.set_yticklabels([])
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
