@@ -59,17 +59,19 @@ SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mo
           f"{train_gpt.FINAL_LINES['slot']}_bpb")
 
 
-def summary_of(folder: Path) -> dict | None:
-    """The summary event of a finished run's log, or None."""
-    log = folder / "logs" / "run.jsonl"
-    if not log.exists():
-        return None
-    for line in reversed(log.read_text(encoding="utf-8").splitlines()):
+def events_of(folder: Path) -> dict[str, dict]:
+    """The last event of each kind in a run's log."""
+    log, events = folder / "logs" / "run.jsonl", {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
         with contextlib.suppress(ValueError):  # a killed run may leave half a line
             event = json.loads(line)
-            if event["event"] == "summary":
-                return event
-    return None
+            events[event["event"]] = event
+    return events
+
+
+def summary_of(folder: Path) -> dict | None:
+    """The summary event of a finished run's log, or None."""
+    return events_of(folder).get("summary")
 
 
 class Slot(NamedTuple):
@@ -202,9 +204,9 @@ def list_runs(plan: dict, out: Path) -> None:
 
 def finished(plan: dict, out: Path) -> dict[str, list[dict]]:
     """Summaries of the runs that are done, by variant, up to the first seed that is not."""
-    results: dict[str, list[dict]] = {}
+    results, tasks = {}, tasks_of(plan, out)
     for variant in plan["variants"]:
-        runs = (summary_of(folder) for name, folder, _ in tasks_of(plan, out) if name == variant)
+        runs = (summary_of(folder) for name, folder, _ in tasks if name == variant)
         if done := list(itertools.takewhile(bool, runs)):
             results[variant] = done
     if not results:

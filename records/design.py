@@ -97,6 +97,7 @@ class Fit(NamedTuple):
 
     effects: dict[tuple[str, str], Sample]  # by (lever, "from -> to"); intervals are the fit's
     runs: int
+    hours: float
     deviation: float | None  # of a score, seed and levers taken out; None with too few runs
 
 
@@ -113,8 +114,9 @@ def fit(results: dict[str, list[dict]], plan: dict, end: str) -> Fit:
                        + [plan["variants"][name]["SEED"] == seed for seed in seeds]
                        for name in names], float).reshape(len(names), -1)
     freedom = len(names) - design.shape[1]
+    hours = sum(hours_of(results[name][0]) for name in names)
     if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
-        return Fit({}, len(names), None)
+        return Fit({}, len(names), hours, None)
     scores = np.array([results[name][0][plan.get("change", "roundtrip_bpb")] for name in names])
     inverse = np.linalg.inv(design.T @ design)
     fitted = inverse @ design.T @ scores
@@ -122,7 +124,7 @@ def fit(results: dict[str, list[dict]], plan: dict, end: str) -> Fit:
     errors = deviation * np.sqrt(inverse.diagonal())
     return Fit({(lever, f"{first} -> {other}"): Sample(
         float(fitted[i]), float(errors[i]) * math.sqrt(freedom + 1), freedom + 1)
-        for i, (lever, first, other) in enumerate(keys)}, len(names), deviation)
+        for i, (lever, first, other) in enumerate(keys)}, len(names), hours, deviation)
 
 
 def fits_of(results: dict[str, list[dict]], plan: dict) -> dict[str, Fit]:
@@ -142,7 +144,8 @@ def fits_of(results: dict[str, list[dict]], plan: dict) -> dict[str, Fit]:
                                         for v, effect in zip(squares, at, strict=True))
         error = math.sqrt(sum(squares)) / len(at)
         effects[key] = Sample(sum(effect.mean for effect in at) / len(at), error * math.sqrt(n), n)
-    return fits | {"mean of them": Fit(effects, sum(one.runs for one in found), None)}
+    return fits | {"mean of them": Fit(
+        effects, sum(one.runs for one in found), sum(one.hours for one in found), None)}
 
 
 def table(results: dict[str, list[dict]], plan: dict) -> str:
@@ -161,14 +164,12 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
             "seen 19 times in 20", f"runs for {GOAL}"]
     rows = []
     for name, found in fits_of(results, plan).items():
-        hours = sum(hours_of(runs[0]) for run, runs in results.items()
-                    if name.removeprefix("near ") in (run.rsplit("_", 1)[0], "mean of them"))
         if not found.effects:
-            rows.append([name, found.runs, f"{hours:.1f}", *[None] * 4])
+            rows.append([name, found.runs, f"{found.hours:.1f}", *[None] * 4])
             continue
         middle = sorted(found.effects.values(), key=lambda effect: effect.interval)[
             len(found.effects) // 2]
-        rows.append([name, found.runs, f"{hours:.1f}",
+        rows.append([name, found.runs, f"{found.hours:.1f}",
                      f"{found.deviation:.4f}" if found.deviation else None,
                      f"{middle.interval:.4f}", f"{detectable(middle):.4f}",
                      runs_for_goal(middle, found.runs)])

@@ -169,7 +169,7 @@ def plot_changes(groups: dict[str, list[tuple[str, Sample]]], path: Path) -> Non
                   xlabel="change of BPB, 95 % interval (left is better)")
         panel.locator_params(axis="x", nbins=6)
         panel.grid(axis="x", alpha=0.3)
-        if rows and panel is not axes[0, 0] and [*dict(rows)] == [*dict(first)]:
+        if panel is not axes[0, 0] and [*dict(rows)] == [*dict(first)]:
             panel.set_yticklabels([])
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -28,6 +27,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import figures  # noqa: E402
+from ablate import events_of, summary_of  # noqa: E402
 
 STAGES = {"val": "last weights", "post_ema": "average", "summary": "artifact"}
 LENGTHS = (64, 256, 1024, None)  # tokens of each document; None: all
@@ -36,8 +36,7 @@ LENGTHS = (64, 256, 1024, None)  # tokens of each document; None: all
 def groups_of(folder: Path) -> dict[str, list[Path]]:
     """The finished runs of a plan by variant."""
     groups: dict[str, list[Path]] = {}
-    for scores in sorted(folder.glob("*_seed*/scores/roundtrip.npz")):
-        run = scores.parents[1]
+    for run in filter(summary_of, sorted(folder.glob("*_seed*"))):
         groups.setdefault(run.name.rsplit("_seed", 1)[0], []).append(run)
     if not groups:
         raise SystemExit(f"{folder}: no finished run; records/ablate.py with the plan makes them")
@@ -46,8 +45,7 @@ def groups_of(folder: Path) -> dict[str, list[Path]]:
 
 def bpb_of(run: Path) -> dict[str, float]:
     """A run's BPB by stage, from the last event of each kind in its log."""
-    lines = (run / "logs" / "run.jsonl").read_text(encoding="utf-8").splitlines()
-    events = {event["event"]: event for event in map(json.loads, lines)}
+    events = events_of(run)
     return {stage: events[stage]["val_bpb"] for stage in STAGES}
 
 
@@ -76,14 +74,14 @@ def spread_table(groups: dict[str, list[Path]]) -> str:
 def documents_of(run: Path, length: int | None) -> np.ndarray:
     """(documents, 3): tokens, bits and bytes of the first `length` tokens of each document.
 
-    The first id of a document has no bytes, and the first of all is not scored.
+    The first id of a document, which has no bytes, is left out.
     """
     scores = np.load(run / "scores" / "roundtrip.npz")
     ends = [*np.flatnonzero(scores["bytes"] == 0), len(scores["ids"])]
     begins = [0, *(end + 1 for end in ends[:-1])]
     spans = [slice(a, b if length is None else min(b, a + length))
              for a, b in zip(begins, ends, strict=True) if b > a]
-    return np.array([(span.stop - span.start, scores["nats"][span].sum() / math.log(2),
+    return np.array([(span.stop - span.start, scores["nats"][span].sum(dtype=float) / math.log(2),
                       scores["bytes"][span].sum()) for span in spans], float)
 
 

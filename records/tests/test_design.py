@@ -71,7 +71,7 @@ def test_effects_without_chance_are_exact():
         assert means == pytest.approx([*worth.values()])
         assert found.deviation == pytest.approx(0, abs=1e-12)
     few = dict(list(results.items())[:10])
-    assert design.fit(few, plan, "near") == design.Fit({}, 5, None)
+    assert design.fit(few, plan, "near") == design.Fit({}, 5, 5.0, None)
     assert design.table(few, plan).count("\n") == 1
     assert design.power_table(few, plan).endswith("\n| near far | 5 | 5.0 | - | - | - | - |")
 
