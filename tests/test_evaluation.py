@@ -162,7 +162,7 @@ def unnormalised(patch):
     ("ngram_sliding", two_pass, "1"), ("ngram_sliding", two_pass, "3"),
     ("ngram_ttt", count_one_more, "2"), ("ngram_ttt", count_one_more, "3"),
     ("ngram_sliding", count_first, "2"), ("ngram_sliding", unnormalised, "2"),
-    ("ttt", train_first, "1"), ("ttt", train_first, "3"),
+    ("ttt", train_first, "1"), ("ttt", train_first, "2"), ("ttt", train_first, "3"),
     ("ttt", score_again, "3"), ("sliding", tail_twice, "4"),
     ("ttt", tail_twice, "4"),
 ])  # fmt: skip
