@@ -1,8 +1,8 @@
 """Matched experiments: named sets of settings x seeds -> one table, resumable.
 
-    python records/ablate.py records/plans/demo_features.json --jobs 2
+    python records/ablate.py records/plans/slopes.json --jobs 2
     python records/ablate.py records/plans/levers.json --list      what is left; runs nothing
-    python records/ablate.py records/plans/slopes.json --table     of the results that are kept
+    python records/ablate.py records/plans/levers.json --table     of the results that are kept
     python records/ablate.py records/plans/levers.json --power     which difference they could show
     python records/ablate.py records/plans/levers.json --figure levers.png
     python records/ablate.py records/plans/frontier.json --only record,frontier    some variants

@@ -101,10 +101,11 @@ class Fit(NamedTuple):
     deviation: float | None  # of a score, seed and levers taken out; None with too few runs
 
 
-def fit(results: dict[str, list[dict]], plan: dict, end: str) -> Fit:
+def fit(results: dict[str, list[dict]], plan: dict, end: str, before: str = "") -> Fit:
     """Least squares over the runs at an end that are done; `plan` is expanded.
 
-    The first level that the plan names is what a lever's others are compared with.
+    The first level that the plan names is what a lever's others are compared with. With the name of
+    a score in `before`, the effects are those on the way from it to the plan's score.
     """
     names = [name for name in results if name.startswith(end + "_")]
     keys = [(lever, first, other) for lever, (first, *rest) in plan["levers"].items()
@@ -117,7 +118,8 @@ def fit(results: dict[str, list[dict]], plan: dict, end: str) -> Fit:
     hours = sum(hours_of(results[name][0]) for name in names)
     if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
         return Fit({}, len(names), hours, None)
-    scores = np.array([results[name][0][plan.get("change", "roundtrip_bpb")] for name in names])
+    scores = np.array([results[name][0][plan.get("change", "roundtrip_bpb")]
+                       - (results[name][0][before] if before else 0) for name in names])
     inverse = np.linalg.inv(design.T @ design)
     fitted = inverse @ design.T @ scores
     deviation = float(np.sqrt(np.sum((scores - design @ fitted) ** 2) / freedom))
@@ -127,12 +129,12 @@ def fit(results: dict[str, list[dict]], plan: dict, end: str) -> Fit:
         for i, (lever, first, other) in enumerate(keys)}, len(names), hours, deviation)
 
 
-def fits_of(results: dict[str, list[dict]], plan: dict) -> dict[str, Fit]:
+def fits_of(results: dict[str, list[dict]], plan: dict, before: str = "") -> dict[str, Fit]:
     """The fit near each end and, if all ends have one, the mean of their effects over the ends.
 
     The ends' runs are independent, so errors add up in squares, and the freedom is Welch's.
     """
-    fits = {f"near {end}": fit(results, plan, end) for end in plan["ends"]}
+    fits = {f"near {end}": fit(results, plan, end, before) for end in plan["ends"]}
     found = [one for one in fits.values() if one.effects]
     if len(found) < len(fits) or len(found) < 2:
         return fits
@@ -148,9 +150,18 @@ def fits_of(results: dict[str, list[dict]], plan: dict) -> dict[str, Fit]:
         effects, sum(one.runs for one in found), sum(one.hours for one in found), None)}
 
 
+def reported(results: dict[str, list[dict]], plan: dict) -> dict[str, Fit]:
+    """The fits of `fits_of`, and the last of them for what rounding costs.
+
+    The artifact's score less that of the weights before it: chance has hardly a part in that.
+    """
+    name, rounding = [*fits_of(results, plan, "post_ema_bpb").items()][-1]
+    return fits_of(results, plan) | {f"rounding alone, {name}": rounding}
+
+
 def table(results: dict[str, list[dict]], plan: dict) -> str:
     """Markdown: the effect of every lever near each end; bold where its interval is without 0."""
-    fits = fits_of(results, plan)
+    fits = reported(results, plan)
     head = ["lever", "change", *(f"{name}, {found.runs} runs" for name, found in fits.items())]
     keys = dict.fromkeys(key for found in fits.values() for key in found.effects)
     rows = [[*key, *(figures.change_text(found.effects[key]) if key in found.effects else None
@@ -163,7 +174,7 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
     head = ["effects", "runs", "hours of all runs", "deviation of chance", "half a 95 % interval",
             "seen 19 times in 20", f"runs for {GOAL}"]
     rows = []
-    for name, found in fits_of(results, plan).items():
+    for name, found in reported(results, plan).items():
         if not found.effects:
             rows.append([name, found.runs, f"{found.hours:.1f}", *[None] * 4])
             continue

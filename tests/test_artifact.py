@@ -95,7 +95,7 @@ TAMPERED = {  # place in the header: values that it may not have
     "model.ROPE_BASE": ["x", "0"], "model.ROPE_DIMS": ["-4"], "model.LOGIT_SOFTCAP": ["x", "0"],
     "model.ACTIVATION_NEG_SLOPE": ["x"], "model.TIE_EMBEDDINGS": ["0", "2"],
     "model.BIGRAM_VOCAB_SIZE": ["1000000000000", "-3"], "model.BIGRAM_DIM": ["1000000000000"],
-    "model.VE_DIM": ["x"], "model.VE_LAYERS": ["0,1", "x", "9"], "model.XSA_LAST_N": ["x", "3"],
+    "model.VE_DIM": ["x"], "model.VE_LAYERS": ["0,1", "x", "9"], "model.XSA_LAST_N": ["x", "-1"],
     "model.PARALLEL_START_LAYER": ["9", "x"], "model.RECUR_LAYERS": ["5", "0,1"],
     "model.RECUR_PASSES": ["1", "3", "0", "17", "1000000000", "x"],
     "model.ATTN_GATE_DIMS": ["4", "17", "-1", "x"], "model.SKIP_GATE": ["1", "2"],

@@ -92,7 +92,7 @@ CONTRADICTIONS = {  # change of the tiny settings: what is said of it
     "ATTENTION=flex": "flash_attention_3,cudnn,flash,mem_efficient,math can",
     "ATTENTION=flash DOC_ATTENTION=1": "flash_attention_3,flex,cudnn,mem_efficient,math can",
     "VE_LAYERS=1,4": r"0\.\.3", "VE_LAYERS=2,2": "once", "VE_LAYERS=": "VE_ENABLED=0",
-    "XSA_LAST_N=5": "4 layers", "BIGRAM_VOCAB_SIZE=1": "at least 2",
+    "BIGRAM_VOCAB_SIZE=1": "at least 2",
     "N_INT6_LAYERS=3": "even and at most 4", "N_INT6_LAYERS=6": "even and at most 4",
     "VAL_TOKENS_LIMIT=1": "at least 2", "RUN_ID=a/b": "file name",
     "ARTIFACT_PATH=": "name a file", "CHECKPOINT_PATH=": "name a folder",
@@ -109,7 +109,7 @@ POSSIBLE = [
     "RECUR_LAYERS=", "RECUR_LAYERS=3", "PARALLEL_START_LAYER=4", "RECUR_START_STEP=0",
     "PARALLEL_START_LAYER=2 RECUR_LAYERS=", "N_INT6_LAYERS=4", "N_INT6_LAYERS=0",
     "RECUR_START_STEP=0.4", "VE_ENABLED=0 VE_LAYERS=", "BIGRAM_VOCAB_SIZE=0", "ROPE_DIMS=16",
-    "CLASS_BITS=mlp=2,attn=8,repeat=4,embed=6", "EVAL_STRIDE=32", "XSA_LAST_N=4",
+    "CLASS_BITS=mlp=2,attn=8,repeat=4,embed=6", "EVAL_STRIDE=32", "XSA_LAST_N=9",
     "MICRO_BATCH_TOKENS=64", "TTT_CHUNK_TOKENS=32", "TTT_FREEZE_BLOCKS=4 TTT_ENABLED=0",
     "NUM_LAYERS=5 N_INT6_LAYERS=6", "RECUR_LAYERS= RECUR_PASSES=1", "RECUR_PASSES=16",
     "WARMDOWN_ITERS=0.85", "WARMDOWN_ITERS=0", "ATTN_GATE_DIMS=32", "MUON_WD_TAPER=0,1",
@@ -207,15 +207,15 @@ def test_presets_combine():
 
 def test_the_frontier_is_frontier_md():
     """FRONTIER.md sections 2 and 3, value by value; what they do not name is the record's."""
-    assert t.preset_values(("frontier",)) == dict(
-        xsa_last_n=11, mlp_mult=4.0, muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
-        muon_coefficients="polar", qk_gain_init=5.25, matrix_lr=0.026, tied_embed_lr=0.03,
-        scalar_lr=0.02, beta2=0.99, min_lr=0.1, ema_decay=0.9965, muon_momentum=0.97,
-        warmdown_iters=0.85, recur_layers=(3, 4, 5), recur_passes=3, recur_untie_mlp=False,
-        recur_start_step=0.35, parallel_start_layer=8, attn_gate_dims=12, skip_gate=True,
-        doc_attention=True, asym_softcap=True, gptq_calibration_seqs=256, eval_seq_len=2560,
-        ttt_kind="document", ttt_global_docs=2500)
-    c = h.config(h.RECORD)
+    c = h.config(
+        h.RECORD, preset=("frontier",), xsa_last_n=11, mlp_mult=4.0, muon_wd=0.095,
+        muon_wd_taper=(0.7, 0.5), muon_row_norm=True, muon_coefficients="polar", qk_gain_init=5.25,
+        matrix_lr=0.026, tied_embed_lr=0.03, scalar_lr=0.02, beta2=0.99, min_lr=0.1,
+        ema_decay=0.9965, muon_momentum=0.97, warmdown_iters=0.85, recur_layers=(3, 4, 5),
+        recur_passes=3, recur_untie_mlp=False, recur_start_step=0.35, parallel_start_layer=8,
+        attn_gate_dims=12, skip_gate=True, doc_attention=True, asym_softcap=True,
+        gptq_calibration_seqs=256, eval_seq_len=2560, ttt_kind="document", ttt_global_docs=2500)
+    assert t.Config.from_env({"PRESET": "frontier"}, cuda=True) == c
     assert (c.ttt_doc_chunk, c.ttt_lora_rank, c.ttt_lora_alpha, c.ttt_lora_lr, t.LORA_BETA2) == (
         48, 80, 144, 1e-4, 0.99) and 0.5 <= c.ttt_lora_wd <= 2
 
@@ -242,14 +242,14 @@ def test_help_may_be_cut_short(command):
 
 
 def test_settings_table_shows_defaults_demo_and_choices():
-    """One row for each setting: name, values of three presets, meaning; as one would type it."""
+    """One row for each setting: name, values of four presets, meaning; as one would type it."""
     rows = [[cell.strip() for cell in row.strip("|").split("|")]
             for row in t.settings_table().splitlines()[2:]]
     for row, f in zip(rows, fields(t.Config), strict=True):
         others = [t.show(t.PRESETS[preset][f.name]) if f.name in t.PRESETS[preset] else ""
-                  for preset in ("frontier", "demo")]
-        assert row[:4] == [f.name.upper(), t.show(f.default), *others] and len(row) == 5 and row[4]
-        assert all(choice in row[4] for choice in f.metadata["choices"])
+                  for preset in ("published", "frontier", "demo")]
+        assert row[:5] == [f.name.upper(), t.show(f.default), *others] and len(row) == 6 and row[5]
+        assert all(choice in row[5] for choice in f.metadata["choices"])
     assert [t.show(value) for value in (7, (4, 5), (), 1e4, 1e-8, 0.1 + 0.2, True, None,
                                         (0.7, 1.0), ("frontier", "demo"))] == [
         "7", "4,5", "", "10000", "1e-08", "0.30000000000000004", "1", "auto", "0.7,1",
@@ -426,6 +426,12 @@ def test_every_setting_has_a_row():
     """A new setting without a way to see it fails here."""
     assert sorted(name for row in FLIPS for name in row[2]) == sorted(
         f.name for f in fields(t.Config))
+
+
+def test_an_artifact_names_what_makes_its_model():
+    """All settings that change shapes or logits, and no other, are in its header."""
+    changed = {name for see, _, others in FLIPS if see is see_model for name in others}
+    assert sorted(t.MODEL_FIELDS) == sorted(changed)
 
 
 @pytest.mark.parametrize("see, needs, others", FLIPS, ids=lambda v: getattr(v, "__name__", ""))

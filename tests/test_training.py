@@ -489,19 +489,19 @@ def test_a_loss_spike_is_an_event(make_trainer):
 
 def test_lr_scale():
     """Constant, then linear to MIN_LR, by steps or by the clock, whichever ends first."""
-    c = h.config(h.RECORD, iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
+    c = h.config(h.PUBLISHED, iterations=1000, warmdown_iters=100, max_wallclock_seconds=0)
     for step, expected in ((0, 1), (500, 1), (900, 1), (925, 0.75), (950, 0.5), (1000, 0)):
         assert t.lr_scale(step, 9e9, 50.0, c) == pytest.approx(expected)
     assert t.lr_scale(950, 0, 0, replace(c, min_lr=0.1)) == pytest.approx(0.55)
     assert t.lr_scale(1000, 0, 0, replace(c, warmdown_iters=0)) == 1
-    c = h.config(h.RECORD, iterations=10**6)
+    c = h.config(h.PUBLISHED, iterations=10**6)
     usable = 600_000 - t.CLOCK_RESERVE_MS
     assert t.lr_scale(10, 1e3, 0.0, c) == 1  # no step time known yet
     assert t.lr_scale(10, usable - 3500 * 100, 100.0, c) == pytest.approx(1)
     assert t.lr_scale(10, usable - 1750 * 100, 100.0, c) == pytest.approx(0.5)
     assert t.lr_scale(10, usable - 1750 * 100, 200.0, c) == pytest.approx(0.25)
     assert t.lr_scale(10, 601e3, 100.0, replace(c, min_lr=0.2)) == pytest.approx(0.2)
-    c = h.config(h.RECORD, iterations=1000, warmdown_iters=0.8)  # a share of the run
+    c = h.config(h.PUBLISHED, iterations=1000, warmdown_iters=0.8)  # a share of the run
     for over, expected in ((0, 1), (0.2, 1), (0.4, 0.75), (0.6, 0.5), (1, 0)):
         for step, elapsed in ((1000 * over, 0), (0, usable * over), (100 * over, usable * over)):
             assert t.lr_scale(step, elapsed, 50.0, c) == pytest.approx(expected, abs=1e-9)

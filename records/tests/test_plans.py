@@ -267,12 +267,12 @@ def test_changes_from_score_to_score():
     assert "\n\n" not in ablate.table({"half": runs["half"]}, {})
 
 
-def printed(plan: str, capsys, monkeypatch) -> str:
-    """What `--table` prints of a plan's kept results; empty without any."""
+def printed(plan: str, capsys, monkeypatch, report: str = "--table") -> str:
+    """What a report prints of a plan's kept results; empty without any."""
     if not (RECORDS / "plans" / "results" / f"{plan}.json").exists():
         return ""
     monkeypatch.setattr(sys, "argv", ["ablate", str(RECORDS / "plans" / f"{plan}.json"),
-                                      "--table"])
+                                      report])
     assert ablate.main() == 0
     return capsys.readouterr().out
 
@@ -319,13 +319,14 @@ def passages(text: str) -> Iterator[tuple[set[str], str]]:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(h.ROOT)))
 def test_figures_of_plans_are_kept_results(document, capsys, monkeypatch):
-    """Figures (three decimals or more) beside a plan's name stand in its table of kept results.
+    """Figures (three decimals or more) beside a plan's name are `--table`'s or `--power`'s of it.
 
     A plan without kept results has no figures. Sentences with the number of a pull request quote
     figures of others.
     """
     for plans, passage in passages(document.read_text("utf-8")):
-        tables = "".join(printed(plan, capsys, monkeypatch) for plan in plans)
+        tables = "".join(printed(plan, capsys, monkeypatch, report)
+                         for plan in plans for report in ("--table", "--power"))
         ours = [sentence for sentence in re.split(r"(?<=[.;:])\s", passage)
                 if not re.search(r"#\d", sentence)]
         figures = {*re.findall(r"\d\.\d{3,}", " ".join(ours))} if plans else set()
