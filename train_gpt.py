@@ -124,7 +124,7 @@ class Config:
     asym_softcap: bool = setting(False, "positive and negative logits have caps of their own, "
                                  "equal until TTT trains them")
     ln_scale: bool = setting(True, "scale normalised inputs of layer i by 1 / sqrt(i + 1)")
-    xsa_last_n: int = setting(11, "layers with exclusive self-attention, the last ones", 0)
+    xsa_last_n: int = setting(4, "layers from the end with exclusive self-attention", 0)
     attn_gate_dims: int = setting(0, "each head's output is gated by so many dimensions of the "
                                   "attention's input; 0: no gate", 0)
     doc_attention: bool = setting(False, "a token attends to its own document only")
@@ -281,10 +281,10 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
     "published": dict(  # PROTEUS v1.6, with its rounding: the yardstick of every A/B
-        xsa_last_n=4, skip_gate=False, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035,
-        min_lr=0.0, muon_row_norm=False, beta2=0.95, quant="rtn", n_int6_layers=4),
+        skip_gate=False, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035, min_lr=0.0,
+        muon_row_norm=False, beta2=0.95, quant="rtn", n_int6_layers=4),
     "frontier": dict(  # what else the field found after PROTEUS v1.6
-        mlp_mult=4.0, qk_gain_init=5.25, attn_gate_dims=12, doc_attention=True,
+        mlp_mult=4.0, qk_gain_init=5.25, xsa_last_n=11, attn_gate_dims=12, doc_attention=True,
         asym_softcap=True, parallel_start_layer=8, recur_layers=(3, 4, 5), recur_passes=3,
         recur_start_step=0.35, recur_untie_mlp=False, warmdown_iters=0.85, muon_momentum=0.97,
         muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), ema_decay=0.9965,

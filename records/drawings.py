@@ -35,6 +35,11 @@ COLOURS = {  # kind -> face, edge
     "again": ("#e9def5", "#6a4ba3"), "table": ("#fff4c2", "#8a6d1d")}
 LEFT, RIGHT, LANE, MARGIN = 250, 945, 165, 1455  # middles of columns; lanes are beside RIGHT
 
+REMARKS = (
+    "Each sublayer reads a learned mix of its stream and of the state that enters layer 0.",
+    "A skip adds a stored state, times learned weights and gates, to the stream or to both lanes.",
+    "XSA takes from a head's output its component along the token's own value.")
+
 
 class Canvas:
     """A picture of boxes, arrows and lines of text."""
@@ -127,7 +132,7 @@ class Architecture:
         """One pass of a layer: a box, or a frame around a box for each lane."""
         run, c, y = cell.run, self.config, self.y(cell.row)
         mlp = "MLP" if run.repeat is None else "own MLP"
-        attention = "attention" + "*" * (run.layer >= c.num_layers - c.xsa_last_n)
+        attention = "attention" + " + XSA" * (run.layer >= c.num_layers - c.xsa_last_n)
         kind = "again" if cell.again else "layer"
         if not run.lanes:
             name = f"{run.layer} again" if cell.again else f"{run.layer}"
@@ -202,14 +207,9 @@ class Architecture:
         start = (f"step {t.show(c.recur_start_step)}" if c.recur_start_step >= 1 else
                  f"{100 * c.recur_start_step:g} % of the run")
         layers = ", ".join(map(str, c.recur_layers))
-        gates = " and gates" * c.skip_gate
-        remarks = [
-            "Each sublayer reads a learned mix of its stream and of the state that enters layer 0.",
-            f"A skip adds a stored state, times learned weights{gates}, to the stream or to both "
-            "lanes.", "* XSA: a head's output loses its component along the token's own value."]
         again = (f"From {start} on, layers {layers} run again as one block"
                  + ", with MLPs of their own" * c.recur_untie_mlp + ".")
-        for n, text in enumerate(remarks + [again] * bool(c.recur_layers)):
+        for n, text in enumerate((*REMARKS, *[again] * bool(c.recur_layers))):
             canvas.text(25, self.y(-1) + 60 + 45 * n, text, ha="left")
 
 

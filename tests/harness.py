@@ -80,9 +80,8 @@ PUBLISHED = dict(  # SPEC section 1, and the settings that it leaves open
 )  # fmt: skip
 VOCAB, BOS = 300, 299  # of the tiny data; its last id is the boundary
 RECORD = PUBLISHED | dict(  # docs/studies.md says why
-    preset=("record",), xsa_last_n=11, skip_gate=True, matrix_lr=0.026, scalar_lr=0.02,
-    tied_embed_lr=0.03, min_lr=0.1, muon_row_norm=True, beta2=0.99, quant="gptq",
-    n_int6_layers=None,
+    preset=("record",), skip_gate=True, matrix_lr=0.026, scalar_lr=0.02, tied_embed_lr=0.03,
+    min_lr=0.1, muon_row_norm=True, beta2=0.99, quant="gptq", n_int6_layers=None,
 )  # fmt: skip
 TINY = dict(
     preset=("record",), run_id="", seed=1337, data_seed=0,

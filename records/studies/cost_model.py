@@ -56,7 +56,7 @@ PUBLISHED = (  # ms per step on 8xH100: recurrence off, on
     ("#1204, lanes and recurrence", 87.9, 104.0),
     ("#1274, Scylla-998", None, 102.1),
     ("#1855, other tokenizer", 96.0, 141.0),
-    ("`PRESET=published`, measured on [one H100](../one_h100/README.md)", 79.7, 92.8),
+    ("ours, measured on one H100 ([one_h100](../one_h100/README.md))", 79.7, 92.8),
     ("our goal", 70.0, 81.0),
 )
 STANDIN = Path(__file__).resolve().parents[3] / "shared" / "nullcuda" / "run"

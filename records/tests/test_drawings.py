@@ -52,7 +52,7 @@ def test_the_architecture_is_that_of_the_code(drawn):
     again = f"From {start} on, layers {str(c.recur_layers)[1:-1]} run again"
     assert (again in text) == ("run again" in text) == bool(c.recur_layers)
     last = c.num_layers - c.xsa_last_n
-    assert text.count("attention*") == sum(run.layer >= last for run in plan)
+    assert text.count("+ XSA") == sum(run.layer >= last for run in plan)
     assert text.count("own MLP") == len(c.recur_layers) * c.recur_untie_mlp
     assert said.count("MLP") == sum(run.lanes for run in plan)
     for name, there in (("SmearGate", c.smear_enabled), ("bigram", c.bigram_vocab_size),
