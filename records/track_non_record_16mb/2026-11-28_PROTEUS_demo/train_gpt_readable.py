@@ -111,7 +111,7 @@ class Config:
     tokenizer_meta_path: str = setting("", "byte table (.meta.npz); empty: beside the vocabulary")
     vocab_size: int = setting(0, "ids of the model; 0: from the tokenizer", 0, 65536)
     dry_run: bool = setting(False, "print configuration, sizes and memory, then exit")
-    # model
+    # model: MODEL_FIELDS, all that an artifact says of its model
     num_layers: int = setting(11, "layers", 2, 64)
     model_dim: int = setting(512, "width D of the residual stream", 8)
     num_heads: int = setting(8, "query heads H", 1)
@@ -123,7 +123,6 @@ class Config:
     logit_softcap: float = setting(30.0, "logits are cap * tanh(z / cap)", 1e-3, 40)
     asym_softcap: bool = setting(False, "positive and negative logits have caps of their own, "
                                  "equal until TTT trains them")
-    qk_gain_init: float = setting(1.5, "initial gain of the normalised queries", 0)
     ln_scale: bool = setting(True, "scale normalised inputs of layer i by 1 / sqrt(i + 1)")
     xsa_last_n: int = setting(4, "layers from the end with exclusive self-attention", 0)
     attn_gate_dims: int = setting(0, "each head's output is gated by so many dimensions of the "
@@ -137,11 +136,10 @@ class Config:
     ve_layers: tuple[int, ...] = setting((9, 10), "layers whose values get a value embedding")
     activation_neg_slope: float = setting(0.5, "negative slope of LeakyReLU^2", 0, 1)
     parallel_start_layer: int = setting(7, "first layer with two lanes; NUM_LAYERS: none", 1)
-    skip_gate: bool = setting(False, "each skip is gated, dimension by dimension")
+    skip_gate: bool = setting(True, "each skip is gated, dimension by dimension")
     recur_layers: tuple[int, ...] = setting((4, 5), "layers run again, as one block; empty: none, "
                                             "with RECUR_PASSES=1")
     recur_passes: int = setting(2, "passes over RECUR_LAYERS in all; 1: no recurrence", 1, 16)
-    recur_start_step: float = setting(3000.0, "recurrence starts here; < 1: share of the run", 0)
     recur_untie_mlp: bool = setting(True, "each further pass has MLPs of its own")
     # batch and length of training
     train_batch_tokens: int = setting(786432, "tokens per step over all ranks", 1)
@@ -150,16 +148,18 @@ class Config:
     iterations: int = setting(20000, "steps at most", 1)
     warmdown_iters: float = setting(3500.0, "steps of the final linear decay of the learning rate; "
                                     "< 1: share of the run", 0)
+    recur_start_step: float = setting(3000.0, "recurrence starts here; < 1: share of the run", 0)
     warmup_steps: int = setting(20, "priming steps on random tokens before the clock", 0)
     max_wallclock_seconds: float = setting(600.0, "training time at most; 0: no cap", 0)
     # optimization
-    matrix_lr: float = setting(0.025, "Muon, for matrices", 0)
-    scalar_lr: float = setting(0.025, "AdamW, for vectors, scalars and small projections", 0)
-    tied_embed_lr: float = setting(0.035, "AdamW, for embedding tables", 0)
+    matrix_lr: float = setting(0.026, "Muon, for matrices", 0)
+    scalar_lr: float = setting(0.02, "AdamW, for vectors, scalars and small projections", 0)
+    tied_embed_lr: float = setting(0.03, "AdamW, for embedding tables", 0)
     embed_lr: float = setting(0.6, "AdamW, for embedding tables when TIE_EMBEDDINGS=0", 0)
     head_lr: float = setting(0.008, "AdamW, for the head when TIE_EMBEDDINGS=0", 0)
     tied_embed_init_std: float = setting(0.005, "initial standard deviation of the embedding", 0)
-    min_lr: float = setting(0.0, "learning rate at the end, as a fraction of the peak", 0, 1)
+    qk_gain_init: float = setting(1.5, "initial gain of the normalised queries", 0)
+    min_lr: float = setting(0.1, "learning rate at the end, as a fraction of the peak", 0, 1)
     muon_momentum: float = setting(0.99, "momentum of Muon", 0, 0.9999)
     muon_momentum_warmup_start: float = setting(0.92, "momentum of Muon at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = setting(1500, "steps until MUON_MOMENTUM is reached", 0)
@@ -169,10 +169,10 @@ class Config:
     muon_wd: float = setting(0.04, "decoupled weight decay of Muon", 0)
     muon_wd_taper: tuple[float, ...] = setting((), "START,END: from that share of the run on "
                                                "linear to END times MUON_WD; empty: never")
-    muon_row_norm: bool = setting(False, "MuonEq-R: normalise rows before Newton-Schulz")
+    muon_row_norm: bool = setting(True, "MuonEq-R: normalise rows before Newton-Schulz")
     adam_wd: float = setting(0.04, "weight decay of embeddings and projections", 0)
     beta1: float = setting(0.9, "AdamW", 0, 0.9999)
-    beta2: float = setting(0.95, "AdamW", 0, 0.9999)
+    beta2: float = setting(0.99, "AdamW", 0, 0.9999)
     adam_eps: float = setting(1e-8, "AdamW", 0)
     grad_clip_norm: float = setting(0.3, "bound on the global gradient norm; 0: none", 0)
     ema_decay: float = setting(0.997, "decay of the average that is exported; 0: none", 0, 0.99999)
@@ -280,15 +280,15 @@ class Config:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "record": {},
-    "published": dict(quant="rtn", n_int6_layers=4),  # no fit: the yardstick of every A/B
-    "frontier": dict(  # what the field found after PROTEUS v1.6
+    "published": dict(  # PROTEUS v1.6, with its rounding: the yardstick of every A/B
+        skip_gate=False, matrix_lr=0.025, scalar_lr=0.025, tied_embed_lr=0.035, min_lr=0.0,
+        muon_row_norm=False, beta2=0.95, quant="rtn", n_int6_layers=4),
+    "frontier": dict(  # what else the field found after PROTEUS v1.6
         mlp_mult=4.0, qk_gain_init=5.25, xsa_last_n=11, attn_gate_dims=12, doc_attention=True,
-        asym_softcap=True, parallel_start_layer=8, skip_gate=True, recur_layers=(3, 4, 5),
-        recur_passes=3, recur_start_step=0.35, recur_untie_mlp=False, warmdown_iters=0.85,
-        matrix_lr=0.026, scalar_lr=0.02, tied_embed_lr=0.03, min_lr=0.1, muon_momentum=0.97,
-        muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), muon_row_norm=True,
-        beta2=0.99, ema_decay=0.9965, gptq_calibration_seqs=256, eval_seq_len=2560,
-        ttt_kind="document", ttt_global_docs=2500),
+        asym_softcap=True, parallel_start_layer=8, recur_layers=(3, 4, 5), recur_passes=3,
+        recur_start_step=0.35, recur_untie_mlp=False, warmdown_iters=0.85, muon_momentum=0.97,
+        muon_coefficients="polar", muon_wd=0.095, muon_wd_taper=(0.7, 0.5), ema_decay=0.9965,
+        gptq_calibration_seqs=256, eval_seq_len=2560, ttt_kind="document", ttt_global_docs=2500),
     "demo": dict(
         data_path="./data/demo/scylla", artifact_path="data/demo.int6.ptz",
         checkpoint_path="data/checkpoints", model_dim=64, num_heads=2, num_kv_heads=1,
@@ -396,7 +396,6 @@ def model_rules(c: Config) -> list[tuple[Any, str, str]]:
          "there are no RECUR_LAYERS to pass over; name some, or set RECUR_PASSES=1"),
         (0 < len(valued) == len(set(valued)) and set(valued) <= set(range(layers)), "ve_layers",
          f"name layers of 0..{layers - 1}, each once; VE_ENABLED=0 turns them off"),
-        (c.xsa_last_n <= layers, "xsa_last_n", f"there are {layers} layers"),
         (c.n_int6_layers in (None, *range(0, layers + 2, 2)), "n_int6_layers",
          f"must be auto, or even and at most {layers + layers % 2}"),
         (c.bigram_vocab_size != 1, "bigram_vocab_size", "must be 0 (off) or at least 2"),
@@ -465,12 +464,13 @@ def settings_listing(c: Config) -> str:
 
 def settings_table() -> str:
     """Every setting as a Markdown table: the table of docs/settings.md and the answer to --help."""
-    rows = ["| setting | record | frontier | demo | what it is |", "|--|--|--|--|--|"]
+    presets = ("published", "frontier", "demo")
+    rows = [f"| setting | record | {' | '.join(presets)} | what it is |", "|--|--|--|--|--|--|"]
     for f in fields(Config):
-        frontier, demo = (show(PRESETS[p].get(f.name, "")) for p in ("frontier", "demo"))
+        values = [show(f.default), *(show(PRESETS[p].get(f.name, "")) for p in presets)]
         text = f.metadata["help"]
         text += " (" + ", ".join(f.metadata["choices"]) + ")" if f.metadata["choices"] else ""
-        rows.append(f"| {f.name.upper()} | {show(f.default)} | {frontier} | {demo} | {text} |")
+        rows.append(f"| {f.name.upper()} | {' | '.join(values)} | {text} |")
     return "\n".join(rows)
 
 
@@ -2202,12 +2202,8 @@ def least_coarseness(bytes_at: Callable[[float], float], c: Config) -> float:
 # --- 8 artifact -------------------------------------------------------
 
 ARTIFACT_MAGIC = b"PROTEUS 4\n"  # the number is that of the format
-MODEL_FIELDS = (  # of Config: what a model is, as opposed to how it was trained
-    "num_layers model_dim num_heads num_kv_heads mlp_mult tie_embeddings rope_base rope_dims "
-    "logit_softcap asym_softcap ln_scale xsa_last_n attn_gate_dims doc_attention smear_enabled "
-    "bigram_vocab_size bigram_dim ve_enabled ve_dim ve_layers activation_neg_slope "
-    "parallel_start_layer skip_gate recur_layers recur_passes recur_untie_mlp"
-).split()
+SETTINGS = [f.name for f in fields(Config)]
+MODEL_FIELDS = SETTINGS[SETTINGS.index("num_layers"):SETTINGS.index("train_batch_tokens")]
 LZMA_FILTERS = [dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)]
 RANS_BITS, RANS_LEAST = 14, 1 << 16  # of a probability; least state of a lane
 RANS_STEPS, RANS_BLOCK = 16384, 2048  # bytes of a lane; those of them that share a model
