@@ -344,7 +344,7 @@ if ! finished smoke; then
     on_all_ranks collectives "$root/records/smoke.py" collectives "$runs/collectives.json" ||
         die "the collectives of a step failed"
     chunk=$(sed -n 's/^TTT_CHUNK_TOKENS=//p' <<< "$settings")
-    launch smoke ITERATIONS=20 WARMDOWN_ITERS=10 RECUR_START_STEP=0.3 VAL_LOSS_EVERY=0 \
+    launch smoke ITERATIONS=20 WARMDOWN_ITERS=10 MIN_LR=0 RECUR_START_STEP=0.3 VAL_LOSS_EVERY=0 \
         WARMUP_STEPS=16 VAL_TOKENS_LIMIT=$((2 * chunk + 2)) || die "the smoke test failed; its \
 log is $runs/logs/smoke.txt"
 fi

@@ -66,7 +66,7 @@ def run(tmp_path_factory) -> Callable[..., dict[str, Any]]:
     @functools.cache
     def report(name: str, local_rank: int = 0) -> dict[str, Any]:
         run_id = f"{name}_{local_rank}"
-        settings = dict(RUN_ID=run_id, LATE_QAT_THRESHOLD="0.3", LOCAL_RANK=local_rank,
+        settings = dict(RUN_ID=run_id, LATE_QAT_THRESHOLD="0.4", LOCAL_RANK=local_rank,
                         LOCAL_WORLD_SIZE=8, NULLCUDA_DEVICES=8, UNTIL_CLOCK="1" * local_rank)
         mode, more = RUNS[name]
         settings |= more
