@@ -5,6 +5,7 @@ A plan for records/ablate.py may have, instead of variants,
     "ends": {"record": {settings}, "frontier": {settings}}    configurations to stand near
     "levers": {name: {level: {settings}, ...}}                what is changed, and to what
     "at": {end: {lever: level}}                               which level an end has; else the first
+    "pairs": [[lever, lever], ...]                            that are not taken to add up; optional
     "runs": 128, "share": 0.25                                runs at each end
 
 In a run at an end each lever leaves the end's level with the probability `share`, for any of its
@@ -14,10 +15,11 @@ shared by many. Every run then says something of every lever: of a comparison of
 by as many runs, each would get but a few.
 
 The effects are those of least squares: a score is the sum of its seed's effect, of its levers' and
-of chance. An effect is thus an average over the company in which the lever was met: near an end,
-with that share of the other levers changed. What does not add up counts as chance, and so widens
-the intervals (Student's t, 95 %). Intervals of many levers: one in twenty leaves out zero by
-chance.
+of chance. An effect is thus an average over all that the other levers were, near an end. What does
+not add up counts as chance, and so widens the intervals (Student's t, 95 %). Of levers without any
+effect one in twenty would leave out zero. power_table has the pairs that add up least; a pair that
+the plan names has a term of its own, what both changes are worth beyond their sum, and the effect
+of either is then the one that it has while the other is at its first level.
 """
 
 from __future__ import annotations
@@ -101,32 +103,87 @@ class Fit(NamedTuple):
     deviation: float | None  # of a score, seed and levers taken out; None with too few runs
 
 
+def terms_of(plan: dict) -> dict[tuple[str, str], dict[str, str]]:
+    """The effects that are looked for, by (lever, change), and the levels that a run has in each.
+
+    The first level that the plan names is what a lever's others are compared with.
+    """
+    terms = {(lever, f"{first} -> {other}"): {lever: other}
+             for lever, (first, *rest) in plan["levers"].items() for other in rest}
+    for pair in plan.get("pairs", ()):
+        for others in itertools.product(*([*plan["levers"][lever]][1:] for lever in pair)):
+            key = " with ".join(pair), f"{' with '.join(others)}, beyond their sum"
+            terms[key] = dict(zip(pair, others, strict=True))
+    return terms
+
+
+def column(plan: dict, names: list[str], term: dict[str, str]) -> np.ndarray:
+    """Which of the runs have all levels of a term."""
+    return np.array([term.items() <= plan["levels"][name].items() for name in names], float)
+
+
+class Squares(NamedTuple):
+    """The runs at an end that are done, and what least squares are made of."""
+
+    names: list[str]
+    matrix: np.ndarray  # (runs, terms, then seeds)
+    scores: np.ndarray  # (runs,)
+    freedom: int  # below 1 where the runs do not tell the terms apart
+
+
+def squares_of(results: dict[str, list[dict]], plan: dict, end: str, before: str = "") -> Squares:
+    """The matrix of an end's runs; `before` is as in `fit`."""
+    names = [name for name in results if name.startswith(end + "_")]
+    seed_of = np.array([plan["variants"][name]["SEED"] for name in names])
+    matrix = np.stack([*(column(plan, names, term) for term in terms_of(plan).values()),
+                       *(seed_of == seed for seed in sorted({*seed_of.tolist()}))], axis=1)
+    scores = np.array([results[name][0][plan.get("change", "roundtrip_bpb")]
+                       - (results[name][0][before] if before else 0) for name in names])
+    full = names and np.linalg.matrix_rank(matrix) == matrix.shape[1]
+    return Squares(names, matrix, scores, len(names) - matrix.shape[1] if full else 0)
+
+
 def fit(results: dict[str, list[dict]], plan: dict, end: str, before: str = "") -> Fit:
     """Least squares over the runs at an end that are done; `plan` is expanded.
 
-    The first level that the plan names is what a lever's others are compared with. With the name of
-    a score in `before`, the effects are those on the way from it to the plan's score.
+    With the name of a score in `before`, the effects are those on the way from it to the plan's
+    score.
     """
-    names = [name for name in results if name.startswith(end + "_")]
-    keys = [(lever, first, other) for lever, (first, *rest) in plan["levers"].items()
-            for other in rest]
-    seeds = sorted({plan["variants"][name]["SEED"] for name in names})
-    design = np.array([[plan["levels"][name][lever] == other for lever, _, other in keys]
-                       + [plan["variants"][name]["SEED"] == seed for seed in seeds]
-                       for name in names], float).reshape(len(names), -1)
-    freedom = len(names) - design.shape[1]
+    names, matrix, scores, freedom = squares_of(results, plan, end, before)
     hours = sum(hours_of(results[name][0]) for name in names)
-    if freedom < 1 or np.linalg.matrix_rank(design) < design.shape[1]:
+    if freedom < 1:
         return Fit({}, len(names), hours, None)
-    scores = np.array([results[name][0][plan.get("change", "roundtrip_bpb")]
-                       - (results[name][0][before] if before else 0) for name in names])
-    inverse = np.linalg.inv(design.T @ design)
-    fitted = inverse @ design.T @ scores
-    deviation = float(np.sqrt(np.sum((scores - design @ fitted) ** 2) / freedom))
+    inverse = np.linalg.inv(matrix.T @ matrix)
+    fitted = inverse @ matrix.T @ scores
+    deviation = float(np.sqrt(np.sum((scores - matrix @ fitted) ** 2) / freedom))
     errors = deviation * np.sqrt(inverse.diagonal())
-    return Fit({(lever, f"{first} -> {other}"): Sample(
-        float(fitted[i]), float(errors[i]) * math.sqrt(freedom + 1), freedom + 1)
-        for i, (lever, first, other) in enumerate(keys)}, len(names), hours, deviation)
+    return Fit({key: Sample(float(fitted[i]), float(errors[i]) * math.sqrt(freedom + 1),
+                            freedom + 1) for i, key in enumerate(terms_of(plan))},
+               len(names), hours, deviation)
+
+
+def pairs_of(results: dict[str, list[dict]], plan: dict,
+             end: str) -> dict[str, tuple[float, float]]:
+    """What two levers' changes are worth beyond their sum at an end, and half its interval.
+
+    Each pair that has no term yet is added alone to the fit. The intervals are wide enough for the
+    strongest of so many: if all pairs add up, all of them hold zero 19 times in 20 (Bonferroni).
+    """
+    names, matrix, scores, freedom = squares_of(results, plan, end)
+    if freedom < 2:
+        return {}
+    basis = np.linalg.qr(matrix)[0]
+    rest, found = scores - basis @ (basis.T @ scores), {}
+    single = [(key, term) for key, term in terms_of(plan).items() if len(term) == 1]
+    for (one, a), (other, b) in itertools.combinations(single, 2):
+        both = column(plan, names, a | b)
+        both -= basis @ (basis.T @ both)
+        if (square := both @ both) > 1e-9:  # not two levels of one lever
+            gain = both @ rest / square
+            chance = np.linalg.norm(rest - gain * both) / math.sqrt(freedom - 1)
+            found[f"{' '.join(one)}, {' '.join(other)}"] = gain, chance / math.sqrt(square)
+    width = t_quantile(0.025 / max(1, len(found)), freedom - 1)
+    return {name: (gain, width * error) for name, (gain, error) in found.items()}
 
 
 def fits_of(results: dict[str, list[dict]], plan: dict, before: str = "") -> dict[str, Fit]:
@@ -170,11 +227,14 @@ def table(results: dict[str, list[dict]], plan: dict) -> str:
 
 
 def power_table(results: dict[str, list[dict]], plan: dict) -> str:
-    """Markdown: for each end what chance is, and which effects its runs could have seen."""
+    """Markdown: for each end what chance is, and which effects its runs could have seen.
+
+    A second table has the three strongest pairs of each end (`pairs_of`).
+    """
     head = ["effects", "runs", "hours of all runs", "deviation of chance", "half a 95 % interval",
             "seen 19 times in 20", f"runs for {GOAL}"]
     rows = []
-    for name, found in reported(results, plan).items():
+    for name, found in fits_of(results, plan).items():
         if not found.effects:
             rows.append([name, found.runs, f"{found.hours:.1f}", *[None] * 4])
             continue
@@ -184,4 +244,11 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
                      f"{found.deviation:.4f}" if found.deviation else None,
                      f"{middle.interval:.4f}", f"{detectable(middle):.4f}",
                      runs_for_goal(middle, found.runs)])
-    return figures.markdown(head, rows)
+    pairs = []
+    for end in plan["ends"]:
+        found = pairs_of(results, plan, end)
+        strongest = sorted(found, key=lambda name: -abs(found[name][0]) / found[name][1])[:3]
+        pairs += [[f"near {end}, of {len(found)}", name,
+                   figures.interval_text(*found[name])] for name in strongest]
+    return figures.markdown(head, rows) + "\n\n" + figures.markdown(
+        ["pairs", "changes", "beyond their sum, 95 % for the strongest of so many"], pairs)

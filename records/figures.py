@@ -35,14 +35,15 @@ def spread_of(found: Sample, form: str = ".5f") -> str:
     return f"{found.mean:{form}}{half}"
 
 
-def change_text(change: Sample) -> str:
-    """A mean difference with its 95 % interval by Student's t; bold where that leaves out zero.
+def interval_text(mean: float, half: float | None) -> str:
+    """A mean with half its interval, if it has one; bold where that leaves out zero."""
+    text = f"{mean:+.4f}" if half is None else f"{mean:+.4f} +- {half:.4f}"
+    return f"**{text}**" if half is not None and abs(mean) > half else text
 
-    One seed has no interval.
-    """
-    half = change.interval
-    text = f"{change.mean:+.4f}" if half is None else f"{change.mean:+.4f} +- {half:.4f}"
-    return f"**{text}**" if half is not None and abs(change.mean) > half else text
+
+def change_text(change: Sample) -> str:
+    """A mean difference with its 95 % interval by Student's t; one seed has none."""
+    return interval_text(change.mean, change.interval)
 
 
 def stage_table(groups: dict[str, list[Run]], published: Iterable[Sequence[Any]] = ()) -> str:
