@@ -5,7 +5,7 @@
     python records/ablate.py records/plans/levers.json --table     of the results that are kept
     python records/ablate.py records/plans/levers.json --power     which difference they could show
     python records/ablate.py records/plans/levers.json --figure levers.png
-    python records/ablate.py records/plans/frontier.json --only record,frontier    some variants
+    python records/ablate.py records/plans/whole.json --only record,frontier       some variants
 
 A plan is JSON: {"about": text, "base": {settings of every run}, "seeds": [...], "variants": {name:
 {settings against the base}}}; the first variant is the baseline, but for those that "against":
