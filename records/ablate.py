@@ -52,7 +52,7 @@ import torch  # noqa: E402
 import design  # noqa: E402
 import figures  # noqa: E402
 import train_gpt  # noqa: E402
-from design import GOAL, detectable, hours_of  # noqa: E402
+from design import GOAL, detectable, hours_of, seeds_for_goal  # noqa: E402
 from welch import Sample, sample  # noqa: E402
 
 SCORES = ("post_ema_bpb", *(f"{mode}_bpb" for mode in train_gpt.EVAL_MODES if mode != "slot"),
@@ -306,8 +306,7 @@ def power_table(results: dict[str, list[dict]], plan: dict) -> str:
             change = change_of(results, plan, name, other)
             if change.interval is None:
                 continue
-            needed = next(n for n in itertools.count(2)
-                          if Sample(0, change.std, n).interval <= GOAL)
+            needed = seeds_for_goal(change.std)
             rows.append([name, other, change.n, f"{alone.std:.4f}", f"{change.std:.4f}",
                          f"{change.interval:.4f}", f"{detectable(change):.4f}", needed,
                          f"{hours * needed:.1f}"])

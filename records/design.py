@@ -47,6 +47,11 @@ def detectable(change: Sample) -> float:
     return sum(tails) * change.std / math.sqrt(change.n)
 
 
+def seeds_for_goal(std: float) -> int:
+    """Over how many seeds half the interval of a difference is GOAL, if it deviates by std."""
+    return next(n for n in itertools.count(2) if Sample(0, std, n).interval <= GOAL)
+
+
 def runs_for_goal(effect: Sample, runs: int) -> int:
     """How many runs in place of `runs` would make half the effect's interval GOAL.
 
