@@ -14,6 +14,11 @@ squares over all pairs. Documents are cut to their first tokens. The last column
 whose chance is that of the group, each by itself: so many seeds of both make half a 95 % interval
 of their difference 0.003 BPB, and take so many core hours, with the training and with the scoring
 of these tokens.
+
+The third table parts every score in two. A token is repeated if it stood before after the same two
+tokens in its document; a model that has learned to copy from its context finds it there. The bits
+of these and of the other tokens, both divided by all bytes, add up to the BPB. The last rows are
+differences to a baseline, seed by seed.
 """
 
 from __future__ import annotations
@@ -30,20 +35,23 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import figures  # noqa: E402
-from ablate import events_of, summary_of  # noqa: E402
+from ablate import events_of, read_json, summary_of  # noqa: E402
 from design import GOAL, hours_of, seeds_for_goal  # noqa: E402
 
+PLAN = Path(__file__).resolve().parents[1] / "plans" / "noise.json"
 STAGES = {"val": "last weights", "post_ema": "average", "summary": "artifact"}
 LENGTHS = (64, 256, 1024, None)  # tokens of each document; None: all
 
 
 def groups_of(folder: Path) -> dict[str, list[Path]]:
-    """The finished runs of a plan by variant."""
+    """The finished runs of a plan by variant, where there are two or more."""
     groups: dict[str, list[Path]] = {}
     for run in filter(summary_of, sorted(folder.glob("*_seed*"))):
         groups.setdefault(run.name.rsplit("_seed", 1)[0], []).append(run)
+    groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
     if not groups:
-        raise SystemExit(f"{folder}: no finished run; records/ablate.py with the plan makes them")
+        raise SystemExit(f"{folder}: no two finished runs of a variant; records/ablate.py with the "
+                         "plan makes them")
     return groups
 
 
@@ -65,8 +73,6 @@ def spread_table(groups: dict[str, list[Path]]) -> str:
     rows = []
     for name, runs in groups.items():
         scores = [bpb_of(run) for run in runs]
-        if len(runs) < 2:
-            continue
         stds = [statistics.stdev(score[stage] for score in scores) for stage in STAGES]
         low, high = spread_interval(stds[-1], len(runs))
         mean = statistics.fmean(score["summary"] for score in scores)
@@ -105,8 +111,6 @@ def document_table(groups: dict[str, list[Path]]) -> str:
     rows = []
     for name, length in itertools.product(groups, LENGTHS):
         runs = groups[name]
-        if len(runs) < 2:
-            continue
         read = [documents_of(run, length) for run in runs]
         both, documents = map(statistics.fmean, zip(*itertools.starmap(
             parts_of, itertools.combinations(read, 2)), strict=True))
@@ -124,12 +128,44 @@ def document_table(groups: dict[str, list[Path]]) -> str:
                              f"seeds for {GOAL}", "core hours"], rows)
 
 
+def repeated(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """For each token, whether it stood before after the same two tokens in its document."""
+    rows = np.stack([np.cumsum(sizes == 0), np.roll(ids, 2), np.roll(ids, 1), ids], axis=1)
+    found = np.ones(len(ids), bool)
+    found[np.unique(rows, axis=0, return_index=True)[1]] = False
+    return found
+
+
+def two_parts(run: Path) -> np.ndarray:
+    """The BPB of a run's repeated tokens, and of its others."""
+    scores = np.load(run / "scores" / "roundtrip.npz")
+    again = repeated(scores["ids"], scores["bytes"])
+    bits = [scores["nats"][part].sum(dtype=float) / math.log(2) for part in (again, ~again)]
+    return np.divide(bits, scores["bytes"].sum())
+
+
+def repeat_table(groups: dict[str, list[Path]], plan: dict) -> str:
+    """Markdown: BPB and deviation of repeated tokens and of others, by group and by difference."""
+    parts = {name: {run.name.removeprefix(name): two_parts(run) for run in runs}
+             for name, runs in groups.items()}
+    parts |= {f"{name} - {other}": {seed: part - parts[other][seed]
+                                    for seed, part in parts[name].items() if seed in parts[other]}
+              for name in groups for other in plan["against"][name]}
+    rows = []
+    for name, of in parts.items():
+        means, stds = np.mean([*of.values()], axis=0), np.std([*of.values()], axis=0, ddof=1)
+        rows.append([name, len(of), *(f"{value:.4f}" for value in np.stack([means, stds], 1).flat)])
+    return figures.markdown(["group", "runs", "BPB of repeated tokens", "their deviation",
+                             "BPB of the others", "their deviation"], rows)
+
+
 def main() -> int:
-    """Print both tables."""
+    """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder of the plan's runs")
     groups = groups_of(parser.parse_args().runs)
-    print(spread_table(groups), document_table(groups), sep="\n\n")
+    plan = read_json(PLAN)
+    print(spread_table(groups), document_table(groups), repeat_table(groups, plan), sep="\n\n")
     return 0
 
 

@@ -224,16 +224,15 @@ def test_study_of_the_noise(tmp_path, monkeypatch):
     bits = np.log(2) * np.array([[1, 2, 3, 99, 4, 5], [1, 2, 4, 99, 4, 6], [1, 2, 3, 99, 4, 5]])
     for seed in (1, 2, 3):
         run = saved_run(tmp_path, f"w64_seed{seed}", bits[seed - 1], [1 + seed, 2 * seed, 3 * seed])
-    saved_run(tmp_path, "w96_seed1", bits[0], [1, 1, 1])
+    saved_run(tmp_path, "w96_seed1", bits[0], [1, 1, 1])  # one run has no deviation
     (tmp_path / "w96_seed2" / "logs").mkdir(parents=True)  # has only begun
     groups = noise.groups_of(tmp_path)
-    assert [len(runs) for runs in groups.values()] == [3, 1]
+    assert [*groups] == ["w64"]
     assert np.allclose(noise.documents_of(run, None), [[3, 6, 6], [2, 9, 4]])
     assert np.allclose(noise.documents_of(run, 1), [[1, 1, 2], [1, 4, 3]])
     low, high = noise.spread_interval(3.0, 3)  # of a table of chi-square: 7.378 and 0.0506
     assert (low, high) == pytest.approx([3 * (2 / x) ** 0.5 for x in (7.378, 0.0506)], rel=5e-3)
     rows = noise.spread_table(groups).splitlines()
-    assert len(rows) == 3  # one run has no deviation
     assert rows[2].startswith(f"| w64 | 3 | 6.0000 | 1.0000 | 2.0000 | 3.0000 | {low:.4f} to ")
     # seeds 1 and 2, and 2 and 3, differ by a bit on 6 bytes and a bit on 4: 0.2 of each byte
     by_documents = ((1 - 6 * 0.2) ** 2 + (1 - 4 * 0.2) ** 2) * 2 / 10**2 * 2 / 3
@@ -246,8 +245,26 @@ def test_study_of_the_noise(tmp_path, monkeypatch):
     assert whole.endswith(" | 4 | 6.0 |")
     # first tokens do not differ: two seeds; two of five tokens are scored in 0.25 * 2 / 5 hours
     assert cut.endswith(" | 0.0000 | 0.0000 | 2 | 2.4 |")
-    with pytest.raises(SystemExit, match="no finished run"):
+    with pytest.raises(SystemExit, match="no two finished runs"):
         noise.groups_of(tmp_path / "w64_seed1")
+
+
+def test_study_of_the_noise_of_repeated_tokens(tmp_path):
+    """Same two tokens before, same document; runs and baselines are matched by their seeds."""
+    ids = np.array([1, 2, 3, 0, 1, 2, 3, 5, 1, 2, 3, 2, 3])
+    sizes = np.where(ids == 0, 0, 2)
+    assert np.flatnonzero(noise.repeated(ids, sizes)).tolist() == [10]
+    for name, nats in {"base_seed1": 1, "base_seed2": 2, "base_seed3": 9,
+                       "less_seed2": 1.5, "less_seed1": 1}.items():
+        run = saved_run(tmp_path, name, [0], [1, 1, 1])
+        values = np.where(np.arange(13) == 10, nats * 24 * np.log(2), 2 * np.log(2))
+        np.savez(run / "scores" / "roundtrip.npz", ids=ids, nats=values, bytes=sizes)
+    plan = {"against": {"base": [], "less": ["base"]}}
+    rows = noise.repeat_table(noise.groups_of(tmp_path), plan)
+    base, less, difference = rows.splitlines()[2:]
+    assert base == f"| base | 3 | 4.0000 | {np.std([1, 2, 9], ddof=1):.4f} | 1.0000 | 0.0000 |"
+    assert less.startswith("| less | 2 | 1.2500 | 0.3536 | 1.0000 |")
+    assert difference == "| less - base | 2 | -0.2500 | 0.3536 | 0.0000 | 0.0000 |"
 
 
 @pytest.mark.parametrize("effect, power", [(0.0, 0.05), (1.0, 0.95)])
