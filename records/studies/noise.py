@@ -13,7 +13,7 @@ difference itself varies over pairs of seeds: scoring more text cannot remove it
 squares over all pairs. Documents are cut to their first tokens. The last columns take two variants
 whose chance is that of the group, each by itself: so many seeds of both make half a 95 % interval
 of their difference 0.003 BPB, and take so many core hours, with the training and with the scoring
-of these tokens.
+of these tokens. Two runs alone are too few for these.
 
 The third table parts every score in two. A token is repeated if it stood before after the same two
 tokens in its document; a model that has learned to copy from its context finds it there. The bits
@@ -119,10 +119,10 @@ def document_table(groups: dict[str, list[Path]]) -> str:
         part = tokens / documents_of(runs[0], None)[:, 0].sum()
         hours = [hours_of(run | {"seconds_eval": run["seconds_eval"] * part})
                  for run in map(summary_of, runs)]
-        seeds = seeds_for_goal(math.sqrt(both))
+        seeds = seeds_for_goal(math.sqrt(both)) if runs[2:] else None  # a single pair says little
         rows.append([name, length or "all", len(size), f"{alike:.0f}", f"{tokens:.0f}",
                      f"{math.sqrt(documents):.4f}", f"{math.sqrt(max(0.0, both - documents)):.4f}",
-                     seeds, f"{2 * seeds * statistics.fmean(hours):.1f}"])
+                     seeds, seeds and f"{2 * seeds * statistics.fmean(hours):.1f}"])
     return figures.markdown(["group", "tokens of each", "documents", "as many of one size",
                              "tokens", "documents' deviation", "runs' deviation",
                              f"seeds for {GOAL}", "core hours"], rows)
