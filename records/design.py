@@ -24,6 +24,7 @@ of either is then the one that it has while the other is at its first level.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from typing import NamedTuple
@@ -49,7 +50,8 @@ def detectable(change: Sample) -> float:
 
 def seeds_for_goal(std: float) -> int:
     """Over how many seeds half the interval of a difference is GOAL, if it deviates by std."""
-    return next(n for n in itertools.count(2) if Sample(0, std, n).interval <= GOAL)
+    return 2 + bisect.bisect_left(range(2, 10**6), True,
+                                  key=lambda n: Sample(0, std, n).interval <= GOAL)
 
 
 def runs_for_goal(effect: Sample, runs: int) -> int:

@@ -2,23 +2,24 @@
 
     python records/studies/noise.py data/ablations/noise
 
-reads the finished runs of records/plans/noise.json. The first table has the standard deviation of
-the BPB over the seeds, by group, of the last weights, of their average and of the artifact, this
-with its 95 % interval (the runs taken as normally distributed).
+reads the finished runs of records/plans/noise.json. A row is a variant, or the difference of one to
+its baseline, seed by seed. The first table has the standard deviation of the BPB over the seeds: of
+the last weights, of their average and of the artifact, this with its 95 % interval (the runs taken
+as normally distributed).
 
-The second table asks how long a validation set has to be. Two runs of a group differ by something
-on every document; with other documents of the same kind, the difference of their BPB would move by
-the first deviation (that of a ratio of sums over documents). The second is the rest of what the
-difference itself varies over pairs of seeds: scoring more text cannot remove it. Both are root mean
-squares over all pairs. Documents are cut to their first tokens. The last columns take two variants
-whose chance is that of the group, each by itself: so many seeds of both make half a 95 % interval
-of their difference 0.003 BPB, and take so many core hours, with the training and with the scoring
-of these tokens. Two runs alone are too few for these.
+The second table asks how long a validation set has to be, for the difference of two variants whose
+chance is that of the row: a variant stands for two that are run with different seeds, a difference
+for two that are run with the same ones. With other documents of the same kind, such a difference
+would move by the documents' deviation (that of a ratio of sums over documents). The runs' deviation
+is the rest of what it varies over the seeds: scoring more text cannot remove it. Both are root mean
+squares over all pairs of runs. Documents are cut to their first tokens. The last columns have how
+many seeds of both variants make half a 95 % interval of their difference 0.003 BPB, and the core
+hours that all these runs take, with the training and with the scoring of these tokens. Two runs
+alone are too few for these.
 
 The third table parts every score in two. A token is repeated if it stood before after the same two
 tokens in its document; a model that has learned to copy from its context finds it there. The bits
-of these and of the other tokens, both divided by all bytes, add up to the BPB. The last rows are
-differences to a baseline, seed by seed.
+of these and of the other tokens, both divided by all bytes, add up to the BPB.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ import itertools
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,22 +46,45 @@ STAGES = {"val": "last weights", "post_ema": "average", "summary": "artifact"}
 LENGTHS = (64, 256, 1024, None)  # tokens of each document; None: all
 
 
-def groups_of(folder: Path) -> dict[str, list[Path]]:
-    """The finished runs of a plan by variant, where there are two or more."""
-    groups: dict[str, list[Path]] = {}
-    for run in filter(summary_of, sorted(folder.glob("*_seed*"))):
-        groups.setdefault(run.name.rsplit("_seed", 1)[0], []).append(run)
-    groups = {name: runs for name, runs in groups.items() if len(runs) > 1}
+class Pair(NamedTuple):
+    """A run, and its baseline's where a row is of differences."""
+
+    run: Path
+    baseline: Path | None
+
+
+def groups_of(folder: Path, plan: dict) -> dict[str, list[Pair]]:
+    """The finished runs by row, where there are two or more: those of a variant, without baseline,
+    and those of "variant - baseline", with the baseline's run of the same seed."""
+    done = {run.name: run for run in folder.glob("*_seed*") if summary_of(run)}
+
+    def runs(variant: str) -> dict[int, Path]:
+        names = ((seed, f"{variant}_seed{seed}") for seed in plan["seeds"])
+        return {seed: done[name] for seed, name in names if name in done}
+
+    groups: dict[str, list[Pair]] = {
+        name: [Pair(run, None) for run in runs(name).values()] for name in plan["variants"]}
+    for name, others in plan["against"].items():
+        for other in others:
+            theirs = runs(other)
+            groups[f"{name} - {other}"] = [Pair(run, theirs[seed])
+                                           for seed, run in runs(name).items() if seed in theirs]
+    groups = {name: pairs for name, pairs in groups.items() if len(pairs) > 1}
     if not groups:
         raise SystemExit(f"{folder}: no two finished runs of a variant; records/ablate.py with the "
                          "plan makes them")
     return groups
 
 
-def bpb_of(run: Path) -> dict[str, float]:
+def read(pair: Pair, of: Callable[[Path], np.ndarray]) -> np.ndarray:
+    """What `of` reads of a run, less what it reads of the baseline's."""
+    return of(pair.run) - (of(pair.baseline) if pair.baseline else 0)
+
+
+def bpb_of(run: Path) -> np.ndarray:
     """A run's BPB by stage, from the last event of each kind in its log."""
     events = events_of(run)
-    return {stage: events[stage]["val_bpb"] for stage in STAGES}
+    return np.array([events[stage]["val_bpb"] for stage in STAGES])
 
 
 def spread_interval(std: float, n: int) -> tuple[float, float]:
@@ -68,17 +94,22 @@ def spread_interval(std: float, n: int) -> tuple[float, float]:
     return std * math.sqrt(low), std * math.sqrt(high)
 
 
-def spread_table(groups: dict[str, list[Path]]) -> str:
-    """Markdown: the deviation over the seeds of each group."""
+def spread_table(groups: dict[str, list[Pair]]) -> str:
+    """Markdown: the deviation over the seeds of each row."""
     rows = []
-    for name, runs in groups.items():
-        scores = [bpb_of(run) for run in runs]
-        stds = [statistics.stdev(score[stage] for score in scores) for stage in STAGES]
-        low, high = spread_interval(stds[-1], len(runs))
-        mean = statistics.fmean(score["summary"] for score in scores)
-        rows.append([name, len(runs), f"{mean:.4f}", *(f"{std:.4f}" for std in stds),
-                     f"{low:.4f} to {high:.4f}"])
-    return figures.markdown(["group", "runs", "BPB", *STAGES.values(), "95 % of the last"], rows)
+    for name, pairs in groups.items():
+        scores = np.stack([read(pair, bpb_of) for pair in pairs])
+        stds = scores.std(axis=0, ddof=1)
+        low, high = spread_interval(stds[-1], len(pairs))
+        rows.append([name, len(pairs), f"{scores[:, -1].mean():.4f}",
+                     *(f"{std:.4f}" for std in stds), f"{low:.4f} to {high:.4f}"])
+    return figures.markdown(["row", "seeds", "BPB", *STAGES.values(), "95 % of the last"], rows)
+
+
+def scores_of(run: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, nats and bytes of all tokens that the artifact was scored on, in their order."""
+    with np.load(run / "scores" / "roundtrip.npz") as scores:
+        return scores["ids"], scores["nats"], scores["bytes"]
 
 
 def documents_of(run: Path, length: int | None) -> np.ndarray:
@@ -86,46 +117,45 @@ def documents_of(run: Path, length: int | None) -> np.ndarray:
 
     The first id of a document, which has no bytes, is left out.
     """
-    scores = np.load(run / "scores" / "roundtrip.npz")
-    ends = [*np.flatnonzero(scores["bytes"] == 0), len(scores["ids"])]
+    ids, nats, sizes = scores_of(run)
+    ends = [*np.flatnonzero(sizes == 0), len(ids)]
     begins = [0, *(end + 1 for end in ends[:-1])]
     spans = [slice(a, b if length is None else min(b, a + length))
              for a, b in zip(begins, ends, strict=True) if b > a]
-    return np.array([(span.stop - span.start, scores["nats"][span].sum(dtype=float) / math.log(2),
-                      scores["bytes"][span].sum()) for span in spans], float)
+    return np.array([(span.stop - span.start, nats[span].sum(dtype=float) / math.log(2),
+                      sizes[span].sum()) for span in spans], float)
 
 
-def parts_of(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """Squares of the difference of two runs' BPB, and of what other documents would change in it.
+def parts_of(change: np.ndarray, size: np.ndarray) -> tuple[float, float]:
+    """Squares of a difference in BPB, and of what other documents would change in it.
 
-    Both are given as `documents_of` returns them.
+    Of each document: the difference in bits, and the bytes.
     """
-    size, change = one[:, 2], one[:, 1] - other[:, 1]
     mean = change.sum() / size.sum()
     rest = np.square(change - mean * size).sum() * len(size) / (len(size) - 1)
     return mean**2, rest / size.sum() ** 2
 
 
-def document_table(groups: dict[str, list[Path]]) -> str:
-    """Markdown: by group and length, what documents and runs add to one difference."""
+def document_table(groups: dict[str, list[Pair]]) -> str:
+    """Markdown: by row and length, what documents and runs add to a difference of two variants."""
     rows = []
-    for name, length in itertools.product(groups, LENGTHS):
-        runs = groups[name]
-        read = [documents_of(run, length) for run in runs]
-        both, documents = map(statistics.fmean, zip(*itertools.starmap(
-            parts_of, itertools.combinations(read, 2)), strict=True))
-        tokens, size = read[0][:, 0].sum(), read[0][:, 2]
-        alike = size.sum() ** 2 / np.square(size).sum()
-        part = tokens / documents_of(runs[0], None)[:, 0].sum()
-        hours = [hours_of(run | {"seconds_eval": run["seconds_eval"] * part})
-                 for run in map(summary_of, runs)]
-        seeds = seeds_for_goal(math.sqrt(both)) if runs[2:] else None  # a single pair says little
-        rows.append([name, length or "all", len(size), f"{alike:.0f}", f"{tokens:.0f}",
+    for (name, pairs), length in itertools.product(groups.items(), LENGTHS):
+        tokens, _, size = documents_of(pairs[0].run, length).T
+        bits = [read(pair, lambda run, n=length: documents_of(run, n)[:, 1]) for pair in pairs]
+        squares = [parts_of(one - other, size) for one, other in itertools.combinations(bits, 2)]
+        share = 0.5 if pairs[0].baseline else 1  # two seeds' differences differ by twice the square
+        both, documents = share * np.mean(squares, axis=0)
+        part = tokens.sum() / documents_of(pairs[0].run, None)[:, 0].sum()
+        runs = [summary_of(run) for pair in pairs for run in (pair.run, pair.baseline or pair.run)]
+        hours = [hours_of(run | {"seconds_eval": run["seconds_eval"] * part}) for run in runs]
+        seeds = seeds_for_goal(math.sqrt(both)) if pairs[2:] else None  # two runs say little
+        rows.append([name, length or "all", f"{tokens.sum():.0f}",
+                     f"{size.sum() ** 2 / np.square(size).sum():.0f}",
                      f"{math.sqrt(documents):.4f}", f"{math.sqrt(max(0.0, both - documents)):.4f}",
                      seeds, seeds and f"{2 * seeds * statistics.fmean(hours):.1f}"])
-    return figures.markdown(["group", "tokens of each", "documents", "as many of one size",
-                             "tokens", "documents' deviation", "runs' deviation",
-                             f"seeds for {GOAL}", "core hours"], rows)
+    return figures.markdown(["row", "tokens of each", "tokens", "as many of one size",
+                             "documents' deviation", "runs' deviation", f"seeds for {GOAL}",
+                             "core hours"], rows)
 
 
 def repeated(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -138,24 +168,20 @@ def repeated(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 def two_parts(run: Path) -> np.ndarray:
     """The BPB of a run's repeated tokens, and of its others."""
-    scores = np.load(run / "scores" / "roundtrip.npz")
-    again = repeated(scores["ids"], scores["bytes"])
-    bits = [scores["nats"][part].sum(dtype=float) / math.log(2) for part in (again, ~again)]
-    return np.divide(bits, scores["bytes"].sum())
+    ids, nats, sizes = scores_of(run)
+    again = repeated(ids, sizes)
+    bits = [nats[part].sum(dtype=float) / math.log(2) for part in (again, ~again)]
+    return np.divide(bits, sizes.sum())
 
 
-def repeat_table(groups: dict[str, list[Path]], plan: dict) -> str:
-    """Markdown: BPB and deviation of repeated tokens and of others, by group and by difference."""
-    parts = {name: {run.name.removeprefix(name): two_parts(run) for run in runs}
-             for name, runs in groups.items()}
-    parts |= {f"{name} - {other}": {seed: part - parts[other][seed]
-                                    for seed, part in parts[name].items() if seed in parts[other]}
-              for name in groups for other in plan["against"][name]}
+def repeat_table(groups: dict[str, list[Pair]]) -> str:
+    """Markdown: BPB and deviation of repeated tokens and of the others, by row."""
     rows = []
-    for name, of in parts.items():
-        means, stds = np.mean([*of.values()], axis=0), np.std([*of.values()], axis=0, ddof=1)
-        rows.append([name, len(of), *(f"{value:.4f}" for value in np.stack([means, stds], 1).flat)])
-    return figures.markdown(["group", "runs", "BPB of repeated tokens", "their deviation",
+    for name, pairs in groups.items():
+        parts = np.stack([read(pair, two_parts) for pair in pairs])
+        values = np.stack([parts.mean(axis=0), parts.std(axis=0, ddof=1)], axis=1)
+        rows.append([name, len(pairs), *(f"{value:.4f}" for value in values.flat)])
+    return figures.markdown(["row", "seeds", "BPB of repeated tokens", "their deviation",
                              "BPB of the others", "their deviation"], rows)
 
 
@@ -163,9 +189,8 @@ def main() -> int:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, help="the folder of the plan's runs")
-    groups = groups_of(parser.parse_args().runs)
-    plan = read_json(PLAN)
-    print(spread_table(groups), document_table(groups), repeat_table(groups, plan), sep="\n\n")
+    groups = groups_of(parser.parse_args().runs, read_json(PLAN))
+    print(spread_table(groups), document_table(groups), repeat_table(groups), sep="\n\n")
     return 0
 
 

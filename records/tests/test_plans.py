@@ -219,6 +219,11 @@ def saved_run(folder, name, nats, scores):
     return folder / name
 
 
+def noise_groups(folder, against):
+    """What `noise.groups_of` finds of a plan with seeds 1 to 3."""
+    return noise.groups_of(folder, {"seeds": [1, 2, 3], "variants": against, "against": against})
+
+
 def test_study_of_the_noise(tmp_path, monkeypatch):
     """Documents, deviations over seeds and over documents, by hand."""
     bits = np.log(2) * np.array([[1, 2, 3, 99, 4, 5], [1, 2, 4, 99, 4, 6], [1, 2, 3, 99, 4, 5]])
@@ -226,7 +231,7 @@ def test_study_of_the_noise(tmp_path, monkeypatch):
         run = saved_run(tmp_path, f"w64_seed{seed}", bits[seed - 1], [1 + seed, 2 * seed, 3 * seed])
     saved_run(tmp_path, "w96_seed1", bits[0], [1, 1, 1])  # one run has no deviation
     (tmp_path / "w96_seed2" / "logs").mkdir(parents=True)  # has only begun
-    groups = noise.groups_of(tmp_path)
+    groups = noise_groups(tmp_path, {"w96": [], "w64": []})
     assert [*groups] == ["w64"]
     assert np.allclose(noise.documents_of(run, None), [[3, 6, 6], [2, 9, 4]])
     assert np.allclose(noise.documents_of(run, 1), [[1, 1, 2], [1, 4, 3]])
@@ -240,13 +245,33 @@ def test_study_of_the_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "LENGTHS", (1, None))
     monkeypatch.setattr(design, "GOAL", 0.3)
     cut, whole = noise.document_table(groups).splitlines()[2:]
-    assert f"| w64 | all | 2 | 2 | 5 | {by_documents**0.5:.4f} | {by_runs**0.5:.4f} |" in whole
+    assert whole.startswith(f"| w64 | all | 5 | 2 | {by_documents**0.5:.4f} | {by_runs**0.5:.4f} |")
     # 0.2 sqrt(2/3) t / sqrt(n) is 0.41 with three seeds and 0.26 with four; a run takes 0.75 hours
     assert whole.endswith(" | 4 | 6.0 |")
     # first tokens do not differ: two seeds; two of five tokens are scored in 0.25 * 2 / 5 hours
     assert cut.endswith(" | 0.0000 | 0.0000 | 2 | 2.4 |")
     with pytest.raises(SystemExit, match="no two finished runs"):
-        noise.groups_of(tmp_path / "w64_seed1")
+        noise_groups(tmp_path / "w64_seed1", {"w64": []})
+
+
+def test_study_of_the_noise_of_differences(tmp_path, monkeypatch):
+    """By hand: what both runs of a seed share falls out; a difference counts once, not twice."""
+    nats = np.log(2) * np.array([1, 2, 3, 99, 4, 5])
+    for seed, shared in enumerate((0, 7, 1), 1):
+        saved_run(tmp_path, f"base_seed{seed}", nats + shared, [1 + shared] * 3)
+        own = np.log(2) * np.array([0, 0, 0, 0, 0, seed])  # bits of the second document
+        saved_run(tmp_path, f"less_seed{seed}", nats + shared + own, [1 + shared + seed] * 3)
+    groups = noise_groups(tmp_path, {"base": [], "less": ["base"]})
+    assert [*groups] == ["base", "less", "less - base"]
+    rows = noise.spread_table(groups).splitlines()
+    assert rows[4].startswith("| less - base | 3 | 2.0000 | 1.0000 | 1.0000 | 1.0000 |")
+    monkeypatch.setattr(noise, "LENGTHS", (None,))
+    monkeypatch.setattr(design, "GOAL", 0.3)
+    row = noise.document_table(groups).splitlines()[4]
+    # 1, 2 and 3 bits of 10 bytes deviate by 0.1 over the seeds; t is 4.3 with three seeds
+    assert 4.30265 * 0.1 / 3**0.5 < 0.3 < 12.7062 * 0.1 / 2**0.5
+    documents = (1 + 1 + 4) / 3 / 2 * ((6 * 0.1) ** 2 + (1 - 4 * 0.1) ** 2) * 2 / 10**2
+    assert row == f"| less - base | all | 5 | 2 | {documents**0.5:.4f} | 0.0000 | 3 | 4.5 |"
 
 
 def test_study_of_the_noise_of_repeated_tokens(tmp_path):
@@ -255,15 +280,14 @@ def test_study_of_the_noise_of_repeated_tokens(tmp_path):
     sizes = np.where(ids == 0, 0, 2)
     assert np.flatnonzero(noise.repeated(ids, sizes)).tolist() == [10]
     for name, nats in {"base_seed1": 1, "base_seed2": 2, "base_seed3": 9,
-                       "less_seed2": 1.5, "less_seed1": 1}.items():
+                       "less_seed3": 8.5, "less_seed2": 2}.items():
         run = saved_run(tmp_path, name, [0], [1, 1, 1])
         values = np.where(np.arange(13) == 10, nats * 24 * np.log(2), 2 * np.log(2))
         np.savez(run / "scores" / "roundtrip.npz", ids=ids, nats=values, bytes=sizes)
-    plan = {"against": {"base": [], "less": ["base"]}}
-    rows = noise.repeat_table(noise.groups_of(tmp_path), plan)
+    rows = noise.repeat_table(noise_groups(tmp_path, {"base": [], "less": ["base"]}))
     base, less, difference = rows.splitlines()[2:]
     assert base == f"| base | 3 | 4.0000 | {np.std([1, 2, 9], ddof=1):.4f} | 1.0000 | 0.0000 |"
-    assert less.startswith("| less | 2 | 1.2500 | 0.3536 | 1.0000 |")
+    assert less == f"| less | 2 | 5.2500 | {np.std([2, 8.5], ddof=1):.4f} | 1.0000 | 0.0000 |"
     assert difference == "| less - base | 2 | -0.2500 | 0.3536 | 0.0000 | 0.0000 |"
 
 
