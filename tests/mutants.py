@@ -772,7 +772,7 @@ MUTANTS = (
     M("short documents take as long to score as whole ones", "records/studies/noise.py",
       'run["seconds_eval"] * part', 'run["seconds_eval"]', "test_study_of_the_noise"),
     M("differences count as two that differ", "records/studies/noise.py",
-      "0.5 if pairs", "1 if pairs", "test_study_of_the_noise_of_differences"),
+      '", 0.5', '", 1.0', "test_study_of_the_noise_of_differences"),
     M("a token is repeated after one token", "records/studies/noise.py", "np.roll(ids, 2), ", "",
       "test_study_of_the_noise_of_repeated_tokens"),
     M("a token is repeated in another document", "records/studies/noise.py",

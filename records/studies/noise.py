@@ -1,25 +1,26 @@
 """Where the noise of a score comes from: from the run, and from the documents that are scored.
 
-    python records/studies/noise.py data/ablations/noise
+    python records/studies/noise.py records/plans/noise.json
 
-reads the finished runs of records/plans/noise.json. A row is a variant, or the difference of one to
-its baseline, seed by seed. The first table has the standard deviation of the BPB over the seeds: of
-the last weights, of their average and of the artifact, this with its 95 % interval (the runs taken
-as normally distributed).
+reads the finished runs of a plan whose base has SCORES_PATH=scores and the mode roundtrip. A row is
+a variant, or the difference of one to its baseline, seed by seed. The first table has the standard
+deviation of the BPB over the seeds: of the last weights, of their average and of the artifact, this
+with its 95 % interval (the runs taken as normally distributed).
 
-The second table asks how long a validation set has to be, for the difference of two variants whose
-chance is that of the row: a variant stands for two that are run with different seeds, a difference
-for two that are run with the same ones. With other documents of the same kind, such a difference
-would move by the documents' deviation (that of a ratio of sums over documents). The runs' deviation
-is the rest of what it varies over the seeds: scoring more text cannot remove it. Both are root mean
-squares over all pairs of runs. Documents are cut to their first tokens. The last columns have how
-many seeds of both variants make half a 95 % interval of their difference 0.003 BPB, and the core
-hours that all these runs take, with the training and with the scoring of these tokens. Two runs
-alone are too few for these.
-
-The third table parts every score in two. A token is repeated if it stood before after the same two
+The second table parts every score in two. A token is repeated if it stood before after the same two
 tokens in its document; a model that has learned to copy from its context finds it there. The bits
 of these and of the other tokens, both divided by all bytes, add up to the BPB.
+
+The third table asks how long a validation set has to be, for the difference of two variants: in the
+row of a variant of two runs with different seeds that have its chance, in the row of a difference
+of two runs with the same seed. With other documents of the same kind, such a difference would move
+by the documents' deviation (that of a ratio of sums over documents). The runs' deviation is the
+rest of what it varies over the seeds: scoring more text cannot remove it. Both are root mean
+squares over all pairs of runs. "Of the mean" is the documents' deviation of the mean over the
+seeds. Documents are cut to their first tokens; effective documents are as many of equal size as
+give the same deviation (Kish). The last columns have how many seeds of both variants make half a
+95 % interval of their difference 0.003 BPB, and the core hours that all these runs take, with the
+training and with the scoring of these tokens. Two runs alone are too few for these.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 import figures  # noqa: E402
-from ablate import events_of, read_json, summary_of  # noqa: E402
-from design import GOAL, hours_of, seeds_for_goal  # noqa: E402
+from ablate import ROOT, baselines, events_of, read_json, summary_of  # noqa: E402
+from design import GOAL, expand, hours_of, seeds_for_goal  # noqa: E402
 
-PLAN = Path(__file__).resolve().parents[1] / "plans" / "noise.json"
 STAGES = {"val": "last weights", "post_ema": "average", "summary": "artifact"}
 LENGTHS = (64, 256, 1024, None)  # tokens of each document; None: all
 
@@ -64,8 +64,8 @@ def groups_of(folder: Path, plan: dict) -> dict[str, list[Pair]]:
 
     groups: dict[str, list[Pair]] = {
         name: [Pair(run, None) for run in runs(name).values()] for name in plan["variants"]}
-    for name, others in plan["against"].items():
-        for other in others:
+    for name in plan["variants"]:
+        for other in baselines(plan["variants"], plan, name):
             theirs = runs(other)
             groups[f"{name} - {other}"] = [Pair(run, theirs[seed])
                                            for seed, run in runs(name).items() if seed in theirs]
@@ -103,13 +103,45 @@ def spread_table(groups: dict[str, list[Pair]]) -> str:
         low, high = spread_interval(stds[-1], len(pairs))
         rows.append([name, len(pairs), f"{scores[:, -1].mean():.4f}",
                      *(f"{std:.4f}" for std in stds), f"{low:.4f} to {high:.4f}"])
-    return figures.markdown(["row", "seeds", "BPB", *STAGES.values(), "95 % of the last"], rows)
+    return figures.markdown(["row", "seeds", "BPB", *STAGES.values(), "95 % of the artifact's"],
+                            rows)
 
 
 def scores_of(run: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, nats and bytes of all tokens that the artifact was scored on, in their order."""
-    with np.load(run / "scores" / "roundtrip.npz") as scores:
+    path = run / "scores" / "roundtrip.npz"
+    if not path.exists():
+        raise SystemExit(f"{path} is missing; the plan's base needs SCORES_PATH=scores and "
+                         "the mode roundtrip")
+    with np.load(path) as scores:
         return scores["ids"], scores["nats"], scores["bytes"]
+
+
+def repeated(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """For each token, whether it stood before after the same two tokens in its document."""
+    rows = np.stack([np.cumsum(sizes == 0), np.roll(ids, 2), np.roll(ids, 1), ids], axis=1)
+    found = np.ones(len(ids), bool)
+    found[np.unique(rows, axis=0, return_index=True)[1]] = False
+    return found
+
+
+def two_parts(run: Path) -> np.ndarray:
+    """The BPB of a run's repeated tokens, and of its others."""
+    ids, nats, sizes = scores_of(run)
+    again = repeated(ids, sizes)
+    bits = [nats[part].sum(dtype=float) / math.log(2) for part in (again, ~again)]
+    return np.divide(bits, sizes.sum())
+
+
+def repeat_table(groups: dict[str, list[Pair]]) -> str:
+    """Markdown: BPB and deviation of repeated tokens and of the others, by row."""
+    rows = []
+    for name, pairs in groups.items():
+        parts = np.stack([read(pair, two_parts) for pair in pairs])
+        values = np.stack([parts.mean(axis=0), parts.std(axis=0, ddof=1)], axis=1)
+        rows.append([name, len(pairs), *(f"{value:.4f}" for value in values.flat)])
+    return figures.markdown(["row", "seeds", "BPB of repeated tokens", "their deviation",
+                             "BPB of the others", "their deviation"], rows)
 
 
 def documents_of(run: Path, length: int | None) -> np.ndarray:
@@ -143,7 +175,9 @@ def document_table(groups: dict[str, list[Pair]]) -> str:
         tokens, _, size = documents_of(pairs[0].run, length).T
         bits = [read(pair, lambda run, n=length: documents_of(run, n)[:, 1]) for pair in pairs]
         squares = [parts_of(one - other, size) for one, other in itertools.combinations(bits, 2)]
-        share = 0.5 if pairs[0].baseline else 1  # two seeds' differences differ by twice the square
+        of_mean, share = None, 1.0
+        if pairs[0].baseline:  # the differences of two seeds differ by twice the square
+            of_mean, share = f"{math.sqrt(parts_of(np.mean(bits, axis=0), size)[1]):.4f}", 0.5
         both, documents = share * np.mean(squares, axis=0)
         part = tokens.sum() / documents_of(pairs[0].run, None)[:, 0].sum()
         runs = [summary_of(run) for pair in pairs for run in (pair.run, pair.baseline or pair.run)]
@@ -151,46 +185,23 @@ def document_table(groups: dict[str, list[Pair]]) -> str:
         seeds = seeds_for_goal(math.sqrt(both)) if pairs[2:] else None  # two runs say little
         rows.append([name, length or "all", f"{tokens.sum():.0f}",
                      f"{size.sum() ** 2 / np.square(size).sum():.0f}",
-                     f"{math.sqrt(documents):.4f}", f"{math.sqrt(max(0.0, both - documents)):.4f}",
+                     f"{math.sqrt(documents):.4f}", of_mean,
+                     f"{math.sqrt(max(0.0, both - documents)):.4f}",
                      seeds, seeds and f"{2 * seeds * statistics.fmean(hours):.1f}"])
-    return figures.markdown(["row", "tokens of each", "tokens", "as many of one size",
-                             "documents' deviation", "runs' deviation", f"seeds for {GOAL}",
-                             "core hours"], rows)
-
-
-def repeated(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """For each token, whether it stood before after the same two tokens in its document."""
-    rows = np.stack([np.cumsum(sizes == 0), np.roll(ids, 2), np.roll(ids, 1), ids], axis=1)
-    found = np.ones(len(ids), bool)
-    found[np.unique(rows, axis=0, return_index=True)[1]] = False
-    return found
-
-
-def two_parts(run: Path) -> np.ndarray:
-    """The BPB of a run's repeated tokens, and of its others."""
-    ids, nats, sizes = scores_of(run)
-    again = repeated(ids, sizes)
-    bits = [nats[part].sum(dtype=float) / math.log(2) for part in (again, ~again)]
-    return np.divide(bits, sizes.sum())
-
-
-def repeat_table(groups: dict[str, list[Pair]]) -> str:
-    """Markdown: BPB and deviation of repeated tokens and of the others, by row."""
-    rows = []
-    for name, pairs in groups.items():
-        parts = np.stack([read(pair, two_parts) for pair in pairs])
-        values = np.stack([parts.mean(axis=0), parts.std(axis=0, ddof=1)], axis=1)
-        rows.append([name, len(pairs), *(f"{value:.4f}" for value in values.flat)])
-    return figures.markdown(["row", "seeds", "BPB of repeated tokens", "their deviation",
-                             "BPB of the others", "their deviation"], rows)
+    return figures.markdown(["row", "tokens of each", "tokens", "effective documents",
+                             "documents' deviation", "of the mean", "runs' deviation",
+                             f"seeds for {GOAL}", "core hours"], rows)
 
 
 def main() -> int:
     """Print the three tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, help="the folder of the plan's runs")
-    groups = groups_of(parser.parse_args().runs, read_json(PLAN))
-    print(spread_table(groups), document_table(groups), repeat_table(groups), sep="\n\n")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--out", type=Path, help="of its runs; default: data/ablations/<plan>")
+    options = parser.parse_args()
+    folder = options.out or ROOT / "data" / "ablations" / options.plan.stem
+    groups = groups_of(folder, expand(read_json(options.plan)))
+    print(spread_table(groups), repeat_table(groups), document_table(groups), sep="\n\n")
     return 0
 
 

@@ -245,13 +245,16 @@ def test_study_of_the_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(noise, "LENGTHS", (1, None))
     monkeypatch.setattr(design, "GOAL", 0.3)
     cut, whole = noise.document_table(groups).splitlines()[2:]
-    assert whole.startswith(f"| w64 | all | 5 | 2 | {by_documents**0.5:.4f} | {by_runs**0.5:.4f} |")
+    deviations = f"{by_documents**0.5:.4f} | - | {by_runs**0.5:.4f}"
+    assert whole.startswith(f"| w64 | all | 5 | 2 | {deviations} |")
     # 0.2 sqrt(2/3) t / sqrt(n) is 0.41 with three seeds and 0.26 with four; a run takes 0.75 hours
     assert whole.endswith(" | 4 | 6.0 |")
     # first tokens do not differ: two seeds; two of five tokens are scored in 0.25 * 2 / 5 hours
-    assert cut.endswith(" | 0.0000 | 0.0000 | 2 | 2.4 |")
+    assert cut.endswith(" | 0.0000 | - | 0.0000 | 2 | 2.4 |")
     with pytest.raises(SystemExit, match="no two finished runs"):
         noise_groups(tmp_path / "w64_seed1", {"w64": []})
+    with pytest.raises(SystemExit, match="needs SCORES_PATH=scores"):
+        noise.scores_of(tmp_path)
 
 
 def test_study_of_the_noise_of_differences(tmp_path, monkeypatch):
@@ -270,8 +273,9 @@ def test_study_of_the_noise_of_differences(tmp_path, monkeypatch):
     row = noise.document_table(groups).splitlines()[4]
     # 1, 2 and 3 bits of 10 bytes deviate by 0.1 over the seeds; t is 4.3 with three seeds
     assert 4.30265 * 0.1 / 3**0.5 < 0.3 < 12.7062 * 0.1 / 2**0.5
-    documents = (1 + 1 + 4) / 3 / 2 * ((6 * 0.1) ** 2 + (1 - 4 * 0.1) ** 2) * 2 / 10**2
-    assert row == f"| less - base | all | 5 | 2 | {documents**0.5:.4f} | 0.0000 | 3 | 4.5 |"
+    one_bit = ((6 * 0.1) ** 2 + (1 - 4 * 0.1) ** 2) * 2 / 10**2  # what other documents change of it
+    deviations = f"{((1 + 1 + 4) / 3 / 2 * one_bit)**0.5:.4f} | {2 * one_bit**0.5:.4f} | 0.0000"
+    assert row == f"| less - base | all | 5 | 2 | {deviations} | 3 | 4.5 |"
 
 
 def test_study_of_the_noise_of_repeated_tokens(tmp_path):
