@@ -349,6 +349,14 @@ def test_every_plan_has_a_section(capsys, monkeypatch):
         assert results and results == [name for name in variants if name in results]
 
 
+def test_the_plan_to_copy_is_one(tmp_path):
+    """The plan of one lever that docs/studies.md shows: six pairs, of settings that there are."""
+    plan = json.loads(re.search(r"```json\n(.*?)```", STUDIES.read_text("utf-8"), re.S)[1])
+    first, other = (settings for _, _, settings in ablate.tasks_of(plan, tmp_path)[-2:])
+    assert {*other.items()} - {*first.items()} == {("XSA_LAST_N", "11")}
+    assert first["SEED"] == "6" and first["DATA_PATH"].endswith("/data/vocabularies/scylla_starts")
+
+
 def passages(text: str) -> Iterator[tuple[set[str], str]]:
     """(plans that it names, what it says) of every passage of a document that names a plan.
 
